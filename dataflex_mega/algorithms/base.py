@@ -1,0 +1,92 @@
+"""The three contracts. An algorithm is one dataclass in one file: its fields are its parameters, its methods are pure.
+
+A file `algorithms/mixers/my_mixer.py` with one subclass of `Mixer` is known as `mixer: my_mixer`; a class elsewhere as
+`mixer: package.module:Class`. An algorithm sees data of the whole job, already reduced over ranks, and never asks which
+rank it runs on: the same inputs give the same outputs everywhere. Randomness comes from the generator it is handed.
+
+What an algorithm remembers between calls lives in attributes that `state` returns and `restore` takes: numbers, strings,
+lists and dicts of them (written as JSON) and tensors.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dataflex_mega.types import Clock, SampleObs, SignalTable, StepStats
+
+
+@dataclass(frozen=True)
+class Domains:
+    """The domains of the pool, in the order of the `dataset` key."""
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]  # samples
+    initial: tuple[float, ...]  # proportions before any update, sums to 1
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass
+class Algorithm(ABC):
+    """What the three roles share."""
+
+    def setup(self, domains: Domains) -> None:
+        """Called once, before training, with the pool's domains. Check parameters against them here (ConfigError)."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything that must survive a restart."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`, called after `setup`."""
+
+
+class Selector(Algorithm):
+    """Chooses which samples are trained until the next update."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Signals to compute for every candidate: any of "loss" ([n] float32, mean loss of the sample's target tokens)."""
+
+    @abstractmethod
+    def score(self, table: SignalTable) -> Tensor:
+        """Candidates of one rank, n rows -> their scores, [n] float32. Called on every rank with that rank's share."""
+
+    @abstractmethod
+    def choose(self, scores: Tensor, count: int, clock: Clock, rng: torch.Generator) -> Tensor:
+        """Scores of all candidates, [N] float32 -> [count] int64 positions in 0..N-1, the ones to train on.
+
+        With a mixer beside it this is called once a domain, with that domain's candidates and its share of the count.
+        """
+
+
+class Mixer(Algorithm):
+    """Decides in which proportions the domains are drawn."""
+
+    def observe(self, stats: StepStats, proportions: tuple[float, ...], step: int) -> None:  # noqa: B027
+        """After every step: the reduced sums, the proportions it was drawn with, and its number from 1 on."""
+
+    @abstractmethod
+    def proportions(self, clock: Clock, rng: torch.Generator) -> Tensor:
+        """[k] float64, non-negative, sums to 1: what to draw from now on."""
+
+    def loss_weights(self) -> Tensor | None:
+        """[k] weights of the domains in the loss, or None for no weighting."""
+        return None
+
+    def report(self) -> dict[str, Any]:
+        """What to write beside the proportions in `<name>_weights.jsonl`."""
+        return {}
+
+
+class Weighter(Algorithm):
+    """Gives every sample of a batch its weight in the loss."""
+
+    @abstractmethod
+    def weights(self, obs: SampleObs, step: int, total_steps: int) -> Tensor:
+        """All n samples of the data-parallel batch, in an order that is the same on all ranks -> [n] weights, mean 1."""

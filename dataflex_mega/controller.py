@@ -1,0 +1,230 @@
+"""Decides when to re-plan, hands algorithms signals that are already reduced, and checks that all ranks agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataflex_mega.algorithms.base import Domains, Mixer, Selector, Weighter
+from dataflex_mega.errors import CheckpointError
+from dataflex_mega.types import Clock, Plan, SampleObs, SignalTable, StepStats, TrainState, Weigh
+
+MIX, SELECT = 1, 2  # random streams
+MAX_PLAN_STEPS = 4096  # a plan is continued as a new one after so many steps, which bounds any replay of it
+
+
+class Planner(Protocol):
+    """What the controller needs of data.Sampler."""
+
+    def next_plan(self, previous: Plan | None, step: int, proportions: Any, **rest: Any) -> Plan: ...
+    def drawn(self, plan: Plan, step: int) -> np.ndarray: ...
+
+
+class Ranks(Protocol):
+    """What the controller needs of distributed.Collectives."""
+
+    def gather(self, rows: Tensor) -> Tensor: ...
+    def gather_uneven(self, rows: Tensor, counts: list[int]) -> Tensor: ...
+    def own(self, gathered: Tensor, count: int) -> Tensor: ...
+    def agree(self, text: str, what: str) -> None: ...
+
+
+class Scores(Protocol):
+    """What the controller needs of signals.Scorer."""
+
+    def shares(self) -> list[int]: ...
+    def table(self, needs: frozenset[str]) -> SignalTable: ...
+
+
+class When(Protocol):
+    """What the controller needs of schedule.Schedule."""
+
+    every: int
+
+    def is_update(self, step: int) -> bool: ...
+    def starts_warmup(self, step: int) -> bool: ...
+    def warming(self, step: int) -> bool: ...
+    def update_number(self, step: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The algorithms that are on. Any combination."""
+
+    selector: Selector | None = None
+    mixer: Mixer | None = None
+    weighter: Weighter | None = None
+
+
+@dataclass
+class Selection:
+    """What a selection did, for the log."""
+
+    step: int
+    chosen: Tensor  # [m] ids
+    scores: Tensor  # [m] of the chosen
+    quantiles: list[float]  # 0, 25, 50, 75, 100 % of the finite scores of all candidates
+    overlap: float  # share of the chosen that the selection before had chosen
+
+
+@dataclass
+class Controller:
+    """One for a run, the same on every rank."""
+
+    roles: Roles
+    domains: Domains
+    schedule: When
+    sampler: Planner
+    ranks: Ranks
+    scores: Scores
+    global_batch: int
+    total_steps: int
+    seed: int
+    last_selection: Selection | None = field(default=None, init=False)
+    _previous: Tensor | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        for algorithm in self._algorithms().values():
+            algorithm.setup(self.domains)
+
+    def _algorithms(self) -> dict[str, Any]:
+        named = {"selector": self.roles.selector, "mixer": self.roles.mixer, "weighter": self.roles.weighter}
+        return {name: algorithm for name, algorithm in named.items() if algorithm is not None}
+
+    # -- plans ---------------------------------------------------------------------------------------------------
+
+    def first_plan(self) -> Plan:
+        """Before any step: the whole pool in its initial proportions."""
+        phase = "warmup" if self.schedule.warming(0) else "train"
+        return self.sampler.next_plan(None, 0, self.domains.initial, phase=phase)
+
+    def due(self, state: TrainState) -> bool:
+        """Whether `next_plan` must be asked before the next step."""
+        replans = self.roles.selector is not None or self.roles.mixer is not None
+        if replans and (self.schedule.is_update(state.step) or self._restarts_warmup(state)):
+            return True
+        return state.plan.chosen is None and state.step - state.plan.start >= MAX_PLAN_STEPS
+
+    def _restarts_warmup(self, state: TrainState) -> bool:
+        return self.roles.selector is not None and state.step > 0 and self.schedule.starts_warmup(state.step)
+
+    def next_plan(self, state: TrainState) -> Plan:
+        """Score, choose, mix; the same plan on all ranks, or TrainingFault."""
+        plan = self._make_plan(state)
+        self.ranks.agree(plan.digest(), f"the plan of step {state.step}")
+        return plan
+
+    def _make_plan(self, state: TrainState) -> Plan:
+        step, old = state.step, state.plan
+        if self._restarts_warmup(state):
+            return self.sampler.next_plan(old, step, old.proportions, phase="warmup")
+        if not self.schedule.is_update(step):  # only long: the same plan, from here on
+            kept = {"chosen": old.chosen, "loss_weights": old.loss_weights, "phase": old.phase}
+            return self.sampler.next_plan(old, step, old.proportions, **kept)
+        clock = Clock(step, self.total_steps, self.schedule.update_number(step), self.seed)
+        proportions, loss_weights = None, None
+        if self.roles.mixer is not None:
+            proportions = tuple(self.roles.mixer.proportions(clock, self._rng(step, MIX)).double().tolist())
+            weights = self.roles.mixer.loss_weights()
+            loss_weights = None if weights is None else tuple(weights.double().tolist())
+        if self.roles.selector is None:
+            return self.sampler.next_plan(old, step, proportions, loss_weights=loss_weights)
+        chosen = self._select(self.roles.selector, clock, old, proportions)
+        return self.sampler.next_plan(old, step, proportions, chosen=chosen, loss_weights=loss_weights)
+
+    def _rng(self, step: int, stream: int) -> torch.Generator:
+        """A generator that depends on (seed, step, stream) alone."""
+        words = np.random.SeedSequence([self.seed, step, stream]).generate_state(2, np.uint64)
+        return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+
+    def _select(self, selector: Selector, clock: Clock, old: Plan, proportions: tuple[float, ...] | None) -> Tensor:
+        table = self.scores.table(selector.needs)
+        mine = selector.score(table).float()
+        scores = self.ranks.gather_uneven(mine, self.scores.shares())
+        rng = self._rng(clock.step, SELECT)
+        wanted = self.global_batch * self.schedule.every
+        if proportions is None:
+            chosen = selector.choose(scores, wanted, clock, rng)
+        else:
+            chosen = self._select_by_domain(selector, scores, clock, rng, self._quota(old, clock.step, proportions))
+        self._note(clock.step, chosen.sort().values, scores)
+        return chosen.sort().values
+
+    def _quota(self, old: Plan, step: int, proportions: tuple[float, ...]) -> np.ndarray:
+        """[k] how many samples of each domain the coming window draws."""
+        plan = self.sampler.next_plan(old, step, proportions)
+        return self.sampler.drawn(plan, step + self.schedule.every)
+
+    def _select_by_domain(
+        self, selector: Selector, scores: Tensor, clock: Clock, rng: torch.Generator, quota: np.ndarray
+    ) -> Tensor:
+        """The mixer says how many of each domain, the selector which. A domain smaller than its quota is taken whole and
+        drawn again and again."""
+        parts, first = [], 0
+        for size, count in zip(self.domains.sizes, quota.tolist(), strict=True):
+            here = scores[first : first + size]
+            if count >= size:
+                parts.append(torch.arange(first, first + size))
+            elif count > 0:
+                parts.append(selector.choose(here, count, clock, rng) + first)
+            first += size
+        return torch.cat(parts)
+
+    def _note(self, step: int, chosen: Tensor, scores: Tensor) -> None:
+        finite = scores[torch.isfinite(scores)].sort().values
+        places = [round(q * (len(finite) - 1)) for q in (0, 0.25, 0.5, 0.75, 1)] if len(finite) else []
+        overlap = 0.0
+        if self._previous is not None and len(chosen):
+            overlap = float(torch.isin(chosen, self._previous).double().mean())
+        self.last_selection = Selection(step, chosen, scores[chosen], finite[places].tolist(), overlap)
+        self._previous = chosen
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def weigher(self, state: TrainState) -> Weigh | None:
+        """The function that weighs the samples of the next step, or None when all weigh the same."""
+        weighter = self.roles.weighter if not self.schedule.warming(state.step) else None
+        domain_weights = state.plan.loss_weights
+        if weighter is None and domain_weights is None:
+            return None
+
+        def weigh(obs: SampleObs) -> Tensor:
+            names = ("sample_id", "domain", "loss_sum", "tokens")
+            whole = SampleObs(*(self.ranks.gather(getattr(obs, name)) for name in names))
+            weights = torch.ones_like(whole.loss_sum)
+            if weighter is not None:
+                weights = weighter.weights(whole, state.step, self.total_steps).to(weights)
+            if domain_weights is not None:
+                weights = weights * weights.new_tensor(domain_weights)[whole.domain]
+                weights = weights / weights.mean()
+            return self.ranks.own(weights, len(obs.sample_id))
+
+        return weigh
+
+    # -- after a step --------------------------------------------------------------------------------------------
+
+    def observe(self, stats: StepStats, state: TrainState) -> None:
+        """Hand the reduced sums of the step just done (number state.step) to the mixer."""
+        if self.roles.mixer is not None:
+            self.roles.mixer.observe(stats, state.plan.proportions, state.step)
+
+    def state(self) -> dict[str, Any]:
+        """What algorithms remember, by role; tensors may be anywhere in it."""
+        saved: dict[str, Any] = {name: algorithm.state() for name, algorithm in self._algorithms().items()}
+        if self._previous is not None:
+            saved["previous_selection"] = self._previous
+        return saved
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """The inverse of `state`. Raises CheckpointError when another set of roles was on."""
+        algorithms = self._algorithms()
+        there = set(saved) - {"previous_selection"}
+        if there != set(algorithms):
+            raise CheckpointError(f"the checkpoint has state of {sorted(there)}, this run needs {sorted(algorithms)}")
+        for name, algorithm in algorithms.items():
+            algorithm.restore(saved[name])
+        self._previous = saved.get("previous_selection")

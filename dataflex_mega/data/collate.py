@@ -1,0 +1,68 @@
+"""Samples -> Batch: shift labels, pad rows to one length, or pack several samples into a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dataflex_mega.data.pool import Sample
+from dataflex_mega.types import IGNORED, Batch
+
+PAD_TO_MULTIPLE = 8  # matrix units want it
+
+
+def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Sample lengths -> rows of sample indices whose lengths sum to at most `capacity`.
+
+    A longer sample gets a row of its own. Ties keep their order, so the same lengths always give the same rows.
+    """
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, room in enumerate(free) if room >= lengths[index]), None)
+        if row is None:
+            rows.append([])
+            free.append(capacity)
+            row = len(rows) - 1
+        rows[row].append(index)
+        free[row] -= lengths[index]
+    return [sorted(row) for row in rows]
+
+
+def collate(samples: Sequence[Sample], pad_id: int, pack_length: int | None = None) -> Batch:
+    """n samples -> one micro-batch.
+
+    Without `pack_length` every sample is a row. With it, samples share rows of up to that many positions; `segment`
+    keeps them apart, and a sample's last position has no target, so nothing is predicted across a border.
+    """
+    if pack_length is None:
+        rows = [[index] for index in range(len(samples))]
+    else:
+        rows = first_fit_decreasing([len(s.input_ids) for s in samples], pack_length)
+    width = max(sum(len(samples[i].input_ids) for i in row) for row in rows)
+    width = -(-width // PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE
+    inputs = np.full((len(rows), width), pad_id, dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
+    segment = np.full((len(rows), width), -1, dtype=np.int64)
+    position = np.zeros((len(rows), width), dtype=np.int64)
+    for r, row in enumerate(rows):
+        start = 0
+        for index in row:
+            length = len(samples[index].input_ids)
+            here = slice(start, start + length)
+            inputs[r, here] = samples[index].input_ids
+            labels[r, start : start + length - 1] = samples[index].labels[1:]
+            segment[r, here] = index
+            position[r, here] = np.arange(length)
+            start += length
+    return Batch(
+        input_ids=torch.from_numpy(inputs),
+        labels=torch.from_numpy(labels),
+        segment=torch.from_numpy(segment),
+        position_ids=torch.from_numpy(position),
+        sample_id=torch.tensor([s.sample_id for s in samples], dtype=torch.int64),
+        domain=torch.tensor([s.domain for s in samples], dtype=torch.int64),
+        packed=len(rows) < len(samples),
+    )

@@ -1,0 +1,95 @@
+"""The pool: every training sample of every domain under one global id.
+
+Domain d's rows have the ids offset[d] .. offset[d] + size[d] - 1, so an id says its domain and row without a table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from dataflex_mega.errors import DataError
+
+
+class Rows(Protocol):
+    """Random access to tokenized rows."""
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """[n] row numbers -> n pairs (input_ids, labels) of int64 arrays of one length, labels not yet shifted."""
+        ...
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One source of samples."""
+
+    name: str
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row on its way into a batch."""
+
+    sample_id: int
+    domain: int
+    input_ids: np.ndarray  # [length] int64
+    labels: np.ndarray  # [length] int64, aligned with input_ids
+
+
+class Pool:
+    """All domains, addressed by global sample id."""
+
+    def __init__(self, domains: Sequence[Domain]) -> None:
+        """Raises DataError when there is no domain or one of them is empty."""
+        if not domains:
+            raise DataError("dataset: at least one is needed")
+        for domain in domains:
+            if len(domain.rows) == 0:
+                raise DataError(f"dataset {domain.name!r}: no usable rows")
+        self.domains = list(domains)
+        self.names = tuple(domain.name for domain in domains)
+        self.sizes = tuple(len(domain.rows) for domain in domains)
+        self.offsets = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[n] global ids -> ([n] domain, [n] row)."""
+        domain = np.searchsorted(self.offsets, ids, side="right") - 1
+        return domain, ids - self.offsets[domain]
+
+    def fetch(self, ids: np.ndarray) -> list[Sample]:
+        """[n] global ids -> the samples in that order."""
+        domain, row = self.locate(ids)
+        samples: list[Sample | None] = [None] * len(ids)
+        for d in np.unique(domain):
+            places = np.flatnonzero(domain == d)
+            for place, (inputs, labels) in zip(places, self.domains[d].rows.fetch(row[places]), strict=True):
+                samples[place] = Sample(int(ids[place]), int(d), inputs, labels)
+        return [sample for sample in samples if sample is not None]
+
+    def describe(self, sample_id: int) -> str:
+        """`c4 row 17`, for messages."""
+        domain, row = self.locate(np.asarray([sample_id]))
+        return f"{self.names[int(domain[0])]} row {int(row[0])}"
+
+    def fingerprint(self, probes: int = 64) -> dict[str, str]:
+        """Domain name -> a hash of its size and of `probes` rows spread over it. A checkpoint remembers it."""
+        found = {}
+        for domain in self.domains:
+            size = len(domain.rows)
+            sha = hashlib.sha256(str(size).encode())
+            rows = np.unique(np.linspace(0, size - 1, num=min(probes, size)).astype(np.int64))
+            for inputs, labels in domain.rows.fetch(rows):
+                sha.update(inputs.tobytes())
+                sha.update(labels.tobytes())
+            found[domain.name] = sha.hexdigest()[:16]
+        return found

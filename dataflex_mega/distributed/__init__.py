@@ -1,0 +1,1 @@
+"""Meshes, collectives and test processes: where torch.distributed is named outside the engines."""

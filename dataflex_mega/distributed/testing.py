@@ -1,0 +1,48 @@
+"""Run a function in real gloo processes, for tests."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_processes(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
+    """Call `function(mesh, *args)` in `world` spawned processes joined by gloo -> their results in rank order.
+
+    `function` must be importable (defined at module level); its result goes through torch.save. An exception in any
+    process ends all of them and is raised here.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_entry, (world, free_port(), folder, function, args), nprocs=world, join=True)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _entry(rank: int, world: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    from dataflex_mega.distributed import mesh
+
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+    )
+    torch.set_num_threads(1)
+    joined = mesh.start()
+    torch.save(function(joined, *args), Path(folder) / f"{rank}.pt")
+    mesh.stop(orderly=True)

@@ -1,0 +1,1 @@
+"""Engines: what turns micro-batches into an optimizer step."""

@@ -1,0 +1,1 @@
+"""Hugging Face models on one process, DistributedDataParallel or FSDP2."""

@@ -1,0 +1,130 @@
+"""Lay a Hugging Face model out over processes: alone, DistributedDataParallel, or FSDP2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from dataflex_mega.distributed.mesh import Mesh
+from dataflex_mega.errors import ConfigError
+
+Mode = Literal["single", "ddp", "fsdp2"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What Hugging Face's `fsdp` and `fsdp_config` keys, the precision keys and the world size come to."""
+
+    mode: Mode
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    reshard_after_forward: bool = True
+    offload: bool = False
+    layer_classes: tuple[str, ...] = ()  # empty: the model's own _no_split_modules
+    find_unused: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the forward and backward computation."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+
+KNOWN_FSDP = {"full_shard", "shard_grad_op", "offload", "auto_wrap", "hybrid_shard", "no_shard", "hybrid_shard_zero2"}
+KNOWN_CONFIG = {
+    "version", "fsdp_version", "transformer_layer_cls_to_wrap", "reshard_after_forward", "state_dict_type",
+    "cpu_ram_efficient_loading", "activation_checkpointing", "auto_wrap_policy", "cpu_offload", "offload_params",
+    "use_orig_params", "sync_module_states", "backward_prefetch", "forward_prefetch", "limit_all_gathers",
+}  # fmt: skip
+
+
+def read_layout(keys: dict[str, Any], mesh: Mesh) -> Layout:
+    """LLaMA-Factory / Hugging Face keys of the YAML -> Layout. Raises ConfigError naming a key that is not understood."""
+    precision = "bf16" if keys.get("bf16") else "fp16" if keys.get("fp16") else "fp32"
+    if precision == "fp16" and mesh.device.type == "cpu":
+        raise ConfigError("fp16: this machine has no device that trains in fp16; use bf16: true or neither")
+    find_unused = bool(keys.get("ddp_find_unused_parameters") or False)
+    words = keys.get("fsdp") or []
+    words = words.split() if isinstance(words, str) else [str(w) for w in words] if isinstance(words, list) else [words]
+    if words in ([True], ["true"]):
+        words = ["full_shard"]
+    for word in words:
+        if word not in KNOWN_FSDP:
+            raise ConfigError(f"fsdp: {word!r} is not known; allowed: {', '.join(sorted(KNOWN_FSDP))}")
+        if word.startswith("hybrid"):
+            raise ConfigError(f"fsdp: {word!r} is not supported; use full_shard or shard_grad_op")
+    config = keys.get("fsdp_config") or {}
+    if not isinstance(config, dict):
+        raise ConfigError(f"fsdp_config: expected a mapping, found {config!r}")
+    plain = {key.removeprefix("fsdp_"): value for key, value in config.items()}
+    unknown = sorted(set(plain) - {key.removeprefix("fsdp_") for key in KNOWN_CONFIG})
+    if unknown:
+        raise ConfigError(f"fsdp_config: {unknown[0]!r} is not known; allowed: {', '.join(sorted(KNOWN_CONFIG))}")
+    sharded = any(word in ("full_shard", "shard_grad_op", "auto_wrap", "offload") for word in words)
+    classes = plain.get("transformer_layer_cls_to_wrap") or ()
+    return Layout(
+        mode="fsdp2" if sharded else "ddp" if mesh.world > 1 else "single",
+        precision=precision,
+        reshard_after_forward=bool(plain.get("reshard_after_forward", "shard_grad_op" not in words)),
+        offload="offload" in words or bool(plain.get("cpu_offload") or plain.get("offload_params")),
+        layer_classes=(classes,) if isinstance(classes, str) else tuple(classes),
+        find_unused=find_unused,
+    )
+
+
+def parallelize(model: nn.Module, layout: Layout, mesh: Mesh) -> nn.Module:
+    """The module to call in the forward pass. FSDP2 shards `model` in place; DDP wraps it."""
+    if layout.mode == "fsdp2":
+        return _shard(model, layout, mesh)
+    model.to(mesh.device)
+    if layout.mode == "ddp":
+        ids = [mesh.device.index] if mesh.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=layout.find_unused)
+    return model
+
+
+def _shard(model: nn.Module, layout: Layout, mesh: Mesh) -> nn.Module:
+    low = layout.precision != "fp32"
+    if low:
+        model.float()  # parameters of one group must share a dtype; the policy casts when they are gathered
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(mesh.device.type, (mesh.world,)),
+        "reshard_after_forward": layout.reshard_after_forward,
+        "mp_policy": MixedPrecisionPolicy(layout.dtype, torch.float32) if low else MixedPrecisionPolicy(),
+        "offload_policy": CPUOffloadPolicy() if layout.offload else OffloadPolicy(),
+    }
+    names = set(layout.layer_classes or layer_class_names(model))
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        found = sorted({type(m).__name__ for m in model.modules()})
+        raise ConfigError(f"fsdp_config: no layer of class {sorted(names)} in the model; it has {', '.join(found)}")
+    for layer in layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def layer_class_names(model: nn.Module) -> list[str]:
+    """The repeated blocks that a Hugging Face model declares as units."""
+    for module in model.modules():
+        names = getattr(module, "_no_split_modules", None)
+        if names:
+            return list(names)
+    return []
+
+
+def unwrap(module: nn.Module) -> Any:
+    """The Hugging Face or PEFT model inside."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def set_gradient_sync(module: nn.Module, last: bool) -> None:
+    """Reduce gradients over ranks only in the backward pass of the step's last micro-batch."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+    elif isinstance(module, DistributedDataParallel):
+        module.require_backward_grad_sync = last

@@ -1,0 +1,1 @@
+"""LLaMA-Factory as a library. Nothing outside this folder imports `llamafactory`."""

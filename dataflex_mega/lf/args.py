@@ -1,0 +1,80 @@
+"""LLaMA-Factory's arguments: which keys exist, and parsing them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any, NamedTuple
+
+import torch
+
+from dataflex_mega.errors import ConfigError, UserError
+from dataflex_mega.lf.compat import ensure_importable
+
+ENGINE_KEYS = ("fsdp", "fsdp_config")  # ours to act on in dynamic runs, so accelerate must not see them
+
+
+class LFArgs(NamedTuple):
+    """LLaMA-Factory's five argument objects."""
+
+    model: Any
+    data: Any
+    training: Any
+    finetuning: Any
+    generating: Any
+
+
+def keys() -> dict[str, str]:
+    """Every key of a LLaMA-Factory training YAML -> its annotation as text."""
+    ensure_importable()
+    from llamafactory.hparams import (
+        DataArguments,
+        FinetuningArguments,
+        GeneratingArguments,
+        ModelArguments,
+        TrainingArguments,
+    )
+
+    classes = (ModelArguments, DataArguments, TrainingArguments, FinetuningArguments, GeneratingArguments)
+    return {
+        field.name: str(getattr(field.type, "__name__", field.type)) if isinstance(field.type, type) else str(field.type)
+        for cls in classes
+        for field in dataclasses.fields(cls)
+        if field.init
+    }
+
+
+def prepare(lf: dict[str, Any]) -> dict[str, Any]:
+    """LLaMA-Factory's keys of a dynamic run, with the defaults under which our engine runs them."""
+    ready = {key: value for key, value in lf.items() if key not in ENGINE_KEYS}
+    ready.setdefault("do_train", True)
+    ready.setdefault("logging_steps", 10)
+    ready.setdefault("use_reentrant_gc", False)  # re-entrant checkpointing does not compose with fully_shard
+    ready["report_to"] = "none"  # our own metrics write TensorBoard; see metrics.py
+    if not torch.cuda.is_available():
+        ready.setdefault("use_cpu", True)  # transformers refuses bf16 on a CPU without it
+    return ready
+
+
+def parse(lf: dict[str, Any]) -> LFArgs:
+    """Parse once per process. Seeds all generators and, under torchrun, starts the process group.
+
+    Raises ConfigError with LLaMA-Factory's or transformers' own words when a value is refused.
+    """
+    ensure_importable()
+    from llamafactory.hparams import get_train_args
+
+    if "RANK" not in os.environ:
+        lf = {key: value for key, value in lf.items() if key != "ddp_backend"}  # it would wait for a process group
+    try:
+        return LFArgs(*get_train_args(dict(lf)))
+    except UserError:
+        raise
+    except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
+        raise ConfigError(first_line(error)) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line with words in it of an error raised by a library."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

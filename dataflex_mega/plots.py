@@ -1,0 +1,62 @@
+"""Pictures of a finished run, from metrics.jsonl: how the mixture moved, and what each domain learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dataflex_mega.metrics import STEPS_FILE
+
+
+def plot_run(folder: Path) -> list[Path]:
+    """Write proportions.png and domain_loss.png into `folder` -> their paths. Needs at least two logged steps."""
+    rows = [json.loads(line) for line in (folder / STEPS_FILE).read_text().splitlines()]
+    if len(rows) < 2:
+        return []
+    return [_plot_proportions(rows, folder / "proportions.png"), _plot_losses(rows, folder / "domain_loss.png")]
+
+
+def _smooth(values: list[float], width: int) -> list[float]:
+    """Mean of the last `width` values at each place."""
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    return [(sums[i + 1] - sums[max(0, i + 1 - width)]) / (i + 1 - max(0, i + 1 - width)) for i in range(len(values))]
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _plot_proportions(rows: list[dict[str, Any]], target: Path) -> Path:
+    figure, axes = _figure()
+    steps = [row["step"] for row in rows]
+    width = max(1, len(rows) // 20)
+    for number, name in enumerate(rows[-1]["proportions"]):
+        share = [row["drawn"][name] / max(sum(row["drawn"].values()), 1) for row in rows]
+        planned = [row["proportions"][name] for row in rows]
+        axes.plot(steps, planned, color=f"C{number}", label=name)
+        axes.plot(steps, _smooth(share, width), color=f"C{number}", alpha=0.35, linestyle="--")
+    axes.set(xlabel="step", ylabel="share of samples", title="Mixture: planned (solid) and drawn (dashed)", ylim=(0, None))
+    axes.legend()
+    figure.savefig(target, dpi=120)
+    return target
+
+
+def _plot_losses(rows: list[dict[str, Any]], target: Path) -> Path:
+    figure, axes = _figure()
+    width = max(1, len(rows) // 30)
+    for number, name in enumerate(rows[-1]["proportions"]):
+        seen = [(row["step"], row["domain_loss"][name]) for row in rows if name in row["domain_loss"]]
+        if seen:
+            axes.plot([s for s, _ in seen], _smooth([v for _, v in seen], width), color=f"C{number}", label=name)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title="Training loss by domain")
+    axes.legend()
+    figure.savefig(target, dpi=120)
+    return target

@@ -1,0 +1,48 @@
+"""The progress bar of training: one line that moves on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Bar:
+    """Shows step, loss, speed and the current mixture."""
+
+    def __init__(self, every: int = 10) -> None:
+        """`every`: steps between lines where standard error is not a terminal."""
+        self.console = Console(stderr=True)
+        self.every = every
+        self.progress: Progress | None = None
+        self.task: Any = None
+        self.total = 0
+
+    def begin(self, step: int, total: int) -> None:
+        """Start at `step` of `total`."""
+        self.total = total
+        if not sys.stderr.isatty():
+            return
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+        self.progress = Progress(*columns, console=self.console)
+        self.task = self.progress.add_task("train", total=total, completed=step, text="")
+        self.progress.start()
+
+    def step(self, step: int, parts: dict[str, str]) -> None:
+        """`step` steps are done."""
+        text = "  ".join(f"{name} {value}" for name, value in parts.items())
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step, text=text)
+        elif step % self.every == 0 or step == self.total:
+            self.console.print(f"step {step}/{self.total}  {text}", highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """A line of its own above the bar."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def end(self) -> None:
+        """Leave the bar as it is."""
+        if self.progress is not None:
+            self.progress.stop()

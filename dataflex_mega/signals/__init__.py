@@ -1,0 +1,1 @@
+"""What is measured of candidates before a selection."""

@@ -1,0 +1,336 @@
+"""Entry of `torchrun -m dataflex_mega.train cfg.yaml [key=value ...]`: parse -> build -> fit. The one place that wires parts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dataflex_mega.config.checks import check_dynamic
+from dataflex_mega.config.load import load
+from dataflex_mega.config.split import RunConfig, split
+from dataflex_mega.errors import CheckpointError, TrainingFault, UserError
+
+HELP = """usage: python -m dataflex_mega.train CONFIG.yaml [key=value ...]
+       torchrun --nproc_per_node N -m dataflex_mega.train CONFIG.yaml [key=value ...]
+
+CONFIG is a LLaMA-Factory training YAML. Three keys turn it into data-centric training, alone or together:
+
+  selector: loss                 choose which samples to train on      (random, loss, package.module:Class)
+  mixer: odm                     move the domain proportions           (static, random, odm, ...)
+  weighter: loss                 weigh the samples of a batch          (loss, ...)
+  warmup_step, update_step, update_times   when selector and mixer choose anew
+
+DataFlex's own keys (train_type, component_name, components_cfg_file, ...) work as they do there. Without any of these the
+run is plain LLaMA-Factory training. key=value changes a key for this run: mixer.alpha=0.8 max_steps=100.
+A run that was interrupted continues from its last checkpoint when the same command is given again.
+`dataflex-cli components` lists the algorithms and their parameters."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when trained; 2 and one line for a user's mistake; 1 and one line when training could not go on."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0 if argv else 2
+    try:
+        run(argv[0], argv[1:])
+    except UserError as error:
+        return _say(error, 2)
+    except TrainingFault as error:
+        return _say(error, 1)
+    return 0
+
+
+def _say(error: Exception, status: int) -> int:
+    rank = os.environ.get("RANK", "0")
+    who = f"[rank {rank}] " if rank != "0" else ""
+    print(f"{who}error: {error}", file=sys.stderr, flush=True)
+    return status
+
+
+def run(path: str, overrides: Sequence[str] = ()) -> None:
+    """Train as the YAML says. Raises UserError for mistakes and TrainingFault for faults in the middle."""
+    from dataflex_mega.lf.args import keys
+
+    config = split(load(path, overrides), keys())
+    for note in config.notes:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"note: {note}", file=sys.stderr)
+    if config.ours.train_type == "static":
+        from dataflex_mega.lf.static import run_static
+
+        run_static(config.lf, list(config.ours.callbacks))
+        return
+    check_dynamic(config)
+    run_dynamic(config)
+
+
+def run_dynamic(config: RunConfig) -> None:
+    """Select, mix and weight on our own loop."""
+    from dataflex_mega.distributed import mesh as meshes
+
+    finished = False
+    try:
+        Build(config).fit()
+        finished = True
+    finally:
+        meshes.stop(orderly=finished)
+
+
+class Build:
+    """The parts of a dynamic run, made in the order in which a user's mistakes are cheapest to find."""
+
+    def __init__(self, config: RunConfig) -> None:
+        from dataflex_mega.distributed import mesh as meshes
+        from dataflex_mega.distributed.collectives import Collectives
+        from dataflex_mega.engines.fsdp.parallel import read_layout
+        from dataflex_mega.lf import args as lf_args
+
+        self.config, self.ours = config, config.ours
+        self.roles = self._roles()
+        self.args = lf_args.parse(lf_args.prepare(config.lf))
+        self.mesh = meshes.start()
+        self.layout = read_layout(config.lf, self.mesh)
+        self.ranks = Collectives(self.mesh)
+        self.output = Path(self.args.training.output_dir)
+        self._read_data()
+        self._plan_run()
+        self._find_checkpoint()
+
+    def _roles(self) -> Any:
+        from dataflex_mega.controller import Roles
+        from dataflex_mega.registry import build
+
+        specs = self.ours.roles()
+        self.specs = {kind: spec for kind, spec in specs.items() if spec is not None}
+        return Roles(**{kind: build(kind, spec) for kind, spec in self.specs.items()})
+
+    # -- data ----------------------------------------------------------------------------------------------------
+
+    def _read_data(self) -> None:
+        from dataflex_mega.data.collate import collate
+        from dataflex_mega.data.pool import Domain, Pool
+        from dataflex_mega.lf.data import load_data
+        from dataflex_mega.lf.model import load_tokenizer
+
+        self.tokenizer_module, template = load_tokenizer(self.args)
+        bundle = load_data(self.args, self.tokenizer_module, template)
+        self.pool = Pool(bundle.domains)
+        self.evaluation = {name: Pool([Domain(name or "eval", rows)]) for name, rows in bundle.evaluation.items()}
+        tokenizer = self.tokenizer_module["tokenizer"]
+        packs = self.args.finetuning.stage == "sft" and (self.args.data.packing or self.args.data.neat_packing)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.collate = partial(collate, pad_id=pad, pack_length=self.args.data.cutoff_len if packs else None)
+
+    # -- schedule ------------------------------------------------------------------------------------------------
+
+    def _plan_run(self) -> None:
+        from dataflex_mega.algorithms.base import Domains
+        from dataflex_mega.data.loader import Split
+        from dataflex_mega.data.sampler import Sampler
+        from dataflex_mega.schedule import Budget, Schedule, total_steps
+
+        training, ours = self.args.training, self.ours
+        self.split = Split(
+            self.mesh.dp_rank,
+            self.mesh.dp_size,
+            training.per_device_train_batch_size,
+            training.gradient_accumulation_steps,
+        )
+        selects, mixes = self.roles.selector is not None, self.roles.mixer is not None
+        self.schedule = Schedule(ours.warmup_step, ours.update_step, ours.update_times, repeats=selects)
+        budget = Budget(
+            ours.train_step, training.max_steps, training.num_train_epochs, len(self.pool), self.split.global_batch
+        )
+        self.max_steps = total_steps(budget, self.schedule, selects, mixes)
+        self.sampler = Sampler(self.pool.sizes, self.split.global_batch, self.data_seed)
+        self.domains = Domains(self.pool.names, self.pool.sizes, ours.initial_proportions(self.pool.sizes))
+        window = self.split.global_batch * ours.update_step
+        if selects and window > len(self.pool):
+            raise UserError(
+                f"update_step: {ours.update_step} steps of {self.split.global_batch} samples need {window} chosen samples, "
+                f"the datasets have {len(self.pool)}; at most {len(self.pool) // self.split.global_batch} steps are possible"
+            )
+
+    @property
+    def data_seed(self) -> int:
+        """data_seed, or seed where it is not set."""
+        training = self.args.training
+        return training.seed if training.data_seed is None else training.data_seed
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _find_checkpoint(self) -> None:
+        from dataflex_mega.checkpoint import Checkpointer, discard_all
+        from dataflex_mega.config.identity import identity
+
+        wanted = self.config.lf.get("resume_from_checkpoint")
+        who = identity(self.config, self.split.global_batch, self.pool.fingerprint(), self.specs)
+        keep = self.args.training.save_total_limit
+        self.checkpointer = Checkpointer(self.output, self.ranks, who, keep, tuple(self.ours.resume_ignore))
+        self.resume: Path | None = None
+        if self.mesh.is_main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            if self.config.lf.get("overwrite_output_dir") and not wanted:
+                discard_all(self.output)
+        self.ranks.barrier()
+        if isinstance(wanted, str) and wanted:
+            self.resume = Path(wanted)
+            if not self.resume.is_dir():
+                raise CheckpointError(f"resume_from_checkpoint: {wanted} is not a folder")
+        elif wanted is not False:
+            self.resume, notes = self.checkpointer.latest()
+            self.say(*notes)
+        if self.resume is not None:
+            saved = self.checkpointer.read(self.resume)
+            self.say(f"continuing from {self.resume} at step {saved['step']} of {self.max_steps}")
+
+    def say(self, *lines: str) -> None:
+        """To standard error, once."""
+        if self.mesh.is_main:
+            for line in lines:
+                print(line, file=sys.stderr, flush=True)
+
+    # -- the run -------------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Build the model, train, export."""
+        from dataflex_mega.lf.callbacks import Hooks
+        from dataflex_mega.trainer import Trainer
+
+        engine = self._engine()
+        parts = {
+            "model": engine.model,
+            "processing_class": self.tokenizer_module["tokenizer"],
+            "optimizer": engine.optimizer,
+            "lr_scheduler": engine.scheduler,
+        }
+        delta = self.ours.early_stopping_min_delta
+        loader = self._loader()
+        trainer = Trainer(
+            engine=engine,
+            controller=self._controller(engine),
+            loader=loader,
+            checkpointer=self.checkpointer,
+            hooks=Hooks(self.args, parts, self.max_steps, list(self.ours.callbacks), delta),
+            metrics=self._metrics(),
+            max_steps=self.max_steps,
+            global_batch=self.split.global_batch,
+            samples=len(self.pool),
+            evaluate=partial(self._evaluate, engine) if self.evaluation else None,
+            describe=self.pool.describe,
+        )
+        try:
+            trainer.fit(self.resume)
+        finally:
+            loader.close()
+        self._finish(engine, trainer)
+
+    def _engine(self) -> Any:
+        from dataflex_mega.engines.fsdp.engine import FSDPEngine, Options
+        from dataflex_mega.engines.fsdp.parallel import parallelize, unwrap
+        from dataflex_mega.lf.model import build_model, freeze_gates
+        from dataflex_mega.lf.optim import build_optimizer, build_scheduler
+
+        model = build_model(self.args, self.tokenizer_module["tokenizer"])
+        if self.ours.freeze_gate:
+            freeze_gates(model)
+        module = parallelize(model, self.layout, self.mesh)
+        optimizer = build_optimizer(self.args, unwrap(module))
+        return FSDPEngine(
+            module,
+            optimizer,
+            build_scheduler(self.args, optimizer, self.max_steps),
+            self.mesh,
+            self.layout,
+            Options(
+                domains=len(self.pool.sizes),
+                max_grad_norm=self.args.training.max_grad_norm,
+                lookahead=self.ours.lookahead,
+                normalization=self.ours.loss_normalization,
+                on_nan=self.ours.nan_loss,
+            ),
+        )
+
+    def _scorer(self, engine: Any, pool: Any) -> Any:
+        from dataflex_mega.signals.scorer import Scorer
+
+        size = self.ours.score_batch_size or self.args.training.per_device_eval_batch_size
+        return Scorer(pool, self.collate, engine.sample_losses, size, self.mesh.dp_rank, self.mesh.dp_size)
+
+    def _controller(self, engine: Any) -> Any:
+        from dataflex_mega.controller import Controller
+
+        return Controller(
+            self.roles,
+            self.domains,
+            self.schedule,
+            self.sampler,
+            self.ranks,
+            self._scorer(engine, self.pool),
+            self.split.global_batch,
+            self.max_steps,
+            self.data_seed,
+        )
+
+    def _loader(self) -> Any:
+        from dataflex_mega.data.loader import Loader
+
+        workers = max(1, self.args.training.dataloader_num_workers)
+        return Loader(self.pool, self.sampler, self.split, self.collate, self.ours.prefetch, workers)
+
+    def _metrics(self) -> Any:
+        from dataflex_mega.metrics import Metrics
+
+        writer, bar = None, None
+        if self.mesh.is_main and self.ours.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(self.args.training.logging_dir or self.output / "runs"))
+        if self.mesh.is_main and not self.args.training.disable_tqdm:
+            from dataflex_mega.progress import Bar
+
+            bar = Bar(every=max(1, int(self.args.training.logging_steps)))
+        cache = getattr(self.roles.selector, "cache_dir", None)
+        mixer = type(self.roles.mixer).__name__.lower() if self.roles.mixer is not None else None
+        return Metrics(
+            self.output,
+            self.pool.names,
+            self.max_steps,
+            writes=self.mesh.is_main,
+            mixer_name=mixer,
+            selection_folder=Path(cache) if cache else self.output / "selections",
+            tensorboard=writer,
+            bar=bar,
+        )
+
+    def _evaluate(self, engine: Any) -> dict[str, float]:
+        """Token-mean loss of each evaluation set, under Trainer's names."""
+        from dataflex_mega.signals.scorer import evaluate
+
+        found = {}
+        for name, pool in self.evaluation.items():
+            loss, tokens = (self.ranks.sum(part).sum() for part in evaluate(self._scorer(engine, pool)))
+            found[f"eval_{name}_loss" if name else "eval_loss"] = float(loss / tokens.clamp(min=1))
+        return found
+
+    def _finish(self, engine: Any, trainer: Any) -> None:
+        """The model in Hugging Face layout, and pictures."""
+        engine.export(self.output)
+        if not self.mesh.is_main:
+            return
+        from dataflex_mega.plots import plot_run
+
+        self.tokenizer_module["tokenizer"].save_pretrained(self.output)
+        if self.args.finetuning.plot_loss:
+            trainer.hooks.plot_loss()
+        pictures = plot_run(self.output)
+        self.say(f"done: {self.max_steps} steps; model and logs in {self.output}", *(f"plot: {p}" for p in pictures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

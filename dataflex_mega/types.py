@@ -1,0 +1,145 @@
+"""The data that flows through a step. Plain values: no process group, no model, no file is known here.
+
+Shapes: b rows of a micro-batch, S positions of a row, n samples of a micro-batch (n > b when rows are packed),
+G samples of a global batch, k domains, N samples of the pool.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # a label that carries no loss
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one data-parallel rank. Labels are already shifted: labels[r, s] is what follows position s."""
+
+    input_ids: Tensor  # [b, S] int64
+    labels: Tensor  # [b, S] int64, IGNORED where there is no target
+    segment: Tensor  # [b, S] int64, index into `sample_id` of the sample a position belongs to, -1 on padding
+    position_ids: Tensor  # [b, S] int64, counted from each sample's own start
+    sample_id: Tensor  # [n] int64, global ids of the pool
+    domain: Tensor  # [n] int64
+    packed: bool = False  # whether some row holds more than one sample, so attention needs the segments
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        moved = {name: value.to(device, non_blocking=True) for name, value in self.tensors().items()}
+        return Batch(**moved, packed=self.packed)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensor fields by name."""
+        names = ("input_ids", "labels", "segment", "position_ids", "sample_id", "domain")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class SampleObs:
+    """What is known of samples after their forward pass. No gradient flows through any of it."""
+
+    sample_id: Tensor  # [n] int64
+    domain: Tensor  # [n] int64
+    loss_sum: Tensor  # [n] float32, summed over the sample's target tokens
+    tokens: Tensor  # [n] int64, number of target tokens
+
+    @property
+    def loss(self) -> Tensor:
+        """[n] float32: mean loss of a sample's target tokens; 0 for a sample without targets."""
+        return self.loss_sum / self.tokens.clamp(min=1)
+
+
+Weigh = Callable[[SampleObs], Tensor]
+"""Samples of one rank -> their weights, [n] float32, no gradient, mean 1 over all samples of the step (or micro-step)."""
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Additive sums of one optimizer step over all ranks and micro-batches, equal on every rank."""
+
+    loss: float  # the objective that was differentiated: sum(w * token loss) / count
+    grad_norm: float  # before clipping
+    domain_loss: Tensor  # [k] float64, unweighted token-loss sums
+    domain_tokens: Tensor  # [k] float64, target tokens
+    domain_samples: Tensor  # [k] float64
+    tokens: int  # all tokens of the step, padding left out
+    weights: WeightStats | None = None  # None when no weighter ran
+
+    @property
+    def mean_loss(self) -> float:
+        """Unweighted mean loss of the step's target tokens."""
+        return float(self.domain_loss.sum() / self.domain_tokens.sum().clamp(min=1))
+
+
+@dataclass(frozen=True)
+class WeightStats:
+    """How uneven the sample weights of a step were."""
+
+    entropy: float  # of w / sum(w), divided by log n: 1 is uniform, 0 is one sample
+    minimum: float
+    maximum: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to draw from step `start` on. Equal on every rank; small, except for `chosen`.
+
+    `cursor` counts what each domain has given before `start` (of the pool, or of `chosen` when that is set) and `credit`
+    is what the proportions still owe it (target minus drawn, in samples), so a plan continues the one before it exactly.
+    """
+
+    start: int
+    proportions: tuple[float, ...]  # [k], sums to 1
+    cursor: tuple[int, ...]  # [k]
+    credit: tuple[float, ...]  # [k], sums to 0
+    chosen: Tensor | None = None  # [m] int64 sorted global ids, duplicates allowed; None means the whole pool
+    pool_cursor: tuple[int, ...] = ()  # [k], kept while `chosen` is served
+    loss_weights: tuple[float, ...] | None = None  # [k], optional domain weights of the loss, from the mixer
+    phase: str = "train"  # "warmup" before the first update of a cycle, for the log
+
+    def digest(self) -> str:
+        """A hash of everything that decides what is drawn; ranks compare it."""
+        sha = hashlib.sha256()
+        floats = (self.proportions, self.credit, self.loss_weights or ())
+        sha.update(repr((self.start, self.cursor, self.pool_cursor)).encode())
+        sha.update(repr([[float(x).hex() for x in group] for group in floats]).encode())
+        if self.chosen is not None:
+            sha.update(self.chosen.contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class SignalTable:
+    """What a selector sees of candidates: one row a candidate. Only the signals it asked for are there."""
+
+    sample_id: Tensor  # [n] int64
+    domain: Tensor  # [n] int64
+    signals: dict[str, Tensor] = field(default_factory=dict)  # name -> [n] or [n, S]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.signals[name]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When a re-plan happens."""
+
+    step: int  # optimizer steps done
+    total_steps: int
+    update: int  # 0 for the first re-plan
+    seed: int
+
+
+@dataclass
+class TrainState:
+    """The loop's own variables."""
+
+    step: int
+    plan: Plan
+    tokens_seen: int = 0
+    samples_seen: int = 0

@@ -1,0 +1,36 @@
+"""1, 2 and 4 real processes, every accumulation split, DDP and FSDP2, full and LoRA: one answer."""
+
+import pytest
+import torch
+
+from dataflex_mega.distributed.testing import run_processes
+from tests.distributed.layouts import run_cases
+
+WEIGHED = {
+    1: [("single", 8, False), ("single", 2, False), ("single", 4, True), ("fsdp2", 8, False)],
+    2: [("ddp", 4, False), ("ddp", 1, True), ("fsdp2", 2, False)],
+    4: [("ddp", 1, False), ("fsdp2", 2, False)],
+}
+
+
+def cases_of(world):
+    return [
+        {"mode": mode, "micro": micro, "pack": pack, "lora": lora}
+        for lora in (False, True)
+        for mode, micro, pack in WEIGHED[world]
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    alone = [{"mode": "single", "micro": 8, "lora": lora} for lora in (False, True)]
+    return dict(zip((False, True), map(torch.tensor, run_processes(run_cases, 1, alone)[0]), strict=True))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_layout_gives_the_same_losses_norms_and_sums(expected, world):
+    cases = cases_of(world)
+    found = run_processes(run_cases, world, cases)
+    assert all(rank == found[0] for rank in found), "all ranks see the same sums"
+    for case, steps in zip(cases, found[0], strict=True):
+        torch.testing.assert_close(torch.tensor(steps), expected[case["lora"]], rtol=1e-5, atol=1e-7, msg=str(case))

@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+
+from dataflex_mega.data.pool import Domain, Pool
+from dataflex_mega.errors import DataError
+
+
+class ListRows:
+    def __init__(self, rows):
+        self.rows = [np.asarray(r, dtype=np.int64) for r in rows]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def fetch(self, rows):
+        return [(self.rows[r], self.rows[r]) for r in rows]
+
+
+def pool(*sizes):
+    return Pool([Domain(f"d{d}", ListRows([[d, r, r] for r in range(n)])) for d, n in enumerate(sizes)])
+
+
+def test_ids_say_domain_and_row():
+    made = pool(3, 1, 4)
+    domain, row = made.locate(np.arange(8))
+    assert domain.tolist() == [0, 0, 0, 1, 2, 2, 2, 2] and row.tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
+    assert made.describe(6) == "d2 row 2" and len(made) == 8
+
+
+def test_fetch_keeps_the_order_asked_for_and_repeats():
+    fetched = pool(3, 1, 4).fetch(np.array([7, 0, 3, 7]))
+    assert [(s.sample_id, s.domain, s.input_ids.tolist()) for s in fetched] == [
+        (7, 2, [2, 3, 3]), (0, 0, [0, 0, 0]), (3, 1, [1, 0, 0]), (7, 2, [2, 3, 3]),
+    ]  # fmt: skip
+
+
+def test_fingerprint_notices_another_size_and_other_content():
+    first = pool(3, 5).fingerprint()
+    assert first == pool(3, 5).fingerprint()
+    assert first["d1"] != pool(3, 6).fingerprint()["d1"] and first["d0"] == pool(3, 6).fingerprint()["d0"]
+    changed = pool(3, 5)
+    changed.domains[1].rows.rows[4][1] = 99
+    assert changed.fingerprint()["d1"] != first["d1"]
+
+
+@pytest.mark.parametrize("domains", [[], [Domain("hollow", ListRows([]))]])
+def test_nothing_to_draw_is_a_user_error(domains):
+    with pytest.raises(DataError, match="hollow|at least one"):
+        Pool(domains)

@@ -1,0 +1,142 @@
+"""Checkpoints with a small fake engine: what survives, what is refused, what a kill leaves."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dataflex_mega.checkpoint import Checkpointer, discard_all, truncate_log
+from dataflex_mega.errors import CheckpointError
+from dataflex_mega.types import Plan, TrainState
+
+
+class Alone:
+    """Collectives of one process."""
+
+    mesh = SimpleNamespace(rank=0, world=1)
+
+    def barrier(self):
+        pass
+
+    def gather_objects(self, value):
+        return [value]
+
+    def share_main(self, value):
+        return value
+
+
+class FakeEngine:
+    def __init__(self, value):
+        self.value = torch.full((3,), float(value))
+
+    def save_state(self, folder):
+        save_file({"value": self.value}, folder / "part.safetensors")
+
+    def load_state(self, folder):
+        self.value = load_file(folder / "part.safetensors")["value"]
+
+    def rng_state(self):
+        return {"cpu": torch.get_rng_state()}
+
+    def set_rng_state(self, state):
+        torch.set_rng_state(state["cpu"])
+
+
+def checkpointer(folder, keep=None, accept=(), **identity):
+    return Checkpointer(folder, Alone(), {"seed": 1, "global_batch_size": 8, **identity}, keep, accept)
+
+
+def state(step, chosen=None):
+    plan = Plan(step, (0.25, 0.75), (3, 9), (0.5, -0.5), chosen=chosen, pool_cursor=(1, 2), loss_weights=(0.1 + 0.2, 1.0))
+    return TrainState(step, plan, tokens_seen=1000 * step, samples_seen=8 * step)
+
+
+EXTRA = {"controller": {"mixer": {"rewards": torch.tensor([0.1, 0.2], dtype=torch.float64), "t": 3}}, "hooks": {"log": [1.5]}}
+
+
+def test_state_plan_and_tensors_come_back_exactly(tmp_path):
+    before = state(5, torch.tensor([4, 4, 9]))
+    torch.manual_seed(7)
+    checkpointer(tmp_path).save(before, FakeEngine(5), EXTRA)
+    drawn = torch.rand(3)
+    engine = FakeEngine(0)
+    path, notes = checkpointer(tmp_path).latest()
+    after, extra = checkpointer(tmp_path).restore(path, engine)
+    assert notes == [] and path.name == "checkpoint-5"
+    assert after.plan.digest() == before.plan.digest() and after.plan.loss_weights == before.plan.loss_weights
+    assert (after.step, after.tokens_seen, after.samples_seen) == (5, 5000, 40)
+    assert torch.equal(engine.value, torch.full((3,), 5.0))
+    assert torch.equal(extra["controller"]["mixer"]["rewards"], EXTRA["controller"]["mixer"]["rewards"])
+    assert extra["controller"]["mixer"]["rewards"].dtype == torch.float64
+    assert torch.equal(torch.rand(3), drawn), "the random generator continues where it was"
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "no manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, damage):
+    for step in (5, 10):
+        checkpointer(tmp_path).save(state(step), FakeEngine(step), EXTRA)
+    part = tmp_path / "checkpoint-10" / "engine" / "part.safetensors"
+    manifest = tmp_path / "checkpoint-10" / "manifest.json"
+    if damage == "flip":
+        content = bytearray(part.read_bytes())
+        content[-1] ^= 1
+        part.write_bytes(bytes(content))
+    elif damage == "truncate":
+        part.write_bytes(part.read_bytes()[:-3])
+    elif damage == "remove":
+        part.unlink()
+    elif damage == "manifest":
+        manifest.write_text("{")
+    else:
+        manifest.unlink()
+    path, notes = checkpointer(tmp_path).latest()
+    assert path.name == "checkpoint-5"
+    assert len(notes) == 1 and "checkpoint-10" in notes[0] and ("part.safetensors" in notes[0] or "manifest" in notes[0])
+
+
+def test_a_kill_while_writing_leaves_the_older_one(tmp_path):
+    checkpointer(tmp_path).save(state(5), FakeEngine(5), EXTRA)
+
+    class Killed(FakeEngine):
+        def save_state(self, folder):
+            super().save_state(folder)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpointer(tmp_path).save(state(10), Killed(10), EXTRA)
+    assert checkpointer(tmp_path).latest()[0].name == "checkpoint-5"
+    checkpointer(tmp_path).save(state(10), FakeEngine(10), EXTRA)
+    assert checkpointer(tmp_path).latest()[0].name == "checkpoint-10"
+    assert not list(tmp_path.glob(".writing*"))
+
+
+def test_another_run_is_refused_with_the_difference_unless_accepted(tmp_path):
+    checkpointer(tmp_path).save(state(5), FakeEngine(5), EXTRA)
+    path = tmp_path / "checkpoint-5"
+    with pytest.raises(CheckpointError, match="global_batch_size: 8 there, 16 here"):
+        checkpointer(tmp_path, global_batch_size=16).read(path)
+    with pytest.raises(CheckpointError, match="weighter: null there"):
+        checkpointer(tmp_path, weighter={"name": "loss"}).read(path)
+    accepted = checkpointer(tmp_path, accept=("global_batch_size",), global_batch_size=16)
+    assert accepted.read(path)["step"] == 5
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 3, 10):
+        checkpointer(tmp_path, keep=2).save(state(step), FakeEngine(step), EXTRA)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-3"]
+    assert discard_all(tmp_path) == 2 and checkpointer(tmp_path).latest() == (None, [])
+
+
+def test_a_folder_of_another_program_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"state\.json is missing"):
+        checkpointer(tmp_path).read(tmp_path)
+
+
+def test_log_lines_after_the_checkpoint_are_dropped(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3, 4)) + '{"step": 5, "lo')
+    truncate_log(log, 3)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]
