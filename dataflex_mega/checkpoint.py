@@ -271,5 +271,3 @@ def _lower_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, list):
         return [_lower_tensors(item, tensors) for item in value]
     return value
-
-

@@ -22,6 +22,7 @@ class Planner(Protocol):
 
     def next_plan(self, previous: Plan | None, step: int, proportions: Any, **rest: Any) -> Plan: ...
     def drawn(self, plan: Plan, step: int) -> np.ndarray: ...
+    def advance(self, plan: Plan, step: int) -> Plan: ...
 
 
 class Ranks(Protocol):
@@ -107,7 +108,7 @@ class Controller:
         replans = self.roles.selector is not None or self.roles.mixer is not None
         if replans and (self.schedule.is_update(state.step) or self._restarts_warmup(state)):
             return True
-        return state.plan.chosen is None and state.step - state.plan.start >= MAX_PLAN_STEPS
+        return state.step - state.plan.start >= MAX_PLAN_STEPS
 
     def _restarts_warmup(self, state: TrainState) -> bool:
         return self.roles.selector is not None and state.step > 0 and self.schedule.starts_warmup(state.step)
@@ -121,10 +122,11 @@ class Controller:
     def _make_plan(self, state: TrainState) -> Plan:
         step, old = state.step, state.plan
         if self._restarts_warmup(state):
-            return self.sampler.next_plan(old, step, old.proportions, phase="warmup")
-        if not self.schedule.is_update(step):  # only long: the same plan, from here on
-            kept = {"chosen": old.chosen, "loss_weights": old.loss_weights, "phase": old.phase}
-            return self.sampler.next_plan(old, step, old.proportions, **kept)
+            # Without a mixer the old proportions are those of the selection, not of the pool.
+            proportions = self.domains.initial if self.roles.mixer is None else old.proportions
+            return self.sampler.next_plan(old, step, proportions, phase="warmup")
+        if not self.schedule.is_update(step):
+            return self.sampler.advance(old, step)
         clock = Clock(step, self.total_steps, self.schedule.update_number(step), self.seed)
         proportions, loss_weights = None, None
         if self.roles.mixer is not None:

@@ -137,7 +137,9 @@ class Metrics:
         logs = {"loss": w.loss / max(w.steps, 1), "grad_norm": w.grad_norm, "learning_rate": self.rate}
         if self.writes:
             self._scalars(state.step, {f"train/{name}": value for name, value in logs.items()})
-            self._scalars(state.step, {"train/tokens_per_second": w.tokens / spent, "train/tokens_seen": state.tokens_seen})
+            self._scalars(
+                state.step, {"train/tokens_per_second": w.tokens / spent, "train/tokens_seen": state.tokens_seen}
+            )
             self._scalars(state.step, {f"seconds/{name}": value / max(w.steps, 1) for name, value in w.seconds.items()})
             self._scalars(state.step, self._domain_scalars(state.plan))
             if self.last is not None and self.last.weights is not None:

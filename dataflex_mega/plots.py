@@ -43,7 +43,9 @@ def _plot_proportions(rows: list[dict[str, Any]], target: Path) -> Path:
         planned = [row["proportions"][name] for row in rows]
         axes.plot(steps, planned, color=f"C{number}", label=name)
         axes.plot(steps, _smooth(share, width), color=f"C{number}", alpha=0.35, linestyle="--")
-    axes.set(xlabel="step", ylabel="share of samples", title="Mixture: planned (solid) and drawn (dashed)", ylim=(0, None))
+    axes.set(
+        xlabel="step", ylabel="share of samples", title="Mixture: planned (solid) and drawn (dashed)", ylim=(0, None)
+    )
     axes.legend()
     figure.savefig(target, dpi=120)
     return target

@@ -25,7 +25,13 @@ class Bar:
         self.total = total
         if not sys.stderr.isatty():
             return
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
         self.progress = Progress(*columns, console=self.console)
         self.task = self.progress.add_task("train", total=total, completed=step, text="")
         self.progress.start()

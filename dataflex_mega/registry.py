@@ -48,9 +48,9 @@ def available(kind: str) -> list[str]:
 
 
 def load_class(kind: str, name: str) -> type[Algorithm]:
-    """The class a name stands for. Raises ConfigError when there is none or it does not keep the contract of its kind."""
+    """The class a name stands for. Raises ConfigError when there is none or it breaks the contract of its kind."""
     if ":" in name:
-        found = _plug_in(kind, name)
+        found: type = _plug_in(kind, name)
     elif name in available(kind):
         found = _only_class(kind, name)
     else:
@@ -58,8 +58,7 @@ def load_class(kind: str, name: str) -> type[Algorithm]:
         near = did_you_mean(name, names)
         hint = f"{near}; available: {', '.join(names)}, or a plug-in as package.module:Class"
         raise ConfigError(f"{kind}: no {kind} is called {name!r}{hint}")
-    _check_contract(kind, name, found)
-    return found
+    return _checked(kind, name, found)
 
 
 def parameters(kind: str, name: str) -> dict[str, Parameter]:
@@ -152,7 +151,7 @@ def _only_class(kind: str, name: str) -> type[Algorithm]:
     return found[0]
 
 
-def _plug_in(kind: str, name: str) -> type[Algorithm]:
+def _plug_in(kind: str, name: str) -> type:
     module_name, _, class_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -165,7 +164,7 @@ def _plug_in(kind: str, name: str) -> type[Algorithm]:
     return found
 
 
-def _check_contract(kind: str, name: str, cls: type) -> None:
+def _checked(kind: str, name: str, cls: type) -> type[Algorithm]:
     contract = CONTRACTS[kind]
     if not issubclass(cls, contract):
         raise ConfigError(f"{kind}: {name} must be a subclass of {contract.__module__}.{contract.__name__}")
@@ -173,6 +172,7 @@ def _check_contract(kind: str, name: str, cls: type) -> None:
         raise ConfigError(f"{kind}: {name} must be decorated with @dataclass; its fields are its parameters")
     if inspect.isabstract(cls):
         raise ConfigError(f"{kind}: {name} lacks {', '.join(sorted(cls.__abstractmethods__))}")
+    return cls
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class _MismatchError(Exception):
 
 
 def _fit(value: Any, hint: Any) -> Any:
-    """The value as the annotation wants it (an int for float becomes a float, a list for tuple a tuple), or _MismatchError."""
+    """The value as the annotation wants it (int to float, list to tuple), or _MismatchError."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value

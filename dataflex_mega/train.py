@@ -1,4 +1,4 @@
-"""Entry of `torchrun -m dataflex_mega.train cfg.yaml [key=value ...]`: parse -> build -> fit. The one place that wires parts."""
+"""`torchrun -m dataflex_mega.train cfg.yaml [key=value ...]`: parse -> build -> fit. The one place that wires parts."""
 
 from __future__ import annotations
 

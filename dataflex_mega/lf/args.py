@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,9 @@ def keys() -> dict[str, str]:
 
     classes = (ModelArguments, DataArguments, TrainingArguments, FinetuningArguments, GeneratingArguments)
     return {
-        field.name: str(getattr(field.type, "__name__", field.type)) if isinstance(field.type, type) else str(field.type)
+        field.name: str(getattr(field.type, "__name__", field.type))
+        if isinstance(field.type, type)
+        else str(field.type)
         for cls in classes
         for field in dataclasses.fields(cls)
         if field.init
@@ -62,16 +65,24 @@ def parse(lf: dict[str, Any]) -> LFArgs:
     Raises ConfigError with LLaMA-Factory's or transformers' own words when a value is refused.
     """
     ensure_importable()
+    import datasets
     from llamafactory.hparams import get_train_args
+    from transformers.utils import logging as hf_logging
 
     if "RANK" not in os.environ:
         lf = {key: value for key, value in lf.items() if key != "ddp_backend"}  # it would wait for a process group
     try:
-        return LFArgs(*get_train_args(dict(lf)))
+        parsed = LFArgs(*get_train_args(dict(lf)))
     except UserError:
         raise
     except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
         raise ConfigError(first_line(error)) from error
+    if not sys.stderr.isatty():
+        hf_logging.disable_progress_bar()
+        datasets.disable_progress_bars()  # in a log file every frame of a bar is a line
+    if "log_level" not in lf:
+        hf_logging.set_verbosity_warning()  # LLaMA-Factory has just set it to info, which prints every configuration file
+    return parsed
 
 
 def first_line(error: BaseException) -> str:

@@ -24,7 +24,9 @@ def load_callbacks(names: list[str]) -> list[Any]:
         try:
             cls = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(f"callbacks: {name!r} cannot be loaded: {error}; expected package.module:Class") from error
+            raise ConfigError(
+                f"callbacks: {name!r} cannot be loaded: {error}; expected package.module:Class"
+            ) from error
         if not (isinstance(cls, type) and issubclass(cls, TrainerCallback)):
             raise ConfigError(f"callbacks: {name!r} is not a transformers.TrainerCallback")
         made.append(cls())
@@ -75,7 +77,9 @@ class Hooks:
 
     def log(self, logs: dict[str, float]) -> None:
         """Scalars under Hugging Face's names (loss, grad_norm, learning_rate, eval_loss)."""
-        self.state.log_history.append({**logs, "epoch": round(self.state.epoch or 0.0, 4), "step": self.state.global_step})
+        self.state.log_history.append(
+            {**logs, "epoch": round(self.state.epoch or 0.0, 4), "step": self.state.global_step}
+        )
         self.control = self.handler.on_log(self.args, self.state, self.control, dict(logs))
 
     def evaluated(self, metrics: dict[str, float]) -> Any:
@@ -113,9 +117,7 @@ class Hooks:
         """What survives a restart: the log history and what callbacks export."""
         from transformers.trainer_callback import ExportableState
 
-        exported = {
-            type(c).__name__: c.state() for c in self.handler.callbacks if isinstance(c, ExportableState)
-        }
+        exported = {type(c).__name__: c.state() for c in self.handler.callbacks if isinstance(c, ExportableState)}
         return {
             "log_history": self.state.log_history,
             "best_metric": self.state.best_metric,

@@ -51,6 +51,7 @@ def ensure_importable() -> None:
     # These switch LLaMA-Factory to another argument class at import time; here they only choose our engine.
     for name in ("USE_MCA", "USE_MEGATRON_BRIDGE", "ALLOW_EXTRA_ARGS"):
         os.environ.pop(name, None)
+    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
     if "torchvision" not in sys.modules and not works("torchvision"):
         sys.modules["torchvision"] = None  # type: ignore[assignment]  # find_spec now answers "not installed"
     if "torchaudio" not in sys.modules and not works("torchaudio"):

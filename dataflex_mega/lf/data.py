@@ -7,7 +7,9 @@ rows it takes leave their domains.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,10 +132,12 @@ class _Loader:
         alone.dataset, alone.eval_dataset, alone.val_size = [name], None, 0.0
         if self.args.finetuning.stage == "sft":
             alone.packing = alone.neat_packing = False  # rows are packed when a batch is made, so that ids survive
-        quiet = copy.copy(self.args.training)
         stage = self.args.finetuning.stage
         try:
-            data = get_dataset(self.template, self.args.model, alone, quiet, stage=stage, **self.tokenizer_module)
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints an example of every dataset, token by token
+                data = get_dataset(
+                    self.template, self.args.model, alone, self.args.training, stage=stage, **self.tokenizer_module
+                )
         except (DatasetGenerationError, ValueError, KeyError, RuntimeError, StopIteration, TypeError) as error:
             raise DataError(f"dataset {name!r}: {diagnose(name, self.args.data.dataset_dir, error)}") from error
         rows = data["train_dataset"]
@@ -171,7 +175,8 @@ def _split(domains: list[Any], args: LFArgs) -> tuple[list[Any], Any]:
     from llamafactory.data import split_dataset
 
     marked = [
-        data.add_column(DOMAIN, [d] * len(data)).add_column(ROW, list(range(len(data)))) for d, data in enumerate(domains)
+        data.add_column(DOMAIN, [d] * len(data)).add_column(ROW, list(range(len(data))))
+        for d, data in enumerate(domains)
     ]
     try:
         train, held_out = split_dataset(concatenate_datasets(marked), None, args.data, seed=args.training.seed)

@@ -30,7 +30,9 @@ def build_engine(mesh, mode, lora=False, **options):
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(1)
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian"))
+        model = get_peft_model(
+            model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
+        )
     layout = Layout(mode)
     module = parallelize(model, layout, mesh)
     trained = [p for p in unwrap(module).parameters() if p.requires_grad]
@@ -79,5 +81,7 @@ def run_steps(mesh, case, steps=4):
     found = []
     for step in range(steps):
         stats = engine.train_step(micro_batches(mesh, step, case["micro"], case.get("pack", False)), weigh)
-        found.append([stats.loss, stats.mean_loss, stats.grad_norm, *stats.domain_loss.tolist(), *stats.domain_tokens.tolist()])
+        found.append(
+            [stats.loss, stats.mean_loss, stats.grad_norm, *stats.domain_loss.tolist(), *stats.domain_tokens.tolist()]
+        )
     return found

@@ -49,11 +49,16 @@ def checkpointer(folder, keep=None, accept=(), **identity):
 
 
 def state(step, chosen=None):
-    plan = Plan(step, (0.25, 0.75), (3, 9), (0.5, -0.5), chosen=chosen, pool_cursor=(1, 2), loss_weights=(0.1 + 0.2, 1.0))
+    plan = Plan(
+        step, (0.25, 0.75), (3, 9), (0.5, -0.5), chosen=chosen, pool_cursor=(1, 2), loss_weights=(0.1 + 0.2, 1.0)
+    )
     return TrainState(step, plan, tokens_seen=1000 * step, samples_seen=8 * step)
 
 
-EXTRA = {"controller": {"mixer": {"rewards": torch.tensor([0.1, 0.2], dtype=torch.float64), "t": 3}}, "hooks": {"log": [1.5]}}
+EXTRA = {
+    "controller": {"mixer": {"rewards": torch.tensor([0.1, 0.2], dtype=torch.float64), "t": 3}},
+    "hooks": {"log": [1.5]},
+}
 
 
 def test_state_plan_and_tensors_come_back_exactly(tmp_path):
@@ -93,7 +98,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, dama
         manifest.unlink()
     path, notes = checkpointer(tmp_path).latest()
     assert path.name == "checkpoint-5"
-    assert len(notes) == 1 and "checkpoint-10" in notes[0] and ("part.safetensors" in notes[0] or "manifest" in notes[0])
+    assert (
+        len(notes) == 1 and "checkpoint-10" in notes[0] and ("part.safetensors" in notes[0] or "manifest" in notes[0])
+    )
 
 
 def test_a_kill_while_writing_leaves_the_older_one(tmp_path):

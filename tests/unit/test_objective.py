@@ -38,7 +38,9 @@ def sample_loss_by_hand(model, sample):
     """Sum of cross-entropies of the sample's own next tokens."""
     ids, labels = torch.from_numpy(sample.input_ids), torch.from_numpy(sample.labels)
     logits = model(ids)[:-1]
-    return F.cross_entropy(logits, labels[1:], ignore_index=IGNORED, reduction="sum"), int((labels[1:] != IGNORED).sum())
+    return F.cross_entropy(logits, labels[1:], ignore_index=IGNORED, reduction="sum"), int(
+        (labels[1:] != IGNORED).sum()
+    )
 
 
 @pytest.mark.parametrize("pack", [None, 16, 64])

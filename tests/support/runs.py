@@ -1,0 +1,85 @@
+"""Whole training runs, several in one set of processes: importing LLaMA-Factory costs more than a tiny run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from pathlib import Path
+
+import torch.multiprocessing as mp
+import yaml
+
+from dataflex_mega.distributed.testing import free_port
+
+
+def base(folder, **keys):
+    """A pre-training run on the three domains; `keys` change it."""
+    config = {
+        "model_name_or_path": str(folder / "model"),
+        "stage": "pt",
+        "dataset_dir": str(folder / "data"),
+        "dataset": "code,prose,tables",
+        "cutoff_len": 32,
+        "finetuning_type": "full",
+        "output_dir": str(folder / "out" / "run"),
+        "max_steps": 6,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "learning_rate": 1.0e-2,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "disable_gradient_checkpointing": True,
+        "tensorboard": False,
+        "seed": 3,
+    }
+    config.update(keys)
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def train_many(world, configs, plain=False):
+    """Train each configuration in `world` processes -> [(exit status, standard error of rank 0)].
+
+    `plain`: one process without torchrun's variables.
+    """
+    ports = [free_port() for _ in configs]
+    queue = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_process, (world, ports, configs, plain, queue), nprocs=world, join=True)
+    return queue.get()
+
+
+def _process(rank, world, ports, configs, plain, queue):
+    found = []
+    for port, config in zip(ports, configs, strict=True):
+        if not plain:
+            os.environ.update(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
+            )  # fmt: skip
+        found.append(train_here(config))
+    if rank == 0:
+        queue.put(found)
+
+
+def train_here(config):
+    """Train in this process -> (exit status, standard error)."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    from dataflex_mega.train import main
+
+    AcceleratorState._reset_state(True)  # what a fresh process has: it remembers the process group of the last run
+    PartialState._reset_state()
+    output = Path(config["output_dir"])
+    output.mkdir(parents=True, exist_ok=True)
+    path = output.parent / f"{output.name}.{os.environ.get('RANK', '0')}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    heard = io.StringIO()
+    with contextlib.redirect_stderr(heard):
+        status = main([str(path)])
+    return status, heard.getvalue()
+
+
+def rows(config, name="metrics.jsonl"):
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (Path(config["output_dir"]) / name).read_text().splitlines()]

@@ -1,0 +1,57 @@
+"""Small inputs that tests of algorithms share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from dataflex_mega.algorithms.base import Domains
+from dataflex_mega.types import Clock, SampleObs, SignalTable, StepStats
+
+DOMAINS = Domains(names=("web", "wiki", "code"), sizes=(40, 10, 25), initial=(0.5, 0.3, 0.2))
+
+
+def clock(step: int = 10) -> Clock:
+    return Clock(step=step, total_steps=100, update=1, seed=3)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def observed(losses: list[float] | torch.Tensor, tokens: int = 4) -> SampleObs:
+    """Samples with these mean losses over `tokens` tokens each."""
+    losses = torch.as_tensor(losses, dtype=torch.float32)
+    count = torch.full((len(losses),), tokens)
+    ids = torch.arange(len(losses))
+    return SampleObs(sample_id=ids, domain=ids % 3, loss_sum=losses * tokens, tokens=count)
+
+
+def stats(mean_losses: Mapping[int, float], domains: int = 3, tokens: float = 8.0) -> StepStats:
+    """A step in which only these domains had tokens."""
+    counts = torch.tensor([tokens if d in mean_losses else 0.0 for d in range(domains)], dtype=torch.float64)
+    sums = torch.tensor([mean_losses.get(d, 0.0) * tokens for d in range(domains)], dtype=torch.float64)
+    return StepStats(
+        loss=1.0,
+        grad_norm=1.0,
+        domain_loss=sums,
+        domain_tokens=counts,
+        domain_samples=counts / 4,
+        tokens=int(counts.sum()),
+    )
+
+
+def table(needs: frozenset[str], rows: int = 75) -> SignalTable:
+    """Candidates with a random value for every signal asked for."""
+    ids = torch.arange(rows)
+    values = {name: torch.rand(rows, generator=generator(len(name))) * 3 for name in sorted(needs)}
+    return SignalTable(sample_id=ids, domain=ids % 3, signals=values)
+
+
+def softmax(values: list[float]) -> list[float]:
+    """Plain Python, as an independent formula."""
+    top = max(values)
+    powers = [math.exp(v - top) for v in values]
+    return [p / sum(powers) for p in powers]

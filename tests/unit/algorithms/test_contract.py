@@ -1,0 +1,151 @@
+"""What every algorithm owes, checked for each one that the registry finds. A new file is tested here without an edit."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from dataflex_mega.algorithms.base import Algorithm, Mixer, Selector, Weighter
+from dataflex_mega.registry import available, build, load_class
+from dataflex_mega.types import SampleObs
+from tests.unit.algorithms.examples import DOMAINS, clock, generator, observed, stats, table
+
+SPECS: dict[str, dict[str, Any]] = {}  # "kind.name" -> parameters an algorithm cannot do without
+
+ALL = [(kind, name) for kind in ("selector", "mixer", "weighter") for name in available(kind)]
+SELECTORS, MIXERS, WEIGHTERS = ([n for k, n in ALL if k == kind] for kind in ("selector", "mixer", "weighter"))
+
+
+def made(kind: str, name: str) -> Any:
+    algorithm = build(kind, {"name": name, **SPECS.get(f"{kind}.{name}", {})})
+    algorithm.setup(DOMAINS)
+    return algorithm
+
+
+def plain(state: Any) -> Any:
+    """A state as a checkpoint brings it back: tensors as they are, everything else through JSON."""
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    return {**json.loads(json.dumps({k: v for k, v in state.items() if k not in tensors})), **tensors}
+
+
+def feed(mixer: Mixer, first: int, last: int) -> None:
+    for step in range(first, last):
+        losses = {d: 1.0 + ((step * 7 + d * 3) % 5) / 3 for d in range(3) if (step + d) % 4}
+        mixer.observe(stats(losses), (0.5, 0.3, 0.2), step)
+
+
+def test_the_first_algorithms_are_there() -> None:
+    assert {("selector", "random"), ("selector", "loss"), ("weighter", "loss")} <= set(ALL)
+    assert {("mixer", "static"), ("mixer", "random"), ("mixer", "odm")} <= set(ALL)
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL)
+def test_class_says_what_it_is(kind: str, name: str) -> None:
+    cls = load_class(kind, name)
+    assert issubclass(cls, Algorithm) and (cls.__doc__ or "").strip()
+    assert "Args:" in (cls.__doc__ or "")
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_selector_chooses_the_count_from_its_candidates(name: str) -> None:
+    selector: Selector = made("selector", name)
+    candidates = table(selector.needs)
+    before = copy.deepcopy(candidates)
+    scores = selector.score(candidates)
+    assert scores.shape == (75,) and scores.dtype == torch.float32
+    kept = scores.clone()
+    for count in (1, 20, 75):
+        first = selector.choose(scores, count, clock(), generator())
+        assert first.shape == (count,) and first.dtype == torch.int64
+        assert 0 <= int(first.min()) and int(first.max()) < 75
+        assert len(set(first.tolist())) == count
+        assert torch.equal(first, selector.choose(scores, count, clock(), generator()))
+    assert torch.equal(scores, kept)
+    assert all(torch.equal(candidates[s], before[s]) for s in before.signals)
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_scores_of_a_share_are_the_scores_of_the_whole(name: str) -> None:
+    selector: Selector = made("selector", name)
+    candidates = table(selector.needs)
+    parts = []
+    for rows in (slice(0, 31), slice(31, 75)):
+        signals = {key: value[rows] for key, value in candidates.signals.items()}
+        parts.append(selector.score(type(candidates)(candidates.sample_id[rows], candidates.domain[rows], signals)))
+    assert torch.equal(torch.cat(parts), selector.score(candidates))
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixer_gives_proportions_again_and_again(name: str) -> None:
+    mixer: Mixer = made("mixer", name)
+    for last in (1, 2, 30):
+        feed(mixer, 1, last)
+        shares = mixer.proportions(clock(last), generator(last))
+        assert shares.shape == (3,) and shares.dtype == torch.float64
+        assert bool((shares >= 0).all()) and float(shares.sum()) == pytest.approx(1, abs=1e-12)
+        assert torch.equal(shares, mixer.proportions(clock(last), generator(last)))
+        json.dumps(mixer.report(), allow_nan=False)
+        weights = mixer.loss_weights()
+        assert weights is None or weights.shape == (3,)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixer_leaves_its_inputs_as_they_were(name: str) -> None:
+    mixer: Mixer = made("mixer", name)
+    given = stats({0: 2.0, 2: 1.0})
+    before = copy.deepcopy(given)
+    mixer.observe(given, (0.5, 0.3, 0.2), 1)
+    mixer.proportions(clock(), generator()).zero_()  # not a view of what the mixer keeps
+    assert torch.equal(given.domain_loss, before.domain_loss) and torch.equal(given.domain_tokens, before.domain_tokens)
+    assert float(mixer.proportions(clock(), generator()).sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixer_with_one_domain_draws_it(name: str) -> None:
+    mixer = build("mixer", {"name": name, **SPECS.get(f"mixer.{name}", {})})
+    assert isinstance(mixer, Mixer)
+    mixer.setup(type(DOMAINS)(("only",), (4,), (1.0,)))
+    mixer.observe(stats({0: 2.0}, domains=1), (1.0,), 1)
+    assert mixer.proportions(clock(), generator()).tolist() == [1.0]
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL)
+def test_state_through_json_continues_bit_by_bit(kind: str, name: str) -> None:
+    whole, resumed = made(kind, name), made(kind, name)
+    if kind == "mixer":
+        feed(whole, 1, 12)
+    resumed.restore(plain(whole.state()))
+    assert plain(resumed.state()) == plain(whole.state())
+    if kind == "mixer":
+        feed(whole, 12, 20)
+        feed(resumed, 12, 20)
+        assert torch.equal(whole.proportions(clock(), generator()), resumed.proportions(clock(), generator()))
+        assert whole.report() == resumed.report()
+
+
+@pytest.mark.parametrize("name", WEIGHTERS)
+@pytest.mark.parametrize("losses", [[2.0], [1.0, 1.0], [1.0, 2.0, 3.0, 5.0, 0.1], [1e-8, 3e4, 7.0]])
+def test_weighter_gives_weights_with_mean_one(name: str, losses: list[float]) -> None:
+    weighter: Weighter = made("weighter", name)
+    obs = observed(losses)
+    before = copy.deepcopy(obs)
+    weights = weighter.weights(obs, 3, 100)
+    assert weights.shape == (len(losses),) and not weights.requires_grad
+    assert bool(torch.isfinite(weights).all()) and bool((weights >= 0).all())
+    assert float(weights.double().mean()) == pytest.approx(1, abs=1e-6)
+    assert torch.equal(weights, weighter.weights(obs, 3, 100))
+    assert torch.equal(obs.loss_sum, before.loss_sum) and torch.equal(obs.tokens, before.tokens)
+
+
+@pytest.mark.parametrize("name", WEIGHTERS)
+def test_weights_move_with_their_samples(name: str) -> None:
+    weighter: Weighter = made("weighter", name)
+    obs = observed(torch.rand(20, generator=generator()) * 5)
+    order = torch.randperm(20, generator=generator(1))
+    moved = SampleObs(obs.sample_id[order], obs.domain[order], obs.loss_sum[order], obs.tokens[order])
+    expected = weighter.weights(obs, 3, 100)[order]
+    torch.testing.assert_close(weighter.weights(moved, 3, 100), expected, rtol=1e-6, atol=0)
