@@ -63,13 +63,14 @@ class Metrics:
     window: Window = field(default_factory=Window, init=False)
     last: StepStats | None = field(default=None, init=False)
     rate: float = field(default=0.0, init=False)
-    drawn: Tensor | None = field(default=None, init=False)
+    plan_digest: str = field(default="", init=False)
 
     def begin(self, state: TrainState) -> None:
         """Before the first step; what an earlier run logged beyond `state.step` is dropped."""
         self.window = Window()
         if not self.writes:
             return
+        self.plan_digest = state.plan.digest()[:16]
         for path in [self.folder / STEPS_FILE, *self.folder.glob("*_weights.jsonl")]:
             truncate_log(path, state.step)
         if self.bar is not None:
@@ -81,6 +82,7 @@ class Metrics:
         """After a re-plan."""
         if not self.writes:
             return
+        self.plan_digest = state.plan.digest()[:16]
         if self.mixer_name is not None and state.plan.phase == "train":
             row = {
                 "step": state.step,
@@ -116,10 +118,9 @@ class Metrics:
         """After every step."""
         self.window.add(stats, seconds)
         self.last, self.rate = stats, lr
-        self.drawn = stats.domain_samples if self.drawn is None else self.drawn + stats.domain_samples
         if not self.writes:
             return
-        self._append(STEPS_FILE, step_row(state, stats, lr, self.domains))
+        self._append(STEPS_FILE, {**step_row(state, stats, lr, self.domains), "plan": self.plan_digest})
         if self.bar is not None:
             self.bar.step(state.step, self._bar_text(state.plan))
 

@@ -64,7 +64,10 @@ def load_class(kind: str, name: str) -> type[Algorithm]:
 def parameters(kind: str, name: str) -> dict[str, Parameter]:
     """The parameters of an algorithm by their name in the configuration."""
     cls = load_class(kind, name)
-    hints = typing.get_type_hints(cls)
+    try:
+        hints = typing.get_type_hints(cls)
+    except NameError as error:
+        raise ConfigError(f"{kind}: an annotation of {name} cannot be resolved at run time: {error}") from error
     found = {}
     for field in dataclasses.fields(cls):
         if field.init:
@@ -153,9 +156,11 @@ def _only_class(kind: str, name: str) -> type[Algorithm]:
 
 def _plug_in(kind: str, name: str) -> type:
     module_name, _, class_name = name.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), class_name]):
+        raise ConfigError(f"{kind}: a plug-in is named package.module:Class, found {name!r}")
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
         raise ConfigError(f"{kind}: cannot import {module_name!r} of {name!r}: {error}") from error
     found = getattr(module, class_name, None)
     if not inspect.isclass(found):

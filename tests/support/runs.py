@@ -83,3 +83,43 @@ def train_here(config):
 def rows(config, name="metrics.jsonl"):
     """The lines of a run's log."""
     return [json.loads(line) for line in (Path(config["output_dir"]) / name).read_text().splitlines()]
+
+
+def start(config, world):
+    """Start a run in `world` processes forked from a server that has imported everything -> the processes."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.preload"])
+    port = free_port()
+    started = [context.Process(target=_forked, args=(rank, world, port, config)) for rank in range(world)]
+    for process in started:
+        process.start()
+    return started
+
+
+def _forked(rank, world, port, config):
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
+    )  # fmt: skip
+    status, heard = train_here(config)
+    if status:
+        print(heard)
+    os._exit(status)
+
+
+def finish(processes, timeout=120):
+    """Wait -> exit codes."""
+    for process in processes:
+        process.join(timeout)
+    return [process.exitcode for process in processes]
+
+
+def kill(processes):
+    """SIGKILL all of them."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()

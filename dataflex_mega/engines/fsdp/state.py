@@ -51,9 +51,11 @@ def load(engine: FSDPEngine, folder: Path) -> None:
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, int | float | str | bool | None) or (
-        isinstance(value, list) and all(_is_plain(v) for v in value)
-    )
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, int | float | str | bool | None)
 
 
 def export(engine: FSDPEngine, folder: Path) -> None:

@@ -1,0 +1,14 @@
+"""Imported by the fork server of `runs.start`, so that a process of a run starts in no time."""
+
+from dataflex_mega.lf.compat import ensure_importable
+
+ensure_importable()
+
+import llamafactory.data  # noqa: E402
+import llamafactory.model  # noqa: E402
+import llamafactory.train.tuner  # noqa: E402
+import peft  # noqa: E402
+
+import dataflex_mega.train  # noqa: E402
+
+LOADED = (llamafactory, peft, dataflex_mega)
