@@ -166,6 +166,7 @@ class Build:
 
     def _find_checkpoint(self) -> None:
         from dataflex_mega.checkpoint import Checkpointer, discard_all
+        from dataflex_mega.data.sampler import Sampler
         from dataflex_mega.config.identity import identity
 
         wanted = self.config.lf.get("resume_from_checkpoint")
@@ -173,6 +174,7 @@ class Build:
         keep = self.args.training.save_total_limit
         self.checkpointer = Checkpointer(self.output, self.ranks, who, keep, tuple(self.ours.resume_ignore))
         self.resume: Path | None = None
+        self.adopt: Any = None
         if self.mesh.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
             if self.config.lf.get("overwrite_output_dir") and not wanted:
@@ -187,6 +189,9 @@ class Build:
             self.say(*notes)
         if self.resume is not None:
             saved = self.checkpointer.read(self.resume)
+            former = saved["identity"]["global_batch_size"]
+            if former != self.split.global_batch:  # the steps of its plan were counted in batches of that size
+                self.adopt = Sampler(self.pool.sizes, former, self.data_seed).advance
             self.say(f"continuing from {self.resume} at step {saved['step']} of {self.max_steps}")
 
     def say(self, *lines: str) -> None:
@@ -199,6 +204,15 @@ class Build:
 
     def fit(self) -> None:
         """Build the model, train, export."""
+        trainer = self.trainer()
+        try:
+            trainer.fit(self.resume)
+        finally:
+            trainer.loader.close()
+        self._finish(trainer.engine, trainer)
+
+    def trainer(self) -> Any:
+        """The loop with all its parts; builds the model."""
         from dataflex_mega.lf.callbacks import Hooks
         from dataflex_mega.trainer import Trainer
 
@@ -210,11 +224,10 @@ class Build:
             "lr_scheduler": engine.scheduler,
         }
         delta = self.ours.early_stopping_min_delta
-        loader = self._loader()
-        trainer = Trainer(
+        return Trainer(
             engine=engine,
             controller=self._controller(engine),
-            loader=loader,
+            loader=self._loader(),
             checkpointer=self.checkpointer,
             hooks=Hooks(self.args, parts, self.max_steps, list(self.ours.callbacks), delta),
             metrics=self._metrics(),
@@ -223,12 +236,8 @@ class Build:
             samples=len(self.pool),
             evaluate=partial(self._evaluate, engine) if self.evaluation else None,
             describe=self.pool.describe,
+            adopt=self.adopt,
         )
-        try:
-            trainer.fit(self.resume)
-        finally:
-            loader.close()
-        self._finish(engine, trainer)
 
     def _engine(self) -> Any:
         from dataflex_mega.engines.fsdp.engine import FSDPEngine, Options

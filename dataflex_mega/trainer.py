@@ -38,6 +38,7 @@ class Loader(Protocol):
     """See data.loader.Loader."""
 
     def micro_batches(self, plan: Plan, step: int, last_step: int | None = None) -> list[Batch]: ...
+    def close(self) -> None: ...
 
 
 class Checkpointer(Protocol):
@@ -86,6 +87,7 @@ class Trainer:
     samples: int  # of the pool: an epoch is that many samples drawn
     evaluate: Callable[[], dict[str, float]] | None = None
     describe: Callable[[int], str] = str  # sample id -> where it comes from, for messages
+    adopt: Callable[[Plan, int], Plan] | None = None  # the plan of a checkpoint with another global batch, restated
     seconds: dict[str, float] = field(default_factory=dict, init=False)
     _rate: float = field(default=0.0, init=False)
 
@@ -96,23 +98,27 @@ class Trainer:
         self.hooks.begin(state.step)
         stop = False
         while state.step < self.max_steps and not stop:
-            if self.controller.due(state):
-                with self._timed("plan"):
-                    state.plan = self.controller.next_plan(state)
-                self.metrics.planned(state, self.controller)
-            with self._timed("data"):
-                micros = self.loader.micro_batches(state.plan, state.step, self.max_steps)
-            stats = self._step(state, micros)
-            state.step += 1
-            state.tokens_seen += stats.tokens
-            state.samples_seen += self.global_batch
-            self.controller.observe(stats, state)
-            self.metrics.step(state, stats, self._rate, self.seconds)
-            self.seconds.clear()
+            self.advance(state)
             stop = self._follow(state)
         self.hooks.end()
         self.metrics.end(state)
         return state
+
+    def advance(self, state: TrainState) -> None:
+        """One optimizer step, with the re-planning before it when that is due."""
+        if self.controller.due(state):
+            with self._timed("plan"):
+                state.plan = self.controller.next_plan(state)
+            self.metrics.planned(state, self.controller)
+        with self._timed("data"):
+            micros = self.loader.micro_batches(state.plan, state.step, self.max_steps)
+        stats = self._step(state, micros)
+        state.step += 1
+        state.tokens_seen += stats.tokens
+        state.samples_seen += self.global_batch
+        self.controller.observe(stats, state)
+        self.metrics.step(state, stats, self._rate, self.seconds)
+        self.seconds.clear()
 
     def _start(self, resume: Path | None) -> TrainState:
         if resume is None:
@@ -120,6 +126,8 @@ class Trainer:
         state, extra = self.checkpointer.restore(resume, self.engine)
         self.controller.restore(extra["controller"])
         self.hooks.load_state_dict(extra["hooks"])
+        if self.adopt is not None:
+            state.plan = self.adopt(state.plan, state.step)
         return state
 
     def _step(self, state: TrainState, micros: list[Batch]) -> StepStats:

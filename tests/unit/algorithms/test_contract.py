@@ -61,7 +61,7 @@ def test_selector_chooses_the_count_from_its_candidates(name: str) -> None:
     for count in (1, 20, 75):
         first = selector.choose(scores, count, clock(), generator())
         assert first.shape == (count,) and first.dtype == torch.int64
-        assert 0 <= int(first.min()) and int(first.max()) < 75
+        assert int(first.min()) >= 0 and int(first.max()) < 75
         assert len(set(first.tolist())) == count
         assert torch.equal(first, selector.choose(scores, count, clock(), generator()))
     assert torch.equal(scores, kept)
@@ -98,6 +98,8 @@ def test_mixer_leaves_its_inputs_as_they_were(name: str) -> None:
     mixer: Mixer = made("mixer", name)
     given = stats({0: 2.0, 2: 1.0})
     before = copy.deepcopy(given)
+    mixer.proportions(clock(), generator()).zero_()
+    assert float(mixer.proportions(clock(), generator()).sum()) == pytest.approx(1)
     mixer.observe(given, (0.5, 0.3, 0.2), 1)
     mixer.proportions(clock(), generator()).zero_()  # not a view of what the mixer keeps
     assert torch.equal(given.domain_loss, before.domain_loss) and torch.equal(given.domain_tokens, before.domain_tokens)
@@ -121,6 +123,7 @@ def test_state_through_json_continues_bit_by_bit(kind: str, name: str) -> None:
     resumed.restore(plain(whole.state()))
     assert plain(resumed.state()) == plain(whole.state())
     if kind == "mixer":
+        assert torch.equal(whole.proportions(clock(), generator()), resumed.proportions(clock(), generator()))
         feed(whole, 12, 20)
         feed(resumed, 12, 20)
         assert torch.equal(whole.proportions(clock(), generator()), resumed.proportions(clock(), generator()))

@@ -74,7 +74,7 @@ def test_golden_trajectory(variant: Any) -> None:
 
 @pytest.mark.parametrize("variant", sorted(GOLDEN))
 def test_golden_trajectory_of_the_bare_functions(variant: Any) -> None:
-    rewards, current, before = torch.zeros(3).double(), torch.full((3,), 1 / 3).double(), 0
+    rewards, current, before = torch.zeros(3).double(), torch.ones(3).double() / 3, 0
     for (arm, loss, t), expected in zip(ARMS, GOLDEN[variant], strict=True):
         losses = torch.full((3,), math.nan).double()
         losses[arm] = loss

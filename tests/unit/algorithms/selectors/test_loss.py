@@ -39,6 +39,7 @@ def test_each_focus_favours_its_range(focus: Any, inside: list[int]) -> None:
 
 def test_bounds_belong_to_the_lower_range() -> None:
     assert focus_weights(SIX[:5], "low", 2.0, (0.5, 1.0), 1.0).tolist() == pytest.approx([0.25] * 3 + [0.125] * 2)
+    assert focus_weights(SIX[:5], "high", 2.0, (0.0, 0.5), 1.0).tolist() == pytest.approx([1 / 7] * 3 + [2 / 7] * 2)
     assert focus_weights(SIX[:5], "medium", 2.0, (0.5, 1.0), 1.0).tolist() == pytest.approx([1 / 7] * 3 + [2 / 7] * 2)
 
 

@@ -38,6 +38,7 @@ def published(losses: list[float], strategy: str, delta: float, r: float) -> lis
 
 @pytest.mark.parametrize(("strategy", "r", "expected"), GOLDEN)
 def test_golden_weights(strategy: Any, r: float, expected: list[float]) -> None:
+    assert weigh(LOSSES.float(), strategy, 1.0, r).dtype == torch.float64
     assert (weigh(LOSSES, strategy, 1.0, r) / 4).tolist() == pytest.approx(expected, abs=5.1e-11)
     found = Loss(strategy=strategy, r=r).weights(observed(LOSSES), 0, 10)
     assert found.dtype == torch.float32

@@ -1,0 +1,246 @@
+"""Names, specs and parameters of algorithms: what is right is built, what is wrong is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from dataflex_mega import algorithms
+from dataflex_mega.algorithms.base import Mixer, Selector, Weighter
+from dataflex_mega.algorithms.mixers.odm import Odm
+from dataflex_mega.errors import ConfigError
+from dataflex_mega.registry import _fit, _MismatchError, available, build, load_class, parameters, validate
+
+PLUG_IN = """
+from __future__ import annotations
+from dataclasses import dataclass
+import torch
+from dataflex_mega.algorithms.base import Mixer
+
+@dataclass
+class Evenly(Mixer):
+    sharpness: float = 2.0
+    table: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sharpness < 0:
+            raise ValueError("sharpness must not be negative")
+
+    def proportions(self, clock, rng):
+        return torch.ones(2).double() / 2
+
+@dataclass
+class Needs(Mixer):
+    path: str
+
+    def proportions(self, clock, rng):
+        return torch.ones(2).double() / 2
+
+@dataclass
+class Vague(Mixer):
+    value: Unknown = None
+
+    def proportions(self, clock, rng):
+        return torch.ones(2).double() / 2
+
+@dataclass
+class Unfinished(Mixer):
+    pass
+
+class NoDataclass(Evenly):
+    pass
+
+class Other:
+    pass
+
+def function():
+    pass
+"""
+
+
+@pytest.fixture
+def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "my_plug_in.py").write_text(PLUG_IN)
+    (tmp_path / "broken_plug_in.py").write_text("import a_package_that_is_not_there\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_plug_in", raising=False)
+    return "my_plug_in"
+
+
+def failure(kind: str, spec: Any) -> str:
+    """The message of the ConfigError, from `validate` and `build` alike."""
+    with pytest.raises(ConfigError) as checked:
+        validate(kind, spec)
+    with pytest.raises(ConfigError) as built:
+        build(kind, spec)
+    assert str(checked.value) == str(built.value) and "\n" not in str(built.value)
+    return str(built.value)
+
+
+def test_available_are_the_files() -> None:
+    root = Path(str(algorithms.__path__[0]))
+    for kind in ("selector", "mixer", "weighter"):
+        files = sorted(p.stem for p in (root / f"{kind}s").glob("*.py") if not p.stem.startswith("_"))
+        assert available(kind) == files and files
+    with pytest.raises(ValueError, match="kind must be one of selector, mixer, weighter"):
+        available("sorter")
+
+
+@pytest.mark.parametrize(("kind", "contract"), [("selector", Selector), ("mixer", Mixer), ("weighter", Weighter)])
+def test_every_name_loads_a_class_of_its_kind(kind: str, contract: type) -> None:
+    for name in available(kind):
+        assert issubclass(load_class(kind, name), contract)
+        validate(kind, name)
+
+
+@pytest.mark.parametrize(
+    "spec", [{"name": "odm", "alpha": 0.8}, {"name": "odm", "params": {"alpha": 0.8}}, {"alpha": 0.8, "name": "odm"}]
+)
+def test_parameters_stand_beside_the_name_or_under_params(spec: dict[str, Any]) -> None:
+    kept = {**spec}
+    assert build("mixer", spec) == Odm(alpha=0.8)
+    assert spec == kept
+
+
+@pytest.mark.parametrize(
+    "spec", ["odm", {"name": "odm"}, {"name": "odm", "params": None}, {"name": "odm", "params": {}}]
+)
+def test_a_bare_name_has_the_defaults(spec: Any) -> None:
+    assert build("mixer", spec) == Odm()
+
+
+def test_numbers_and_lists_become_what_the_field_says() -> None:
+    odm = build("mixer", {"name": "odm", "reward_scale": 3, "initial_proportions": [1, 2]})
+    assert isinstance(odm, Odm)
+    assert isinstance(odm.reward_scale, float) and odm.initial_proportions == [1.0, 2.0]
+    loss = build("selector", {"name": "loss", "quantiles": [0, 0.5], "focus": "low"})
+    assert getattr(loss, "quantiles") == (0.0, 0.5)  # noqa: B009
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "parts"),
+    [
+        ("mixer", "odmm", ["mixer: no mixer is called 'odmm'", "did you mean 'odm'", "available: odm, random, static"]),
+        ("mixer", "ODM", ["did you mean 'odm'"]),
+        ("selector", {"name": "los"}, ["did you mean 'loss'"]),
+        ("weighter", "odm", ["no weighter is called 'odm'", "available: loss"]),
+        ("mixer", "odm/../static", ["no mixer is called"]),
+        ("mixer", {"name": "odm", "alhpa": 0.8}, ["mixer.odm.alhpa: unknown parameter", "did you mean 'alpha'"]),
+        ("mixer", {"name": "odm", "params": {"wramup_steps": 1}}, ["mixer.odm.wramup_steps", "'warmup_steps'"]),
+        ("mixer", {"name": "odm", "_step": 3}, ["mixer.odm._step: unknown parameter", "odm has: alpha, "]),
+        ("mixer", {"name": "static", "fixed": [1.0]}, ["mixer.static.fixed: unknown", "static has: proportions"]),
+        ("mixer", {"name": "odm", "alpha": "high"}, ["mixer.odm.alpha: expected float, found 'high' (str)"]),
+        ("mixer", {"name": "odm", "alpha": True}, ["expected float, found True (bool)"]),
+        ("mixer", {"name": "odm", "alpha": None}, ["expected float, found None (NoneType)"]),
+        ("mixer", {"name": "odm", "warmup_steps": 1.5}, ["expected int, found 1.5 (float)"]),
+        ("mixer", {"name": "odm", "warmup_steps": False}, ["expected int, found False (bool)"]),
+        ("mixer", {"name": "odm", "variant": "papers"}, ["'paper' | 'exp3' | 'smoothed_mean' | 'group'", "'papers'"]),
+        ("mixer", {"name": "odm", "initial_proportions": 0.5}, ["expected list[float] | None, found 0.5"]),
+        ("mixer", {"name": "odm", "initial_proportions": [0.5, "x"]}, ["expected list[float] | None"]),
+        ("selector", {"name": "loss", "quantiles": [0.1]}, ["expected tuple[float, float], found [0.1] (list)"]),
+        ("selector", {"name": "random", "replacement": "no"}, ["selector.random.replacement: expected bool"]),
+        ("selector", {"name": "random", "seed": 1.0}, ["expected int | None, found 1.0"]),
+        ("mixer", {"name": "odm", "alpha": 1.5}, ["mixer.odm.alpha: must be 0 <= alpha < 1, found 1.5"]),
+        ("mixer", {"name": "odm", "alpha": 0.8, "params": {"alpha": 0.9}}, ["alpha must stand under `params`"]),
+        ("mixer", {"name": "odm", "params": [1]}, ["mixer.odm.params: expected a mapping, found [1]"]),
+        ("mixer", {"alpha": 0.8}, ["mixer.name: expected one of odm, random, static, found None"]),
+        ("mixer", {"name": 3}, ["mixer.name: expected one of", "found 3"]),
+        ("mixer", ["odm"], ["mixer: expected a name or a mapping with `name`, found ['odm'] (list)"]),
+        ("mixer", None, ["mixer: expected a name", "found None"]),
+    ],
+)
+def test_mistakes_are_named(kind: str, spec: Any, parts: list[str]) -> None:
+    message = failure(kind, spec)
+    assert all(part in message for part in parts), message
+
+
+def test_a_plug_in_is_built_like_the_others(plug_in: str) -> None:
+    mixer = build("mixer", {"name": f"{plug_in}:Evenly", "sharpness": 3, "table": {"a": 1}})
+    assert type(mixer).__name__ == "Evenly"
+    assert (getattr(mixer, "sharpness"), getattr(mixer, "table")) == (3.0, {"a": 1.0})  # noqa: B009
+    assert build("mixer", {"name": f"{plug_in}:Needs", "params": {"path": "x"}})
+
+
+def test_mistakes_of_plug_ins_are_named(plug_in: str) -> None:
+    assert "cannot import 'no_such_module'" in failure("mixer", "no_such_module:X")
+    assert "a_package_that_is_not_there" in failure("mixer", "broken_plug_in:X")
+    for name in (":X", ".odm:X", "my_plug_in:", "my_plug_in:Evenly:Other", "a b:C"):
+        assert f"named package.module:Class, found {name!r}" in failure("mixer", name)
+    assert "an annotation of my_plug_in:Vague cannot be resolved" in failure("mixer", f"{plug_in}:Vague")
+    assert "has no class 'Evenli' (did you mean 'Evenly'?)" in failure("mixer", f"{plug_in}:Evenli")
+    assert "has no class 'function'" in failure("mixer", f"{plug_in}:function")
+    assert "must be a subclass of dataflex_mega.algorithms.base.Mixer" in failure("mixer", f"{plug_in}:Other")
+    assert "must be a subclass of dataflex_mega.algorithms.base.Weighter" in failure("weighter", f"{plug_in}:Evenly")
+    assert "must be decorated with @dataclass" in failure("mixer", f"{plug_in}:NoDataclass")
+    assert "lacks proportions" in failure("mixer", f"{plug_in}:Unfinished")
+    assert "missing parameter path" in failure("mixer", f"{plug_in}:Needs")
+    message = failure("mixer", {"name": f"{plug_in}:Evenly", "sharpness": -1.0})
+    assert message == f"mixer.{plug_in}:Evenly: sharpness must not be negative"
+
+
+def test_parameters_describe_themselves() -> None:
+    found = parameters("mixer", "odm")
+    assert list(found)[:2] == ["alpha", "warmup_steps"] and not any(name.startswith("_") for name in found)
+    assert (found["alpha"].type_text, found["alpha"].default) == ("float", 0.9)
+    static = parameters("mixer", "static")["proportions"]
+    assert (static.attribute, static.type_text, static.default) == ("fixed", "list[float] | None", None)
+    assert parameters("selector", "loss")["quantiles"].type_text == "tuple[float, float]"
+
+
+def test_a_missing_default_is_marked(plug_in: str) -> None:
+    assert parameters("mixer", f"{plug_in}:Needs")["path"].default is dataclasses.MISSING
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        (1, int, 1),
+        (1, float, 1.0),
+        ("x", str, "x"),
+        (True, bool, True),
+        (None, typing.Optional[int], None),  # noqa: UP045
+        (3, int | str, 3),
+        (True, int | bool, True),
+        ([1, 2], list, [1, 2]),
+        ((1, 2), list[int], [1, 2]),
+        ([1, 2, 3], tuple[int, ...], (1, 2, 3)),
+        ([1, "a"], tuple[int, str], (1, "a")),
+        ([[1], [2, 3]], list[list[float]], [[1.0], [2.0, 3.0]]),
+        ({"a": 1}, dict[str, float], {"a": 1.0}),
+        ({"a": [1]}, dict, {"a": [1]}),
+        (2, Literal[1, 2], 2),
+        (object, Any, object),
+    ],
+)
+def test_values_that_fit(value: Any, hint: Any, expected: Any) -> None:
+    found = _fit(value, hint)
+    assert found == expected and type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        ("1", int),
+        (1, str),
+        (1, bool),
+        (0, bool),
+        (True, int),
+        (True, Literal[1, 2]),
+        (1.0, Literal[1, 2]),
+        ("ab", list[str]),
+        ([1, 2], tuple[int]),
+        ({"a": "x"}, dict[str, float]),
+        ([("a", 1)], dict[str, int]),
+        (1.5, int | None),
+        (types.SimpleNamespace(), str),
+    ],
+)
+def test_values_that_do_not_fit(value: Any, hint: Any) -> None:
+    with pytest.raises(_MismatchError):
+        _fit(value, hint)

@@ -1,0 +1,131 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def setup(tool: Any) -> ModuleType:
+    return tool("setup_env")
+
+
+def test_requirement_names_are_normalised(setup: ModuleType) -> None:
+    names = ["PyYAML>=6 ; python_version < '4'", "sse_starlette", "megatron.core[dev]==1"]
+    assert [setup.requirement_name(n) for n in names] == ["pyyaml", "sse-starlette", "megatron-core"]
+    with pytest.raises(setup.SetupError, match="not a requirement"):
+        setup.requirement_name(">=1")
+
+
+def test_of_llamafactory_only_what_training_needs_is_installed(setup: ModuleType) -> None:
+    requires = ["torch>=2.4", "torchvision", "torchaudio>=2", "gradio<6", "peft<=0.18", "ray; extra == 'ray'", "Pillow"]
+    assert setup.needed_of_llamafactory(requires) == ["peft<=0.18", "Pillow"]
+
+
+def test_an_unknown_extra_is_refused_before_anything_is_installed(
+    setup: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert setup.main(["--target", str(tmp_path / "venv"), "--extras", "dev,devv"]) == 2
+    assert "--extras devv: pyproject.toml has dev, docs, megatron, offline" in capsys.readouterr().err
+    assert not (tmp_path / "venv").exists()
+
+
+def test_a_finished_environment_is_left_alone_until_something_changes(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[list[str]] = []
+
+    def fake_build(target: Path, project: dict[str, Any], extras: list[str]) -> None:
+        target.mkdir(exist_ok=True)
+        built.append(extras)
+
+    monkeypatch.setattr(setup, "build", fake_build)
+    target = ["--target", str(tmp_path / "venv"), "--extras"]
+    assert [setup.main([*target, "dev"]) for _ in range(2)] == [0, 0]
+    assert built == [["dev"]]
+    setup.main([*target, "docs"])  # adds to what is there
+    setup.main([*target, "dev"])
+    assert built == [["dev"], ["dev", "docs"]]
+    monkeypatch.setattr(setup, "TORCH", "torch==2.9.0")
+    setup.main([*target, "dev"])
+    assert built == [["dev"], ["dev", "docs"], ["dev"]]
+
+
+def test_tool_settings_do_not_rebuild_but_dependencies_do(setup: ModuleType) -> None:
+    project = setup.read_project()
+    assert set(project) == {"project", "build-system"}
+    changed = {**project, "project": {**project["project"], "dependencies": ["torch"]}}
+    assert setup.content_key(project) != setup.content_key(changed)
+
+
+def test_one_line_a_step_and_pips_output_only_on_failure(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noisy = [sys.executable, "-c", "print('chatter')"]
+    failing = [sys.executable, "-c", "import sys; print('why it failed', file=sys.stderr); sys.exit(3)"]
+    todo = [("first", lambda: setup.run(noisy) and None), ("second", lambda: "a remark")]
+    monkeypatch.setattr(setup, "steps", lambda *_: todo)
+    setup.build(tmp_path, {}, [])
+    out = capsys.readouterr().out
+    assert re.fullmatch(
+        r"\[1/2\] first \.\.\. \d+\.\d s\n\[2/2\] second \.\.\. \d+\.\d s \(a remark\)\nenv.*ready after .*\n", out
+    )
+
+    todo.append(("third", lambda: setup.run(failing)))
+    assert setup.main(["--target", str(tmp_path / "venv"), "--extras", "dev"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.endswith("[3/3] third ... failed\n") and "why it failed" in captured.err
+    assert not (tmp_path / "venv" / ".dataflex_stamp").exists()
+
+
+def test_the_placeholder_is_built_outside_the_source_tree_and_only_where_needed(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+
+    def fake_run(command: list[str]) -> str:
+        folder = Path(command[-1])
+        assert (folder / "pyproject.toml").is_file() and (folder / "torchaudio" / "__init__.py").is_file()
+        assert setup.ROOT not in folder.parents
+        calls.append(command)
+        return ""
+
+    monkeypatch.setattr(setup, "run", fake_run)
+    monkeypatch.setattr(setup, "imports", lambda python, module: False)
+    assert setup.install_placeholder(Path("python")) == "placeholder" and len(calls) == 1
+    assert not Path(calls[0][-1]).exists()
+    monkeypatch.setattr(setup, "imports", lambda python, module: True)
+    assert setup.install_placeholder(Path("python")) == "an importable one is there" and len(calls) == 1
+
+
+def test_the_placeholder_can_be_imported_and_says_what_it_is_on_use(root: Path) -> None:
+    code = "import torchaudio; print(torchaudio.__version__); torchaudio.load('x.wav')"
+    folder = root / "tools" / "torchaudio_placeholder"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.stdout.strip().endswith("+placeholder")
+    assert done.stderr.splitlines()[-1].startswith("ImportError: torchaudio.load: only a placeholder is installed")
+
+
+def test_make_lists_every_target(root: Path) -> None:
+    listed = subprocess.run(["make", "-s"], cwd=root, capture_output=True, text=True, check=True).stdout
+    makefile = (root / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert phony is not None
+    assert re.findall(r"^  make (\S+)", listed, re.MULTILINE) == phony.group(1).split()
+
+
+@pytest.mark.parametrize(("checks", "tests", "expected"), [(0, 0, 0), (2, 0, 2), (0, 2, 2), (2, 3, 3)])
+def test_ci_runs_both_and_passes_a_failure_on(
+    root: Path, tmp_path: Path, checks: int, tests: int, expected: int
+) -> None:
+    fake = tmp_path / "make"
+    fake.write_text(
+        f'#!/bin/sh\necho "$*" >> {tmp_path}/log\ncase "$*" in *checks) exit {checks};; *) exit {tests};; esac\n'
+    )
+    fake.chmod(0o755)
+    done = subprocess.run([root / ".ci" / "run"], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, cwd=tmp_path)
+    assert done.returncode == expected
+    assert [line.split()[-1] for line in (tmp_path / "log").read_text().splitlines()] == ["checks", "test"]

@@ -1,0 +1,183 @@
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def checks(tool: Any) -> ModuleType:
+    return tool("checks")
+
+
+def found(checks: ModuleType, root: Path, files: dict[str, str]) -> list[str]:
+    for name, source in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    return [str(breach) for breach in checks.check(root)]
+
+
+def in_package(checks: ModuleType, root: Path, name: str, source: str) -> list[str]:
+    return found(checks, root, {f"dataflex_mega/{name}": source})
+
+
+def test_a_file_may_have_400_lines_and_no_more(checks: ModuleType, tmp_path: Path) -> None:
+    assert in_package(checks, tmp_path, "types.py", "x = 1\n" * 400) == []
+    assert in_package(checks, tmp_path, "types.py", "x = 1\n" * 401) == [
+        "dataflex_mega/types.py:1: 401 lines; at most 400"
+    ]
+
+
+def test_a_function_may_have_60_lines_and_no_more(checks: ModuleType, tmp_path: Path) -> None:
+    assert in_package(checks, tmp_path, "types.py", "def f():\n" + "    x = 1\n" * 59) == []
+    assert in_package(checks, tmp_path, "types.py", "\ndef f():\n" + "    x = 1\n" * 60) == [
+        "dataflex_mega/types.py:2: f has 61 lines; at most 60"
+    ]
+
+
+def nested(depth: int) -> str:
+    lines = ["def f(x):"] + ["    " * (n + 1) + "if x:" for n in range(depth)]
+    return "\n".join([*lines, "    " * (depth + 1) + "pass"]) + "\n"
+
+
+def test_blocks_may_be_nested_4_deep_and_no_more(checks: ModuleType, tmp_path: Path) -> None:
+    assert in_package(checks, tmp_path, "types.py", nested(4)) == []
+    assert in_package(checks, tmp_path, "types.py", nested(5)) == [
+        "dataflex_mega/types.py:1: f has 5 levels of nesting; at most 4"
+    ]
+
+
+def test_elif_chains_and_inner_functions_are_not_deeper(checks: ModuleType, tmp_path: Path) -> None:
+    chain = "def f(x):\n    if x == 0:\n        pass\n" + "".join(
+        f"    elif x == {n}:\n        pass\n" for n in range(1, 9)
+    )
+    assert in_package(checks, tmp_path, "types.py", chain) == []
+    inner = nested(3) + " " * 16 + "def g(y):\n" + "".join(" " * (20 + 4 * n) + "if y:\n" for n in range(4))
+    assert in_package(checks, tmp_path, "types.py", inner + " " * 36 + "pass\n") == []
+
+
+def test_a_function_may_have_8_parameters_beside_self(checks: ModuleType, tmp_path: Path) -> None:
+    eight = "class A:\n    def f(self, a, b, /, c, d, *e, f, g, **h):\n        pass\n"
+    assert in_package(checks, tmp_path, "types.py", eight) == []
+    nine = eight.replace("*e, f", "*e, i, f")
+    assert in_package(checks, tmp_path, "types.py", nine) == ["dataflex_mega/types.py:2: f has 9 parameters; at most 8"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def f():\n    global x, y\n", "2: global x, y"),
+        ("try:\n    pass\nexcept:\n    pass\n", "3: catches everything"),
+        ("try:\n    pass\nexcept Exception:\n    pass\n", "3: catches everything"),
+        ("try:\n    pass\nexcept (OSError, BaseException) as e:\n    pass\n", "3: catches everything"),
+        ("import os\nos.sep = 'x'\n", "2: changes os.sep"),
+        ("import os.path as p\np.sep: str = 'x'\n", "2: changes p.sep"),
+        ("from os import path\n(a, path.sep) = 1, 2\n", "2: changes path.sep"),
+        ("import os\ndel os.sep\n", "2: changes os.sep"),
+        ("from a import B\nB.c.d += 1\n", "2: changes B.c.d"),
+        ("from a import B\nsetattr(B, 'c', 1)\n", "2: setattr or delattr"),
+        ("from . import errors\n", "1: relative import"),
+    ],
+)
+def test_forbidden_constructs_are_found_in_package_tools_and_tests(
+    checks: ModuleType, tmp_path: Path, source: str, message: str
+) -> None:
+    for place in ("dataflex_mega/types.py", "tools/x.py", "tests/unit/test_x.py"):
+        root = tmp_path / place.partition("/")[0]
+        lines = [line for line in found(checks, root, {place: source}) if "may not import" not in line]
+        assert len(lines) == 1 and lines[0].startswith(f"{place}:{message}")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os\nos.environ['A'] = 'b'\n",
+        "class A:\n    def f(self):\n        self.x = 1\n",
+        "import os\ndef f(os):\n    os.x = 1\n",
+        "try:\n    pass\nexcept (OSError, ValueError):\n    pass\n",
+        "import os\nx = os.path\nprint(os.sep == x)\n",
+    ],
+)
+def test_harmless_constructs_are_let_through(checks: ModuleType, tmp_path: Path, source: str) -> None:
+    assert in_package(checks, tmp_path, "types.py", source) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "message"),
+    [
+        ("types.py", "from dataflex_mega.data import pool", "types may not import data.pool (allowed: none)"),
+        ("data/x.py", "import dataflex_mega.engines.base", "data may not import engines.base"),
+        (
+            "controller.py",
+            "from dataflex_mega.algorithms.mixers import odm",
+            "controller may not import algorithms.mix",
+        ),
+        (
+            "algorithms/mixers/a.py",
+            "from dataflex_mega.algorithms.mixers.b import B",
+            "an algorithm imports algorithms",
+        ),
+        ("algorithms/mixers/a.py", "import numpy", "an algorithm imports numpy; only torch and the standard library"),
+        ("algorithms/mixers/a.py", "import torch.distributed", "algorithms may not import torch.distributed"),
+        ("engines/fsdp/a.py", "from dataflex_mega.engines.megatron import b", "one engine imports the other"),
+        ("engines/megatron/a.py", "from dataflex_mega.engines.fsdp.b import c", "one engine imports the other"),
+        ("trainer.py", "def f():\n    import transformers.utils", "trainer may not import transformers"),
+        ("controller.py", "from megatron.core import x", "controller may not import megatron"),
+        ("trainer.py", "import torch\ntorch.distributed.barrier()", "trainer may not import torch.distributed"),
+        ("metrics.py", "from torch import distributed", "metrics may not import torch.distributed"),
+        ("train.py", "from llamafactory.hparams import x", "train may not import llamafactory (only lf)"),
+        ("novel.py", "from dataflex_mega.types import x", "novel has no place in LAYERS"),
+    ],
+)
+def test_imports_against_the_layers_are_found(
+    checks: ModuleType, tmp_path: Path, module: str, source: str, message: str
+) -> None:
+    others = ("data/pool", "engines/base", "engines/fsdp/b", "engines/megatron/b", "algorithms/mixers/b", "errors")
+    files = {f"dataflex_mega/{name}.py": "" for name in (*others, "algorithms/mixers/odm")}
+    lines = found(checks, tmp_path, {**files, f"dataflex_mega/{module}": source + "\n"})
+    assert len(lines) == 1 and message in lines[0] and lines[0].startswith(f"dataflex_mega/{module}:")
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("algorithms/mixers/a.py", "import math, torch\nfrom dataflex_mega.algorithms.base import Mixer"),
+        ("algorithms/base.py", "from torch import Tensor\nfrom dataflex_mega import types, errors"),
+        ("engines/fsdp/a.py", "import torch.distributed as dist\nfrom dataflex_mega import objective"),
+        ("lf/a.py", "import llamafactory\nfrom dataflex_mega.lf.b import c"),
+        ("train.py", "from dataflex_mega.lf.b import c\nfrom dataflex_mega.trainer import T"),
+        ("controller.py", "from dataflex_mega.algorithms.base import Mixer"),
+    ],
+)
+def test_imports_that_follow_the_layers_are_let_through(
+    checks: ModuleType, tmp_path: Path, module: str, source: str
+) -> None:
+    assert in_package(checks, tmp_path, module, source + "\n") == []
+
+
+def test_import_cycles_are_found_also_through_functions_but_not_through_types(
+    checks: ModuleType, tmp_path: Path
+) -> None:
+    typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dataflex_mega.data import a\n"
+    files = {
+        "dataflex_mega/data/a.py": "from dataflex_mega.data import b\n",
+        "dataflex_mega/data/b.py": "import dataflex_mega.data.c\n",
+        "dataflex_mega/data/c.py": typed,
+    }
+    assert found(checks, tmp_path, files) == []
+    files["dataflex_mega/data/c.py"] = "def f():\n    from dataflex_mega.data.a import x\n"
+    assert found(checks, tmp_path, files) == [
+        "dataflex_mega/data/a.py:1: import cycle: dataflex_mega.data.a, dataflex_mega.data.b, dataflex_mega.data.c"
+    ]
+
+
+def test_the_exit_status_says_whether_a_rule_is_broken(
+    checks: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "a.py").write_text("x = 1\n")
+    assert checks.main([str(tmp_path)]) == 0
+    (tmp_path / "tools" / "a.py").write_text("def f():\n    global x\n")
+    assert checks.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().out.splitlines()[1:] == ["tools/a.py:2: global x", "checks: 1 breaches"]

@@ -1,0 +1,172 @@
+"""What the roles cost, and how our loop compares with LLaMA-Factory's trainer, as paired ratios in one process.
+
+First part: four trainers of one model and one data set - no role, ODM re-mixing at every step, loss weighting, both - take
+their steps in turn, in an order that changes each round, so that whatever else the machine does falls on all alike. A
+ratio is taken within each round; the median over rounds is printed with its quartiles. The budget is 1.01.
+
+Second part: rounds of a few steps of our loop without a role and of LLaMA-Factory's own trainer, in turn, on the same
+model, data, batch size and optimizer. The budget is 1.00 (not slower).
+
+    make demo-data && python tools/bench/overhead.py --rounds 60
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROLES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "mix": {"mixer": "odm", "update_step": 1, "update_times": -1},
+    "weight": {"weighter": "loss"},
+    "mix+weight": {"mixer": "odm", "update_step": 1, "update_times": -1, "weighter": "loss"},
+}
+
+
+def keys_of(options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    """A pre-training run on the demo's four domains."""
+    return {
+        "model_name_or_path": str(options.demo / "model"),
+        "train_from_scratch": True,
+        "stage": "pt",
+        "do_train": True,
+        "dataset_dir": str(options.demo / "data"),
+        "dataset": "demo_c4,demo_wiki,demo_alpaca_text,demo_python",
+        "cutoff_len": options.length,
+        "finetuning_type": "full",
+        "output_dir": str(output),
+        "max_steps": 1_000_000,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": options.batch,
+        "learning_rate": 1.0e-4,
+        "logging_steps": 1_000_000,
+        "save_strategy": "no",
+        "disable_gradient_checkpointing": True,
+        "disable_tqdm": True,
+    }
+
+
+def our_trainer(keys: dict[str, Any], roles: dict[str, Any]) -> tuple[Any, Any]:
+    """(trainer, state) ready to advance."""
+    from dataflex_mega.config.split import split
+    from dataflex_mega.lf.args import keys as lf_keys
+    from dataflex_mega.train import Build
+    from dataflex_mega.types import TrainState
+
+    ours = {"train_type": "dynamic", **roles} if roles else {"mixer": "static", "update_step": 1}
+    built = Build(split({**keys, **ours, "tensorboard": False}, lf_keys()))
+    if not roles:  # the same loop with nothing in it
+        built.roles = type(built.roles)()
+    trainer = built.trainer()
+    return trainer, TrainState(0, trainer.controller.first_plan())
+
+
+def lap(work: Any) -> float:
+    """Seconds of a call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def show(title: str, ratios: dict[str, list[float]], budget: float) -> None:
+    """A line for each ratio."""
+    print(f"\n{title}\n{'':22}{'median':>9}{'quartiles':>20}{'budget':>9}")
+    for name, values in ratios.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        print(f"{name:22}{middle:9.4f}{f'{low:.4f} - {high:.4f}':>20}{budget:9.2f}")
+
+
+def compare_roles(options: argparse.Namespace, folder: Path) -> None:
+    """The first part."""
+    made = {name: our_trainer(keys_of(options, folder / name.replace("+", "-")), r) for name, r in ROLES.items()}
+    for trainer, state in made.values():
+        for _ in range(3):
+            trainer.advance(state)
+    order, ratios = list(made), {name: [] for name in made if name != "none"}
+    for number in range(options.rounds):
+        random.Random(number).shuffle(order)
+        spent = {name: lap(lambda t=made[name]: t[0].advance(t[1])) for name in order}
+        for name, values in ratios.items():
+            values.append(spent[name] / spent["none"])
+    show(f"a step with the role / a step without, {options.rounds} rounds", ratios, 1.01)
+
+
+class Laps:
+    """Durations of the peer's steps, from one end of a step to the next, the first two left out."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def callback(self) -> Any:
+        """A Hugging Face callback that fills `ends`."""
+        from transformers import TrainerCallback
+
+        laps = self
+
+        class Note(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                laps.ends.append(time.perf_counter())
+
+        return Note()
+
+    def median(self) -> float:
+        """Seconds of a step."""
+        gaps = [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
+        return statistics.median(gaps[1:])
+
+
+def peer_chunk(keys: dict[str, Any], steps: int) -> float:
+    """Seconds of a step of LLaMA-Factory's own trainer."""
+    from llamafactory.train.tuner import run_exp
+
+    laps = Laps()
+    with contextlib.redirect_stdout(io.StringIO()):
+        run_exp({**keys, "max_steps": steps, "report_to": "none", "overwrite_output_dir": True}, [laps.callback()])
+    return laps.median()
+
+
+def compare_peer(options: argparse.Namespace, folder: Path) -> None:
+    """The second part."""
+    from dataflex_mega.distributed import mesh
+
+    trainer, state = our_trainer(keys_of(options, folder / "ours"), {})
+    mesh.stop(orderly=True)  # the peer runs without a process group, and with one process neither needs it
+    keys, ratios = keys_of(options, folder / "peer"), []
+    for _ in range(max(3, options.rounds // 10)):
+        ours = statistics.median([lap(lambda: trainer.advance(state)) for _ in range(options.chunk)])
+        ratios.append(ours / peer_chunk(keys, options.chunk + 2))
+    show(f"our step / LLaMA-Factory's, {len(ratios)} rounds of {options.chunk} steps", {"no role": ratios}, 1.0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, default=ROOT / ".demo", help="folder with data/ and model/ (.demo)")
+    parser.add_argument("--rounds", type=int, default=60, help="rounds of the first part; a tenth for the second (60)")
+    parser.add_argument("--chunk", type=int, default=12, help="steps in a round of the second part (12)")
+    parser.add_argument("--batch", type=int, default=8, help="samples a step (8)")
+    parser.add_argument("--length", type=int, default=256, help="tokens a sample (256)")
+    options = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        compare_roles(options, Path(folder))
+        compare_peer(options, Path(folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
