@@ -6,22 +6,30 @@ broken makes every `transformers` model class unimportable. Text training needs 
 LLaMA-Factory without its dependencies, then those of its dependencies that training uses, and last a torchaudio
 placeholder where no working torchaudio exists (LLaMA-Factory imports the name at module level). The same steps serve a
 machine with GPUs: there the torch wheel is a CUDA build, and a working torchvision/torchaudio may be added by hand.
+
+DATAFLEX_TORCH names another torch, for example "torch==2.9.1" or the path of a wheel.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tomllib
-import venv
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+PLACEHOLDER = ROOT / "tools" / "torchaudio_placeholder"
 TORCH = os.environ.get("DATAFLEX_TORCH", "torch==2.13.0")
+PIP_INSTALL = ("-m", "pip", "install", "--quiet", "--progress-bar", "off", "--disable-pip-version-check")
 # Not imported on the training path (the first two cannot be, beside a CPU torch): chat servers, web UI, other hubs.
 NOT_NEEDED = {
     "torchvision", "torchaudio", "torch", "gradio", "modelscope", "fastapi", "uvicorn", "sse-starlette", "fire", "tyro",
@@ -29,71 +37,166 @@ NOT_NEEDED = {
 }  # fmt: skip
 
 
+class SetupError(Exception):
+    """A step failed; the message is what the user needs to see."""
+
+
+def read_project() -> dict[str, Any]:
+    """The tables of pyproject.toml that decide what is installed."""
+    import tomllib  # here, so that an older Python gets as far as the message that it is too old
+
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return {"project": tables["project"], "build-system": tables["build-system"]}
+
+
 def requirement_name(requirement: str) -> str:
     """`PyYAML>=6 ; python_version < "4"` -> `pyyaml`."""
     match = re.match(r"[A-Za-z0-9._-]+", requirement)
-    assert match, requirement
+    if match is None:
+        raise SetupError(f"{requirement!r} is not a requirement")
     return re.sub(r"[-_.]+", "-", match.group()).lower()
 
 
-def llamafactory_requirements(python: Path) -> list[str]:
-    """What the installed llamafactory asks for, less what text training never imports and less its extras."""
-    code = "import importlib.metadata as m; print('\\n'.join(m.requires('llamafactory') or []))"
-    lines = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()
-    return [line for line in lines if "extra ==" not in line and requirement_name(line) not in NOT_NEEDED]
+def extras_of(project: dict[str, Any], names: list[str]) -> list[str]:
+    """The requirements of these extras. Raises SetupError for one that pyproject.toml has not."""
+    known = project["project"].get("optional-dependencies", {})
+    for name in names:
+        if name not in known:
+            raise SetupError(f"--extras {name}: pyproject.toml has {', '.join(sorted(known))}")
+    return [requirement for name in names for requirement in known[name]]
+
+
+def needed_of_llamafactory(requires: list[str]) -> list[str]:
+    """What llamafactory asks for, less what text training never imports and less its extras."""
+    return [line for line in requires if "extra ==" not in line and requirement_name(line) not in NOT_NEEDED]
+
+
+def run(command: list[str]) -> str:
+    """Standard output. What was printed is shown only when the command fails, in a SetupError."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SetupError(
+            f"{' '.join(command)}\nended with status {done.returncode}:\n{done.stdout}{done.stderr}".rstrip()
+        )
+    return done.stdout
 
 
 def imports(python: Path, module: str) -> bool:
-    """Whether `module` can be imported there (a broken binary wheel raises OSError or RuntimeError, not ImportError)."""
+    """Whether `module` can be imported there; in its own process, since a broken binary wheel may raise anything."""
     return subprocess.run([python, "-c", f"import {module}"], capture_output=True).returncode == 0
 
 
-def build(target: Path, extras: list[str]) -> None:
-    """Create `target` and install the project into it in editable mode. Raises CalledProcessError if pip fails."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    if not (target / "bin" / "python").exists():
-        venv.create(target, with_pip=True, symlinks=True)
+def install_placeholder(python: Path) -> str:
+    """Install the torchaudio placeholder where nothing of that name can be imported. Returns what was done."""
+    if imports(python, "torchaudio"):
+        return "an importable one is there"
+    with tempfile.TemporaryDirectory() as folder:  # a build in place would leave its files in the source tree
+        copy = Path(folder) / PLACEHOLDER.name
+        shutil.copytree(PLACEHOLDER, copy, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
+        run([str(python), *PIP_INSTALL, "--no-deps", "--no-build-isolation", str(copy)])
+    return "placeholder"
+
+
+def steps(target: Path, project: dict[str, Any], extras: list[str]) -> list[tuple[str, Callable[[], str | None]]]:
+    """(what it says, what it does) of every step, in order; a step may return a remark."""
     python = target / "bin" / "python"
+    dependencies = project["project"]["dependencies"]
+    llamafactory = next(r for r in dependencies if requirement_name(r) == "llamafactory")
+    ours = [r for r in dependencies if requirement_name(r) not in {"torch", "llamafactory"}]
+
+    def make_venv() -> str | None:
+        if python.exists():
+            return "already there"
+        run([sys.executable, "-m", "venv", "--clear", str(target)])
+        return None
 
     def pip(*args: str) -> None:
-        print("+ pip install", *args, flush=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--progress-bar", "off", *args], check=True)
+        run([str(python), *PIP_INSTALL, *args])
 
-    pip(TORCH)
-    llamafactory = next(r for r in project["dependencies"] if requirement_name(r) == "llamafactory")
-    pip("--no-deps", llamafactory)
-    wanted = [r for r in project["dependencies"] if requirement_name(r) not in {"torch", "llamafactory"}]
-    for extra in extras:
-        wanted += project["optional-dependencies"][extra]
-    pip(TORCH, *wanted, *llamafactory_requirements(python), "setuptools>=77")
-    if not imports(python, "torchaudio"):
-        pip("--no-deps", "--no-build-isolation", str(ROOT / "tools" / "torchaudio_placeholder"))
-    pip("--no-deps", "--no-build-isolation", "-e", str(ROOT))
+    def dependencies_of_both() -> str:
+        code = "import importlib.metadata as m; print('\\n'.join(m.requires('llamafactory') or []))"
+        theirs = needed_of_llamafactory(run([str(python), "-c", code]).splitlines())
+        wanted = [*ours, *extras_of(project, extras), *theirs, *project["build-system"]["requires"]]
+        pip(TORCH, *wanted)
+        return f"{len(wanted)} requirements"
+
+    return [
+        (f"virtual environment in {target}", make_venv),
+        (TORCH, lambda: pip(TORCH)),
+        (f"{llamafactory} without its dependencies", lambda: pip("--no-deps", llamafactory)),
+        ("everything else that training needs" + "".join(f" + {e}" for e in extras), dependencies_of_both),
+        ("torchaudio", lambda: install_placeholder(python)),
+        (f"{project['project']['name']}, editable", lambda: pip("--no-deps", "--no-build-isolation", "-e", str(ROOT))),
+    ]
 
 
-def stamp_of(extras: list[str]) -> str:
-    """Changes when anything that decides the environment's content does."""
-    digest = hashlib.sha256(" ".join([TORCH, str(ROOT), *extras]).encode())
-    for name in ("pyproject.toml", "tools/setup_env.py"):
-        digest.update((ROOT / name).read_bytes())
+def build(target: Path, project: dict[str, Any], extras: list[str]) -> None:
+    """Create `target` and install the project into it in editable mode. Raises SetupError with pip's output."""
+    started = time.monotonic()
+    todo = steps(target, project, extras)
+    for number, (label, work) in enumerate(todo, start=1):
+        print(f"[{number}/{len(todo)}] {label} ...", end=" ", flush=True)
+        begun = time.monotonic()
+        try:
+            remark = work()
+        except SetupError:
+            print("failed", flush=True)
+            raise
+        print(f"{time.monotonic() - begun:.1f} s{f' ({remark})' if remark else ''}", flush=True)
+    print(f"environment ready after {time.monotonic() - started:.0f} s: {target}", flush=True)
+
+
+def content_key(project: dict[str, Any]) -> str:
+    """Changes when anything but the choice of extras changes what is installed."""
+    digest = hashlib.sha256(json.dumps([TORCH, str(ROOT), project], sort_keys=True).encode())
+    digest.update(Path(__file__).read_bytes())
+    for file in sorted(PLACEHOLDER.rglob("*")):
+        if file.suffix in {".py", ".toml"} and "build" not in file.parts:
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
-def main() -> None:
+def installed_extras(stamp: Path, key: str) -> list[str] | None:
+    """The extras that the finished environment with this key has; None where there is no such environment."""
+    try:
+        record = json.loads(stamp.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+    current = isinstance(record, dict) and record.get("key") == key
+    return [str(extra) for extra in record["extras"]] if current else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line. Returns the exit status: 0 ready, 1 a step failed, 2 this Python or an option will not do."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=Path, default=ROOT / ".venv", help="where the environment goes")
-    parser.add_argument("--extras", default="dev", help="comma-separated extras of pyproject.toml (default: dev)")
-    args = parser.parse_args()
-    if sys.version_info < (3, 11):
-        sys.exit(f"setup_env: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
-    extras = [e for e in args.extras.split(",") if e]
-    stamp_file, stamp = args.target / ".dataflex_stamp", stamp_of(extras)
-    if stamp_file.exists() and stamp_file.read_text() == stamp:
-        return
-    build(args.target, extras)
-    stamp_file.write_text(stamp)
-    print(f"environment ready: {args.target}", flush=True)
+    parser.add_argument("--target", type=Path, default=ROOT / ".venv", help="where the environment goes (.venv)")
+    parser.add_argument("--extras", default="dev", help="comma-separated extras of pyproject.toml (dev)")
+    args = parser.parse_args(argv)
+    if sys.version_info < (3, 11):  # noqa: UP036  # this script runs before anything checked requires-python
+        print(f"setup_env: Python 3.11 or newer is needed, this is {sys.version.split()[0]}", file=sys.stderr)
+        return 2
+    project, extras = read_project(), [e for e in args.extras.split(",") if e]
+    try:
+        extras_of(project, extras)
+    except SetupError as error:
+        print(f"setup_env: {error}", file=sys.stderr)
+        return 2
+    stamp, key = args.target / ".dataflex_stamp", content_key(project)
+    present = installed_extras(stamp, key)
+    if present is not None and set(extras) <= set(present):
+        return 0
+    extras = sorted(
+        set(extras).union(present or [])
+    )  # `make docs` adds to what `make test` needs, and takes nothing away
+    stamp.unlink(missing_ok=True)
+    try:
+        build(args.target.absolute(), project, extras)
+    except SetupError as error:
+        print(f"setup_env: {error}", file=sys.stderr)
+        return 1
+    stamp.write_text(json.dumps({"key": key, "extras": extras}), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

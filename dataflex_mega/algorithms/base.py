@@ -68,7 +68,7 @@ class Selector(Algorithm):
 class Mixer(Algorithm):
     """Decides in which proportions the domains are drawn."""
 
-    def observe(self, stats: StepStats, proportions: tuple[float, ...], step: int) -> None:  # noqa: B027
+    def observe(self, stats: StepStats, proportions: tuple[float, ...], step: int) -> None:
         """After every step: the reduced sums, the proportions it was drawn with, and its number from 1 on."""
 
     @abstractmethod

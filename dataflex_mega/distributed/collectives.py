@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dataflex_mega.errors import TrainingFault
 from dataflex_mega.distributed.mesh import Mesh
+from dataflex_mega.errors import TrainingFault
 
 
 class Collectives:

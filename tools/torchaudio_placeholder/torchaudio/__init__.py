@@ -6,4 +6,6 @@ __version__ = "2.4.0+placeholder"
 def __getattr__(name: str) -> object:
     if name.startswith("__"):
         raise AttributeError(name)
-    raise ImportError(f"torchaudio.{name}: only a placeholder is installed; audio needs a torchaudio built for this torch")
+    raise ImportError(
+        f"torchaudio.{name}: only a placeholder is installed; audio needs a torchaudio built for this torch"
+    )

@@ -1,0 +1,45 @@
+"""A random choice at every update: a control that a selector has to beat."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dataflex_mega.algorithms.base import Selector
+from dataflex_mega.errors import DataError
+from dataflex_mega.types import Clock, SignalTable
+
+
+@dataclass
+class Random(Selector):
+    """Every candidate has the same chance.
+
+    Args:
+        seed: another choice with everything else kept; None: the run's seed alone decides.
+        replacement: whether a candidate may be chosen more than once.
+        cache_dir: where step_N.json of each selection goes; None: the output directory.
+    """
+
+    seed: int | None = None
+    replacement: bool = False
+    cache_dir: str | None = None
+
+    def score(self, table: SignalTable) -> Tensor:
+        """[n] zeros: nothing is computed for the candidates."""
+        return torch.zeros(len(table.sample_id), dtype=torch.float32)
+
+    def choose(self, scores: Tensor, count: int, clock: Clock, rng: torch.Generator) -> Tensor:
+        """[count] int64 positions. Raises DataError when count is more than there is without replacement."""
+        candidates = len(scores)
+        if count > candidates and (not self.replacement or candidates == 0):
+            advice = "shorten update_step or set selector.random.replacement"
+            raise DataError(f"selector.random: {count} samples wanted of {candidates} candidates; {advice}")
+        if self.seed is not None:
+            word = int(torch.randint(2**62, (1,), generator=rng))
+            rng = torch.Generator().manual_seed(random.Random(f"{self.seed} {word}").getrandbits(63))
+        if self.replacement:
+            return torch.randint(max(candidates, 1), (count,), generator=rng)
+        return torch.randperm(candidates, generator=rng)[:count]

@@ -1,0 +1,1 @@
+"""Weighters: one file each."""
