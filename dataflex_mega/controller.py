@@ -20,7 +20,15 @@ MAX_PLAN_STEPS = 4096  # a plan is continued as a new one after so many steps, w
 class Planner(Protocol):
     """What the controller needs of data.Sampler."""
 
-    def next_plan(self, previous: Plan | None, step: int, proportions: Any, **rest: Any) -> Plan: ...
+    def next_plan(
+        self,
+        previous: Plan | None,
+        step: int,
+        proportions: Any,
+        chosen: Tensor | None = None,
+        loss_weights: Any = None,
+        phase: str = "train",
+    ) -> Plan: ...
     def drawn(self, plan: Plan, step: int) -> np.ndarray: ...
     def advance(self, plan: Plan, step: int) -> Plan: ...
 
@@ -44,8 +52,8 @@ class Scores(Protocol):
 class When(Protocol):
     """What the controller needs of schedule.Schedule."""
 
-    every: int
-
+    @property
+    def every(self) -> int: ...
     def is_update(self, step: int) -> bool: ...
     def starts_warmup(self, step: int) -> bool: ...
     def warming(self, step: int) -> bool: ...

@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv else 2
     try:
         run(argv[0], argv[1:])
-    except UserError as error:
-        return _say(error, 2)
+    except UserError as error:  # found by every rank alike, so said once
+        return _say(error, 2) if os.environ.get("RANK", "0") == "0" else 2
     except TrainingFault as error:
         return _say(error, 1)
     return 0
@@ -107,7 +107,8 @@ class Build:
 
         specs = self.ours.roles()
         self.specs = {kind: spec for kind, spec in specs.items() if spec is not None}
-        return Roles(**{kind: build(kind, spec) for kind, spec in self.specs.items()})
+        made: dict[str, Any] = {kind: build(kind, spec) for kind, spec in self.specs.items()}
+        return Roles(**made)
 
     # -- data ----------------------------------------------------------------------------------------------------
 
@@ -166,8 +167,8 @@ class Build:
 
     def _find_checkpoint(self) -> None:
         from dataflex_mega.checkpoint import Checkpointer, discard_all
-        from dataflex_mega.data.sampler import Sampler
         from dataflex_mega.config.identity import identity
+        from dataflex_mega.data.sampler import Sampler
 
         wanted = self.config.lf.get("resume_from_checkpoint")
         who = identity(self.config, self.split.global_batch, self.pool.fingerprint(), self.specs)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dataflex_mega.data.pool import Pool, Sample
+from dataflex_mega.errors import DataError
 from dataflex_mega.types import Batch, Plan
 
 if TYPE_CHECKING:
@@ -67,10 +68,21 @@ class Loader:
             self._drop()
             self._plan = plan
         ahead = step + 1 + self.prefetch if last_step is None else min(step + 1 + self.prefetch, last_step)
-        for wanted in range(step, max(ahead, step + 1)):
-            if wanted not in self._ready:
-                self._ready[wanted] = self._threads.submit(self._make, self._ids(plan, wanted))
+        if step not in self._ready:
+            self._ready[step] = self._threads.submit(self._make, self._ids(plan, step))
+        for wanted in range(step + 1, ahead):
+            if wanted not in self._ready and not self._prepare(self._threads, plan, wanted):
+                break
         return self._ready.pop(step).result()
+
+    def _prepare(self, threads: ThreadPoolExecutor, plan: Plan, step: int) -> bool:
+        """Start a step ahead of time. False where the plan cannot serve it: a new one will have come by then, and if not,
+        the error is raised when the step is asked for."""
+        try:
+            self._ready[step] = threads.submit(self._make, self._ids(plan, step))
+        except DataError:
+            return False
+        return True
 
     def _ids(self, plan: Plan, step: int) -> list[np.ndarray]:
         return self.split.share(self.sampler.global_batch(plan, step))

@@ -140,7 +140,7 @@ class _Loader:
                 )
         except (DatasetGenerationError, ValueError, KeyError, RuntimeError, StopIteration, TypeError) as error:
             raise DataError(f"dataset {name!r}: {diagnose(name, self.args.data.dataset_dir, error)}") from error
-        rows = data["train_dataset"]
+        rows: Any = data["train_dataset"]  # type: ignore[typeddict-item]  # not streaming, so a datasets.Dataset
         if len(rows) == 0:
             raise DataError(f"dataset {name!r}: no usable rows")
         for column in MEDIA:

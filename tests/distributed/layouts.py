@@ -24,7 +24,7 @@ def tiny_llama(seed=0):
     )  # fmt: skip
 
 
-def build_engine(mesh, mode, lora=False, **options):
+def build_engine(mesh, mode, lora=False, precision="fp32", **options):
     model = tiny_llama()
     if lora:
         from peft import LoraConfig, get_peft_model
@@ -33,7 +33,7 @@ def build_engine(mesh, mode, lora=False, **options):
         model = get_peft_model(
             model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
         )
-    layout = Layout(mode)
+    layout = Layout(mode, precision)
     module = parallelize(model, layout, mesh)
     trained = [p for p in unwrap(module).parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
@@ -76,7 +76,7 @@ def run_cases(mesh, cases):
 
 def run_steps(mesh, case, steps=4):
     """Losses, norms and sums of a few steps."""
-    engine = build_engine(mesh, case["mode"], case.get("lora", False), lookahead="exact")
+    engine = build_engine(mesh, case["mode"], case.get("lora", False), case.get("precision", "fp32"), lookahead="exact")
     weigh = by_loss(mesh) if case.get("weigh", True) else None
     found = []
     for step in range(steps):

@@ -1,0 +1,118 @@
+"""Three algorithms that live outside the package, one for each role: a start for your own.
+
+    PYTHONPATH=. dataflex-cli train examples/demo.yaml \
+        'mixer={name: examples.plugins.my_algorithms:Curriculum, final: [1, 1, 1, 5], tokens: 500000}'
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dataflex_mega.algorithms.base import Domains, Mixer, Selector, Weighter
+from dataflex_mega.errors import ConfigError, DataError
+from dataflex_mega.types import Clock, SampleObs, SignalTable, StepStats
+
+
+@dataclass
+class Curriculum(Mixer):
+    """A straight line from the initial proportions to final ones, paced by the tokens trained.
+
+    Args:
+        final: [k] where the line ends, taken relative to their sum.
+        tokens: how many tokens the way takes, >= 1.
+    """
+
+    final: list[float]
+    tokens: int = 1_000_000
+    _seen: int = field(default=0, init=False, repr=False)
+    _ends: tuple[Tensor, Tensor] = field(default=(torch.ones(1), torch.ones(1)), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(x) and x >= 0 for x in self.final) or sum(self.final) <= 0:
+            raise ConfigError(f"mixer.Curriculum.final: must be finite, >= 0 and not all 0, found {self.final}")
+        if self.tokens < 1:
+            raise ConfigError(f"mixer.Curriculum.tokens: must be >= 1, found {self.tokens}")
+
+    def setup(self, domains: Domains) -> None:
+        """Raises ConfigError when there is not one number for each domain."""
+        if len(self.final) != len(domains):
+            raise ConfigError(f"mixer.Curriculum.final: {len(self.final)} numbers for {len(domains)} datasets")
+        last = torch.tensor(self.final, dtype=torch.float64)
+        self._ends = torch.tensor(domains.initial, dtype=torch.float64), last / last.sum()
+
+    def observe(self, stats: StepStats, proportions: tuple[float, ...], step: int) -> None:
+        """Counts the tokens of all ranks."""
+        self._seen += stats.tokens
+
+    def proportions(self, clock: Clock, rng: torch.Generator) -> Tensor:
+        """[k] float64."""
+        return torch.lerp(*self._ends, min(1.0, self._seen / self.tokens))
+
+    def state(self) -> dict[str, Any]:
+        """The tokens seen; everything else is configuration."""
+        return {"seen": self._seen}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self._seen = int(state["seen"])
+
+
+@dataclass
+class MiddleLoss(Selector):
+    """The samples whose loss is nearest to the median: neither learnt already nor hopeless.
+
+    Args:
+        quantile: what they have to be near to; 0.5 is the median.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"loss"})
+
+    quantile: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.quantile <= 1:
+            raise ConfigError(f"selector.MiddleLoss.quantile: must be in 0..1, found {self.quantile}")
+
+    def score(self, table: SignalTable) -> Tensor:
+        """[n] float32: the losses. `choose` needs those of all ranks to know the median."""
+        return table["loss"].float()
+
+    def choose(self, scores: Tensor, count: int, clock: Clock, rng: torch.Generator) -> Tensor:
+        """[count] int64 positions; ties go to the lower one. Raises DataError when too few losses are finite."""
+        finite = torch.isfinite(scores)
+        if count > int(finite.sum()):
+            raise DataError(f"selector.MiddleLoss: {count} samples wanted, {int(finite.sum())} have a finite loss")
+        ordered = scores[finite].sort().values
+        middle = ordered[round(self.quantile * (len(ordered) - 1))]
+        distance = torch.where(finite, (scores - middle).abs(), math.inf)
+        return distance.sort(stable=True).indices[:count]
+
+
+@dataclass
+class Clipped(Weighter):
+    """Weights in proportion to the loss, with both ends cut: w = c / mean(c), c = clip(L / mean(L), 1 / most, most).
+
+    Args:
+        most: how far from the mean loss a sample may count, >= 1; 1 gives all samples the same weight.
+    """
+
+    most: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.most) and self.most >= 1):
+            raise ConfigError(f"weighter.Clipped.most: must be finite and >= 1, found {self.most}")
+
+    def weights(self, obs: SampleObs, step: int, total_steps: int) -> Tensor:
+        """[n] float32, mean 1. A sample without target tokens has no loss: it weighs 1 and influences nothing."""
+        losses, known = obs.loss.double(), (obs.tokens > 0) & torch.isfinite(obs.loss_sum)
+        weights = torch.ones_like(losses)
+        mean = losses[known].mean()
+        if bool(known.any()) and float(mean) > 0:
+            cut = (losses[known] / mean).clamp(1 / self.most, self.most)
+            weights[known] = cut / cut.mean()
+        return weights.float()

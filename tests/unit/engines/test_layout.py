@@ -1,0 +1,64 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dataflex_mega.engines.fsdp.engine import attention_mask
+from dataflex_mega.engines.fsdp.parallel import read_layout
+from dataflex_mega.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+def mesh(world):
+    return SimpleNamespace(world=world, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("keys", "world", "expected"),
+    [
+        ({}, 1, ("single", "fp32", True)),
+        ({"bf16": True}, 4, ("ddp", "bf16", True)),
+        ({"fsdp": "full_shard auto_wrap"}, 2, ("fsdp2", "fp32", True)),
+        ({"fsdp": True}, 2, ("fsdp2", "fp32", True)),
+        ({"fsdp": ["shard_grad_op"]}, 2, ("fsdp2", "fp32", False)),
+        (
+            {"fsdp": "full_shard", "fsdp_config": {"reshard_after_forward": False, "version": 2}},
+            2,
+            ("fsdp2", "fp32", False),
+        ),
+    ],
+)
+def test_hugging_face_keys_become_a_layout(keys, world, expected):
+    layout = read_layout(keys, mesh(world))
+    assert (layout.mode, layout.precision, layout.reshard_after_forward) == expected
+
+
+def test_layer_classes_and_offload():
+    keys = {"fsdp": "full_shard offload", "fsdp_config": {"fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}}
+    layout = read_layout(keys, mesh(2))
+    assert layout.layer_classes == ("LlamaDecoderLayer",) and layout.offload
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"fp16": True}, "fp16"),
+        ({"fsdp": "full_shart"}, "full_shart"),
+        ({"fsdp": "hybrid_shard"}, "hybrid_shard"),
+        ({"fsdp": "full_shard", "fsdp_config": {"wrap": 1}}, "wrap"),
+        ({"fsdp": "full_shard", "fsdp_config": "file.json"}, "mapping"),
+    ],
+)
+def test_what_is_not_understood_is_named(keys, said):
+    with pytest.raises(ConfigError, match=said):
+        read_layout(keys, mesh(2))
+
+
+def test_the_mask_is_causal_inside_a_sample_and_closed_between():
+    segment = torch.tensor([[0, 0, 1, 1, 1, -1]])
+    allowed = attention_mask(segment, torch.float32)[0, 0] == 0
+    for query in range(6):
+        for key in range(6):
+            same = segment[0, query] == segment[0, key]
+            assert bool(allowed[query, key]) == bool(same and key <= query)
