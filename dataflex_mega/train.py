@@ -89,10 +89,12 @@ class Build:
         from dataflex_mega.distributed.collectives import Collectives
         from dataflex_mega.engines.fsdp.parallel import read_layout
         from dataflex_mega.lf import args as lf_args
+        from dataflex_mega.lf.callbacks import load_callbacks
 
         self.config, self.ours = config, config.ours
         self.roles = self._roles()
         self.args = lf_args.parse(lf_args.prepare(config.lf))
+        self.callbacks = load_callbacks(list(self.ours.callbacks))
         self.mesh = meshes.start()
         self.layout = read_layout(config.lf, self.mesh)
         self.ranks = Collectives(self.mesh)
@@ -230,7 +232,7 @@ class Build:
             controller=self._controller(engine),
             loader=self._loader(),
             checkpointer=self.checkpointer,
-            hooks=Hooks(self.args, parts, self.max_steps, list(self.ours.callbacks), delta),
+            hooks=Hooks(self.args, parts, self.max_steps, self.callbacks, delta),
             metrics=self._metrics(),
             max_steps=self.max_steps,
             global_batch=self.split.global_batch,

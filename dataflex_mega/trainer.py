@@ -51,7 +51,7 @@ class Checkpointer(Protocol):
 class Hooks(Protocol):
     """See lf.callbacks.Hooks: what happens at which step."""
 
-    def begin(self, step: int) -> None: ...
+    def begin(self, step: int, epoch: float) -> None: ...
     def step_end(self, step: int, epoch: float, tokens: int) -> Any: ...
     def log(self, logs: dict[str, float]) -> None: ...
     def evaluated(self, metrics: dict[str, float]) -> Any: ...
@@ -95,7 +95,7 @@ class Trainer:
         """Train to `max_steps`, from the start or from a checkpoint. Raises TrainingFault naming step and samples."""
         state = self._start(resume)
         self.metrics.begin(state)
-        self.hooks.begin(state.step)
+        self.hooks.begin(state.step, state.samples_seen / self.samples)
         stop = False
         while state.step < self.max_steps and not stop:
             self.advance(state)

@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
-from dataflex_mega.config.megatron import engine_of_environment
+from dataflex_mega.config.megatron import resolve_engine
 from dataflex_mega.errors import ConfigError, did_you_mean
 
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -31,7 +31,7 @@ def load(path: str, overrides: Sequence[str] = (), environment: Mapping[str, str
 
     Raises:
         ConfigError: no such file, a syntax error (with its line), a key given twice, something else than a mapping, an
-            override that is not `key=value`. One line.
+            override that is not `key=value`, an engine that is not there. One line.
     """
     data = read_mapping(path)
     for override in overrides:
@@ -40,12 +40,8 @@ def load(path: str, overrides: Sequence[str] = (), environment: Mapping[str, str
     for key, value in plain.items():
         if isinstance(key, str) and key.endswith("_strategy") and value is False:
             plain[key] = "no"  # YAML reads `no` as false
-    asked = engine_of_environment(os.environ if environment is None else environment)
-    if asked is not None:
-        variable, engine = asked
-        if plain.get("engine", "auto") not in ("auto", engine):
-            raise ConfigError(f"engine: {plain['engine']!r} in {path}, but {variable} is set, which means {engine}")
-        plain["engine"] = engine
+    # Here and not later: importing LLaMA-Factory takes the variables away.
+    resolve_engine(str(plain.get("engine", "auto")), os.environ if environment is None else environment)
     return plain
 
 
@@ -158,9 +154,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[index, call-overload]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {_first_line(error)}") from error
-    node = data
+    node: dict[str, Any] = data
     for depth, part in enumerate(parts[:-1]):
-        inner = node.get(part)
+        inner: Any = node.get(part)
         if inner is None:
             inner = {}
         elif depth == 0 and part in ROLE_KEYS and isinstance(inner, str):

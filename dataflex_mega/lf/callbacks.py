@@ -36,8 +36,8 @@ def load_callbacks(names: list[str]) -> list[Any]:
 class Hooks:
     """What the loop asks at every step, answered by Hugging Face callbacks."""
 
-    def __init__(self, args: LFArgs, parts: dict[str, Any], max_steps: int, names: list[str], min_delta: float) -> None:
-        """`parts`: model, processing_class, optimizer, lr_scheduler, as callbacks may ask for them."""
+    def __init__(self, args: LFArgs, parts: dict[str, Any], max_steps: int, own: list[Any], min_delta: float) -> None:
+        """`parts`: model, processing_class, optimizer, lr_scheduler, as callbacks may ask for them; `own`: the user's."""
         from llamafactory.train.callbacks import LogCallback, ReporterCallback
         from transformers import EarlyStoppingCallback
         from transformers.trainer_callback import (
@@ -51,7 +51,7 @@ class Hooks:
         patience = args.finetuning.early_stopping_steps
         if patience is not None:
             callbacks.append(EarlyStoppingCallback(patience, min_delta))
-        callbacks += load_callbacks(names)
+        callbacks += own
         callbacks.append(ReporterCallback(args.model, args.data, args.finetuning, args.generating))
         self.args, self.control = args.training, TrainerControl()
         self.state = TrainerState(max_steps=max_steps, is_world_process_zero=self.args.process_index == 0)
@@ -64,15 +64,18 @@ class Hooks:
         )
         self.handler.on_init_end(self.args, self.state, self.control)
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, epoch: float) -> None:
         """Training starts, or starts again, after `step` steps."""
-        self.state.global_step = step
+        self.state.global_step, self.state.epoch = step, epoch
         self.control = self.handler.on_train_begin(self.args, self.state, self.control)
 
     def step_end(self, step: int, epoch: float, tokens: int) -> Any:
         """After an optimizer step -> what is wanted: should_log, should_evaluate, should_save, should_training_stop."""
+        finished = int(epoch + 1e-9) > int((self.state.epoch or 0.0) + 1e-9) or step == self.state.max_steps
         self.state.global_step, self.state.epoch, self.state.num_input_tokens_seen = step, epoch, tokens
         self.control = self.handler.on_step_end(self.args, self.state, self.control)
+        if finished:  # an epoch is as many samples as the pool has, whichever they were
+            self.control = self.handler.on_epoch_end(self.args, self.state, self.control)
         return self.control
 
     def log(self, logs: dict[str, float]) -> None:

@@ -38,6 +38,9 @@ CASES = {
         **SFT, **WEIGHT, "eval_dataset": "sft", "eval_strategy": "steps", "eval_steps": 1, "early_stopping_steps": 2,
         "early_stopping_min_delta": 100.0, "max_steps": 6,
     },
+    "by epoch": {
+        **SFT, **WEIGHT, "max_steps": 25, "eval_dataset": "sft", "eval_strategy": "epoch", "save_strategy": "epoch",
+    },
     "callback": {**SFT, **WEIGHT, "callbacks": ["tests.support.callbacks:StopAtThree"]},
 }  # fmt: skip
 
@@ -168,6 +171,14 @@ def test_the_schedule_is_the_one_asked_for(finished):
 def test_held_out_rows_leave_their_domains(finished):
     state = json.loads((output(finished, "held out") / "trainer_state.json").read_text())
     assert any("eval_loss" in row for row in state["log_history"])
+
+
+def test_evaluation_and_saving_by_epoch(finished):
+    """80 samples in batches of 8: an epoch is 10 steps; the end counts as one."""
+    state = json.loads((output(finished, "by epoch") / "trainer_state.json").read_text())
+    assert [row["step"] for row in state["log_history"] if "eval_loss" in row] == [10, 20, 25]
+    found = sorted(int(p.name.split("-")[1]) for p in output(finished, "by epoch").glob("checkpoint-*"))
+    assert found == [10, 20, 25]
 
 
 def test_callbacks_can_stop_a_run(finished):

@@ -8,7 +8,7 @@ import pytest
 from dataflex_mega import doctor
 from dataflex_mega.doctor import ABSENT, BROKEN, OK, UNFIT, Finding, Probe, Report
 
-REQUIREMENTS = ["torch>=2.8", "transformers<=5.6.0,>=4.55", "llamafactory<0.10,>=0.9.5", 'torch>=9; extra == "x"']
+REQUIREMENTS = ['torch>=9; extra == "x"', "torch>=2.8", "transformers<=5.6.0,>=4.55", "llamafactory<0.10,>=0.9.5"]
 USUAL = ("transformers", "peft", "datasets", "safetensors", "omegaconf", "tensorboard")
 
 
@@ -32,7 +32,11 @@ class FakeProbe(Probe):
     """A machine with the usual packages; `changes` maps a distribution to another version, or to None for absent."""
 
     def __init__(self, library: Any = None, python: tuple[int, ...] = (3, 12, 1), **changes: str | None) -> None:
-        versions = {**dict.fromkeys(USUAL, "5.0"), "torch": "2.13.0+cpu", "llamafactory": "0.9.5"}
+        versions: dict[str, str | None] = {
+            **dict.fromkeys(USUAL, "5.0"),
+            "torch": "2.13.0+cpu",
+            "llamafactory": "0.9.5",
+        }
         versions.update({name.replace("_", "-"): version for name, version in changes.items()})
         self.versions = {name: version for name, version in versions.items() if version is not None}
         self.modules: dict[str, Any] = {"torch": library or fake_torch()}

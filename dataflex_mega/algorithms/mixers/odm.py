@@ -3,11 +3,14 @@
 Albalak et al. 2023, "Efficient Online Data Mixing For Language Model Pre-Training" (arXiv 2312.02406), algorithm 1.
 With K domains, E_t = min(1/K, sqrt(ln K / (K t))):
 
-    reward      R_i <- alpha R_i + (1 - alpha) L_i / pi_i      for domains with tokens in the step, others keep R_i
+    reward      R_i <- alpha R_i + (1 - alpha) L_i / q_i      for domains with tokens in the step, others keep R_i
     policy      pi  =  (1 - K E_t) softmax(E_{t-1} R) + E_t
 
-L_i is the mean token loss of domain i over all micro-batches and ranks of the step, pi_i the proportion the step was
-drawn with. The paper's official code contains three further rules, kept here as variants; they are described at `Odm`.
+L_i is the mean token loss of domain i over all micro-batches and ranks of the step, q_i the probability that the step
+shows it. The paper draws one domain a step, so its q_i is pi_i. Here a step mixes domains: n draws show domain i with
+probability 1 - (1 - pi_i)^n, which is nearly 1 for all of them. Dividing by pi_i all the same would reward a domain for
+having been drawn rarely, and the mixture would swing from one domain to the next. The paper's official code contains three
+further rules, kept here as variants; they are described at `Odm`.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from dataflex_mega.errors import CheckpointError, ConfigError
 from dataflex_mega.types import Clock, StepStats
 
 Variant = Literal["paper", "exp3", "smoothed_mean", "group"]
+Importance = Literal["inclusion", "proportion"]
 EXP3_SCALE = 0.1  # the official Exp3 divides losses by 10
 LARGEST_EXPONENT = 700.0  # exp of it is finite in float64; a policy is decided long before
 
@@ -35,15 +39,23 @@ def exploration_rate(domains: int, step: int, floor: float = 0.0) -> float:
     return max(floor, min(1 / domains, math.sqrt(math.log(domains) / (domains * step))))
 
 
-def updated_rewards(rewards: Tensor, losses: Tensor, drawn_with: Tensor, variant: Variant, alpha: float) -> Tensor:
-    """[K] float64 rewards after one step; [K] losses, NaN for domains without tokens; [K] proportions of the step."""
+def updated_rewards(rewards: Tensor, losses: Tensor, seen: Tensor, variant: Variant, alpha: float) -> Tensor:
+    """[K] float64 rewards after one step; [K] losses, NaN for domains without tokens; [K] probability of being seen."""
     if variant == "paper":
-        new = alpha * rewards + (1 - alpha) * losses / drawn_with
+        new = alpha * rewards + (1 - alpha) * losses / seen
     elif variant == "exp3":
-        new = rewards + EXP3_SCALE * losses / drawn_with
+        new = rewards + EXP3_SCALE * losses / seen
     else:
         new = alpha * rewards + (1 - alpha) * losses.clamp(max=LARGEST_EXPONENT).exp()
     return torch.where(torch.isfinite(new), new, rewards)
+
+
+def observation_probability(proportions: Tensor, samples: Tensor, importance: Importance) -> Tensor:
+    """[K] proportions, [K] samples of the step -> [K] probability that a step shows the domain. One domain is one draw."""
+    draws = float(samples.sum()) if int((samples > 0).sum()) > 1 else 1.0
+    if importance == "proportion" or draws == 1.0:
+        return proportions
+    return -torch.expm1(draws * torch.log1p(-proportions))
 
 
 def policy(rewards: Tensor, rate: float, previous_rate: float, variant: Variant) -> Tensor:
@@ -69,9 +81,11 @@ class Odm(Mixer):
         initial_proportions: [k], taken relative to their sum; None: the proportions the run starts with.
         reward_scale: losses are multiplied by it, > 0.
         min_exploration_rate: lower bound of E_t, at most 1/K. 0: the paper's.
-        variant: "paper"; "exp3", sums R_i + (L_i / 10) / pi_i with no forgetting; "smoothed_mean", a mean of exp(L_i)
-            that is not divided by pi_i; "group", that mean with shares in proportion to it in place of softmax. The
+        variant: "paper"; "exp3", sums R_i + (L_i / 10) / q_i with no forgetting; "smoothed_mean", a mean of exp(L_i)
+            that is not divided by q_i; "group", that mean with shares in proportion to it in place of softmax. The
             last three are what the official code runs; "group" is the one its trainer calls.
+        importance: what a loss is divided by in the first two variants. "inclusion": the probability that a step shows
+            the domain; "proportion": pi_i even where a step shows every domain, as DataFlex does.
     """
 
     alpha: float = 0.9
@@ -80,6 +94,7 @@ class Odm(Mixer):
     reward_scale: float = 1.0
     min_exploration_rate: float = 0.0
     variant: Variant = "paper"
+    importance: Importance = "inclusion"
     _initial: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64), init=False, repr=False)
     _rewards: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64), init=False, repr=False)
     _step: int = field(default=0, init=False, repr=False)  # the last one learnt from
@@ -119,8 +134,9 @@ class Odm(Mixer):
         if step <= self.warmup_steps:
             return
         losses = self.reward_scale * stats.domain_loss.double().cpu() / stats.domain_tokens.double().cpu()
-        drawn_with = torch.tensor(proportions, dtype=torch.float64)
-        self._rewards = updated_rewards(self._rewards, losses, drawn_with, self.variant, self.alpha)
+        shares = torch.tensor(proportions, dtype=torch.float64)
+        seen = observation_probability(shares, stats.domain_samples.double().cpu(), self.importance)
+        self._rewards = updated_rewards(self._rewards, losses, seen, self.variant, self.alpha)
         self._previous, self._step = self._step, step
 
     def proportions(self, clock: Clock, rng: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -98,13 +99,17 @@ def test_golden_exploration_rates() -> None:
     assert first_below == {2: 2, 3: 4, 7: 14, 22: 69}
 
 
-def test_paper_rule_in_plain_python_with_several_domains_a_step() -> None:
-    mixer, rewards, before = odm(), [0.0, 0.0, 0.0], 1 / 3
+@pytest.mark.parametrize("importance", ["inclusion", "proportion"])
+def test_paper_rule_in_plain_python_with_several_domains_a_step(importance: Any) -> None:
+    mixer, rewards, before = odm(importance=importance), [0.0, 0.0, 0.0], 1 / 3
     for t in range(1, 60):
         drawn_with = tuple(shares(mixer))
         losses = {d: 1 + math.sin(t * (d + 1)) ** 2 for d in range(3) if (t + d) % 3}
-        mixer.observe(stats(losses, tokens=5.0 + t), drawn_with, t)
-        rewards = [0.9 * r + 0.1 * losses[d] / drawn_with[d] if d in losses else r for d, r in enumerate(rewards)]
+        step = stats(losses, tokens=5.0 + t)
+        mixer.observe(step, drawn_with, t)
+        draws = float(step.domain_samples.sum()) if len(losses) > 1 and importance == "inclusion" else 1
+        seen = [1 - (1 - p) ** draws for p in drawn_with]
+        rewards = [0.9 * r + 0.1 * losses[d] / seen[d] if d in losses else r for d, r in enumerate(rewards)]
         rate = min(1 / 3, math.sqrt(math.log(3) / (3 * t)))
         expected = [(1 - 3 * rate) * s + rate for s in softmax([before * r for r in rewards])]
         assert shares(mixer) == pytest.approx(expected, abs=1e-12)
@@ -119,6 +124,16 @@ def test_shares_sum_to_one_and_keep_the_exploration_rate(variant: Any) -> None:
         found = shares(mixer)
         assert sum(found) == pytest.approx(1, abs=1e-14)
         assert min(found) >= exploration_rate(3, t) - 1e-15
+
+
+def test_a_mixed_step_rewards_a_rare_domain_for_its_loss_and_not_for_its_rarity() -> None:
+    """Equal losses, unequal proportions, every domain in every step: nothing tells the domains apart."""
+    fair, swinging = odm(DOMAINS), odm(DOMAINS, importance="proportion")
+    step = replace(stats({0: 2.0, 1: 2.0, 2: 2.0}), domain_samples=torch.tensor([320.0, 190.0, 130.0]))
+    for mixer in (fair, swinging):
+        mixer.observe(step, (0.5, 0.3, 0.2), 50)
+    assert fair.report()["estimated_rewards"] == pytest.approx([0.2] * 3)
+    assert swinging.report()["estimated_rewards"] == pytest.approx([0.4, 0.2 / 0.3, 1.0])
 
 
 @pytest.mark.parametrize("variant", ["paper", "exp3", "smoothed_mean", "group"])
@@ -139,9 +154,9 @@ def test_adding_a_constant_to_all_rewards_matters_to_the_linear_rule_only() -> N
 
 
 def test_the_loss_of_a_domain_is_its_token_mean() -> None:
-    few, many = odm(), odm()
-    few.observe(stats({0: 2.0, 1: 3.0}, tokens=1.0), (0.5, 0.3, 0.2), 7)
-    many.observe(stats({0: 2.0, 1: 3.0}, tokens=4096.0), (0.5, 0.3, 0.2), 7)
+    few, many, two = odm(importance="proportion"), odm(importance="proportion"), torch.tensor([1.0, 1.0, 0.0])
+    few.observe(replace(stats({0: 2.0, 1: 3.0}, tokens=1.0), domain_samples=two), (0.5, 0.3, 0.2), 7)
+    many.observe(replace(stats({0: 2.0, 1: 3.0}, tokens=4096.0), domain_samples=two), (0.5, 0.3, 0.2), 7)
     assert shares(few) == shares(many)
     assert few.report()["estimated_rewards"] == pytest.approx([0.1 * 2 / 0.5, 0.1 * 3 / 0.3, 0.0])
 

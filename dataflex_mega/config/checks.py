@@ -1,0 +1,198 @@
+"""What a dynamic run cannot do, found from the configuration alone, before a model or a dataset is touched.
+
+Static runs are LLaMA-Factory's and do all of it. Nothing is ignored in silence: a key of LLaMA-Factory or of Hugging
+Face's Trainer that our loop does not act on is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dataflex_mega.config.split import RunConfig
+from dataflex_mega.errors import ConfigError, did_you_mean
+
+STAGES = ("pt", "sft")
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
+REPORTS = ("none", "tensorboard")
+REQUIRED = {
+    "model_name_or_path": "a folder or a hub name",
+    "dataset": "names from dataset_info.json",
+    "output_dir": "a folder",
+}
+
+STATIC_DOES = "train_type: static does"
+# Key -> what to do instead. Refused when set to anything but false, 0, nothing or an empty list.
+REFUSED = {
+    "deepspeed": "fsdp: full_shard shards parameters, gradients and optimizer state",
+    **dict.fromkeys(
+        ("use_badam", "use_galore", "use_apollo", "use_adam_mini", "use_muon"), "optim: adamw_torch is there"
+    ),
+    "optim_target_modules": "optim: adamw_torch is there",
+    "streaming": "samples must be reachable by number",
+    "quantization_bit": "LoRA without quantization is there",
+    "use_unsloth": "it patches the model's loss",
+    "use_unsloth_gc": "gradient checkpointing is on without it",
+    "use_kt": STATIC_DOES,
+    "use_liger_kernel": "enable_liger_kernel is there",
+    "mixture_of_depths": STATIC_DOES,
+    "fp8": "bf16 is there",
+    "fp8_enable_fsdp_float8_all_gather": "bf16 is there",
+    "use_mca": "the Megatron engine is not available yet",
+    "use_hyper_parallel": STATIC_DOES,
+    "parallelism_config": "fsdp: full_shard is there",
+    "accelerator_config": STATIC_DOES,
+    "predict_with_generate": "generate from the trained model afterwards",
+    "do_predict": "generate from the trained model afterwards",
+    "load_best_model_at_end": "checkpoints are kept in output_dir",
+    "neftune_noise_alpha": STATIC_DOES,
+    "label_smoothing_factor": STATIC_DOES,
+    "compute_accuracy": "evaluation gives the loss",
+    **dict.fromkeys(("use_dft_loss", "use_asft_loss", "use_eaft_loss"), "the loss is cross-entropy"),
+    "moe_aux_loss_coef": "the loss is cross-entropy",
+    "pissa_convert": STATIC_DOES,
+    "torch_compile": STATIC_DOES,
+    "auto_find_batch_size": "the batch size decides which samples a step has",
+    "eval_on_start": STATIC_DOES,
+    "bf16_full_eval": STATIC_DOES,
+    "fp16_full_eval": STATIC_DOES,
+    "full_determinism": "one layout gives the same bits without it",
+    "ignore_data_skip": "where the data goes on is arithmetic, nothing is skipped",
+    "enable_jit_checkpoint": "save_steps is there",
+    "enable_torch_profiler": STATIC_DOES,
+    "push_to_hub": "upload output_dir afterwards",
+    "use_swanlab": "TensorBoard is there",
+    "tokenized_path": "it does not say which row is which",
+    "interleave_probs": "mixer: static with init_mixture_proportions draws in proportions",
+    "disable_shuffling": "the order follows from seed and step",
+    "sortish_sampler": "the order follows from seed and step",
+}
+# Key -> the values it may have.
+ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "stage": (STAGES, f"other stages run with {STATIC_DOES.removesuffix(' does')}"),
+    "optim": (OPTIMIZERS, "an optimizer must work element by element to be sharded"),
+    "mix_strategy": (("concat",), "mixer: static with init_mixture_proportions draws in proportions"),
+    "train_sampling_strategy": (("random",), "the order follows from seed and step"),
+    "do_train": ((True,), "there is nothing else to do"),
+}
+AT_LEAST = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "cutoff_len": 1,
+    "max_samples": 1, "lora_rank": 1, "save_total_limit": 1, "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0,
+    "warmup_steps": 0, "warmup_ratio": 0, "dataloader_num_workers": 0, "seed": 0, "data_seed": 0, "val_size": 0,
+    "early_stopping_steps": 1, "adam_epsilon": 0, "preprocessing_num_workers": 1,
+}  # fmt: skip
+
+
+def check_dynamic(config: RunConfig) -> None:
+    """Raises ConfigError naming the key, what was found and what is allowed."""
+    checks: tuple[Callable[[RunConfig], None], ...] = (
+        _check_required,
+        _check_refused,
+        _check_allowed,
+        _check_ranges,
+        _check_precision,
+        _check_length,
+        _check_evaluation,
+        _check_reports,
+        _check_model_path,
+        _check_datasets,
+    )
+    for check in checks:
+        check(config)
+
+
+def _check_required(config: RunConfig) -> None:
+    for key, what in REQUIRED.items():
+        if not config.lf.get(key):
+            near = did_you_mean(key, [k for k in config.raw if k not in REQUIRED])
+            raise ConfigError(f"{key}: missing; expected {what}{near}")
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or value == 0 or value in ("", [], {})
+
+
+def _check_refused(config: RunConfig) -> None:
+    for key, value in config.lf.items():
+        if key in REFUSED and not _is_off(value):
+            raise ConfigError(f"{key}: dynamic training does not do this; {REFUSED[key]}")
+
+
+def _check_allowed(config: RunConfig) -> None:
+    for key, (allowed, why) in ALLOWED.items():
+        value = config.lf.get(key, allowed[0])
+        if value not in allowed:
+            near = did_you_mean(value, [a for a in allowed if isinstance(a, str)]) if isinstance(value, str) else ""
+            names = ", ".join(map(str, allowed))
+            raise ConfigError(f"{key}: dynamic training takes {names}, found {value!r}{near}; {why}")
+
+
+def _check_ranges(config: RunConfig) -> None:
+    for key, least in AT_LEAST.items():
+        value = config.lf.get(key)
+        if isinstance(value, int | float) and value < least:
+            raise ConfigError(f"{key}: must be >= {least}, found {value}")
+
+
+def _check_precision(config: RunConfig) -> None:
+    if config.lf.get("bf16") and config.lf.get("fp16"):
+        raise ConfigError("bf16, fp16: both are true; choose one")
+
+
+def _check_length(config: RunConfig) -> None:
+    """Something must say how long to train; where nothing is given, LLaMA-Factory's default of 3 epochs does."""
+    epochs = config.lf.get("num_train_epochs", 3.0)
+    if config.ours.train_step < 1 and config.lf.get("max_steps", -1) < 1 and epochs <= 0:
+        raise ConfigError(f"num_train_epochs: must be > 0 when neither max_steps nor train_step is, found {epochs}")
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    """An evaluation needs data; early stopping needs evaluations."""
+    strategy = str(config.lf.get("eval_strategy", "no"))
+    has_data = bool(config.lf.get("eval_dataset")) or bool(config.lf.get("val_size"))
+    if strategy != "no" and not has_data:
+        raise ConfigError(f"eval_strategy: {strategy} needs eval_dataset or val_size")
+    if config.lf.get("early_stopping_steps") and strategy == "no":
+        raise ConfigError("early_stopping_steps: needs eval_strategy: steps or epoch")
+
+
+def _check_reports(config: RunConfig) -> None:
+    given = config.lf.get("report_to")
+    for name in listed(given):
+        if name not in REPORTS:
+            raise ConfigError(f"report_to: dynamic training takes {', '.join(REPORTS)}, found {name!r}")
+
+
+def _check_model_path(config: RunConfig) -> None:
+    """A path that can only be meant as local exists and holds a model; anything else may be a name on a hub."""
+    name = str(config.lf["model_name_or_path"])
+    path = Path(name).expanduser()
+    local = name.startswith((".", "/", "~")) or (path.parent != Path() and path.parent.is_dir())
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"model_name_or_path: {name} has no config.json")
+    if local and not path.is_dir():
+        hint = ""
+        if path.parent.is_dir():
+            hint = did_you_mean(path.name, [other.name for other in path.parent.iterdir() if other.is_dir()])
+        raise ConfigError(f"model_name_or_path: folder {name} not found{hint}")
+
+
+def _check_datasets(config: RunConfig) -> None:
+    names = listed(config.lf["dataset"])
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"dataset: {name!r} is listed {names.count(name)} times")
+    given = config.ours.init_mixture_proportions
+    if given is not None and len(given) != len(names):
+        raise ConfigError(
+            f"init_mixture_proportions: {len(given)} numbers for {len(names)} datasets ({', '.join(names)})"
+        )
+
+
+def listed(value: Any) -> list[str]:
+    """`"a, b"` or `["a", "b"]` or None -> a list."""
+    if value is None:
+        return []
+    parts = value.split(",") if isinstance(value, str) else list(value)
+    return [str(part).strip() for part in parts if str(part).strip()]

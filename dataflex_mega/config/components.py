@@ -1,0 +1,122 @@
+"""Which algorithms are on: from `train_type` and a components file as in DataFlex, from our own keys, or from both.
+
+A specification leaves here as a flat mapping, `{"name": "odm", "alpha": 0.8}`, however it was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from dataflex_mega.config.load import read_mapping, resolve
+from dataflex_mega.errors import ConfigError, did_you_mean
+
+SECTIONS = {"selector": "selectors", "mixer": "mixers", "weighter": "weighters"}
+LATER_SECTIONS = ("reorders", "reorderers", "pipelines")  # DataFlex 1.1's; allowed in a file, not usable yet
+ROLE_OF_TYPE = {"dynamic_select": "selector", "dynamic_mix": "mixer", "dynamic_weight": "weighter"}
+
+Spec = dict[str, Any]
+
+
+def packaged_file() -> Path:
+    """The components file that comes with the package."""
+    return Path(str(resources.files("dataflex_mega.config") / "components.yaml"))
+
+
+def read_components(path: str | None) -> dict[str, Any]:
+    """A components file's mapping, interpolations unresolved; None is the packaged one.
+
+    Raises ConfigError when the file or its layout is wrong: a section that is nearly the name of one, entries that are
+    no mappings.
+    """
+    data = _read_packaged() if path is None else _read_file(path)
+    known = [*SECTIONS.values(), *LATER_SECTIONS]
+    for section, entries in data.items():
+        near = did_you_mean(str(section), known)
+        if section not in known and near and isinstance(entries, Mapping):
+            raise ConfigError(f"components_cfg_file: {path}: unknown section {section!r}{near}")
+        if section in known and not isinstance(entries or {}, Mapping):
+            raise ConfigError(f"components_cfg_file: {path}: {section} must hold entries by name, found {entries!r}")
+    return data
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    if not Path(path).expanduser().is_file():
+        raise ConfigError(
+            f"components_cfg_file: {path} not found (relative to {Path.cwd()}); leave the key out for the packaged one"
+        )
+    return read_mapping(path, "components_cfg_file")
+
+
+@cache
+def _read_packaged() -> dict[str, Any]:
+    return read_mapping(packaged_file(), "components_cfg_file")
+
+
+def entries(path: str | None, role: str) -> list[str]:
+    """The names that `component_name` may have for a role, in the order of the file."""
+    return [str(name) for name in read_components(path).get(SECTIONS[role]) or {}]
+
+
+def pick(path: str | None, role: str, name: str) -> Spec:
+    """The specification of one entry. Raises ConfigError when there is none, with the nearest name and all names."""
+    data, section = read_components(path), SECTIONS[role]
+    found = entries(path, role)
+    where = path or "the packaged components file"
+    if name not in found:
+        elsewhere = [s for s, inner in data.items() if s != section and isinstance(inner, Mapping) and name in inner]
+        hint = did_you_mean(name, found) or (f" (it is one of {elsewhere[0]})" if elsewhere else "")
+        raise ConfigError(f"component_name: no {role} {name!r} in {where}{hint}; there is {', '.join(found) or 'none'}")
+    entry = resolve(data, where)[section][name]
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+        raise ConfigError(f"{where}: {section}.{name} must be a mapping with `name` and `params`, found {entry!r}")
+    rest = sorted(set(entry) - {"name", "params"})
+    if rest:
+        raise ConfigError(f"{where}: {section}.{name} has {', '.join(rest)} beside name and params")
+    return flat(role, entry)
+
+
+def flat(role: str, spec: str | Mapping[str, Any]) -> Spec:
+    """`odm`, `{name, params: {...}}` or `{name, ...}` -> `{name, ...}`. Raises ConfigError for a mixture of forms."""
+    if isinstance(spec, str):
+        return {"name": spec}
+    rest = {key: value for key, value in spec.items() if key != "params"}
+    if "params" not in spec:
+        return rest
+    inner = spec["params"] or {}
+    if not isinstance(inner, Mapping):
+        raise ConfigError(f"{role}.params: expected a mapping of parameters, found {inner!r}")
+    if set(rest) - {"name"}:
+        stray = ", ".join(sorted(set(rest) - {"name"}))
+        raise ConfigError(f"{role}: {stray} must stand under params like the others")
+    return {**rest, **inner}
+
+
+def combine(role: str, own: str | Mapping[str, Any] | None, component: Spec | None, entry: str | None) -> Spec | None:
+    """What our key for a role and the picked component come to.
+
+    A mapping without `name` in our key changes parameters of the component, so `mixer.alpha=0.8` on a command line
+    works there too. Raises ConfigError when the two name different things, or nothing is named.
+    """
+    if own is None:
+        return component
+    spec = flat(role, own)
+    if component is None:
+        if "name" not in spec:
+            raise ConfigError(f"{role}.name: missing; expected the name of a {role}, found only {', '.join(spec)}")
+        return spec
+    if "name" not in spec:
+        return {**component, **spec}
+    if spec != component:
+        raise ConfigError(
+            f"{role}: {_written(spec)} differs from component_name {entry!r}, which is {_written(component)}; drop one"
+        )
+    return spec
+
+
+def _written(spec: Spec) -> str:
+    inner = ", ".join(f"{key}: {value}" for key, value in spec.items())
+    return f"{{{inner}}}" if len(spec) > 1 else str(spec["name"])
