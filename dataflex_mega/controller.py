@@ -58,6 +58,7 @@ class When(Protocol):
     def starts_warmup(self, step: int) -> bool: ...
     def warming(self, step: int) -> bool: ...
     def update_number(self, step: int) -> int: ...
+    def total_updates(self, steps: int) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ class Controller:
             return self.sampler.next_plan(old, step, proportions, phase="warmup")
         if not self.schedule.is_update(step):
             return self.sampler.advance(old, step)
-        clock = Clock(step, self.total_steps, self.schedule.update_number(step), self.seed)
+        update, updates = self.schedule.update_number(step), self.schedule.total_updates(self.total_steps)
+        clock = Clock(step, self.total_steps, update, self.seed, updates)
         proportions, loss_weights = None, None
         if self.roles.mixer is not None:
             proportions = tuple(self.roles.mixer.proportions(clock, self._rng(step, MIX)).double().tolist())

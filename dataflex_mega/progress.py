@@ -18,6 +18,7 @@ class Bar:
         self.every = every
         self.progress: Progress | None = None
         self.task: Any = None
+        self.scored: Any = None
         self.total = 0
 
     def begin(self, step: int, total: int) -> None:
@@ -26,7 +27,7 @@ class Bar:
         if not sys.stderr.isatty():
             return
         columns = (
-            TextColumn("training"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -43,6 +44,17 @@ class Bar:
             self.progress.update(self.task, completed=step, text=text)
         elif step % self.every == 0 or step == self.total:
             self.console.print(f"step {step}/{self.total}  {text}", highlight=False, soft_wrap=True)
+
+    def scoring(self, done: int, batches: int) -> None:
+        """`done` of `batches` batches of candidates are scored. Shown on a terminal only, while it lasts."""
+        if self.progress is None:
+            return
+        if self.scored is None:
+            self.scored = self.progress.add_task("score", total=batches, text="scoring candidates")
+        self.progress.update(self.scored, completed=done)
+        if done == batches:
+            self.progress.remove_task(self.scored)
+            self.scored = None
 
     def note(self, text: str) -> None:
         """A line of its own above the bar."""

@@ -37,11 +37,18 @@ class Schedule:
         phase = self.phase(step)
         if self.every <= 0 or phase < self.warmup or (phase - self.warmup) % self.every:
             return False
-        return self.times <= 0 or (phase - self.warmup) // self.every < self.times
+        endless = self.times < 0 or (self.times == 0 and self.repeats)
+        return endless or (phase - self.warmup) // self.every < self.times
 
     def starts_warmup(self, step: int) -> bool:
         """Whether a warm-up begins after `step` steps."""
         return self.warmup > 0 and self.phase(step) == 0
+
+    def total_updates(self, steps: int) -> int:
+        """Updates in a run of `steps` steps, 0 when windows have no end."""
+        if self.times <= 0:
+            return 0
+        return self.times * (math.ceil(steps / self.cycle) if self.repeats else 1)
 
     def update_number(self, step: int) -> int:
         """How many updates came before the one at `step`."""

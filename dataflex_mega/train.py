@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ class Build:
         self.callbacks = load_callbacks(list(self.ours.callbacks))
         self.mesh = meshes.start()
         self.layout = read_layout(config.lf, self.mesh)
+        self.say(*(f"note: {note}" for note in self.layout.notes))
         self.ranks = Collectives(self.mesh)
         self.output = Path(self.args.training.output_dir)
         self._read_data()
@@ -107,9 +109,10 @@ class Build:
         from dataflex_mega.controller import Roles
         from dataflex_mega.registry import build
 
-        specs = self.ours.roles()
-        self.specs = {kind: spec for kind, spec in specs.items() if spec is not None}
-        made: dict[str, Any] = {kind: build(kind, spec) for kind, spec in self.specs.items()}
+        specs = {kind: spec for kind, spec in self.ours.roles().items() if spec is not None}
+        made: dict[str, Any] = {kind: build(kind, spec) for kind, spec in specs.items()}
+        # With all defaults filled in, so that a run is the same however its YAML was written.
+        self.specs = {kind: {"name": specs[kind]["name"], **parameters_of(made[kind])} for kind in made}
         return Roles(**made)
 
     # -- data ----------------------------------------------------------------------------------------------------
@@ -119,11 +122,17 @@ class Build:
         from dataflex_mega.data.pool import Domain, Pool
         from dataflex_mega.lf.data import load_data
         from dataflex_mega.lf.model import load_tokenizer
+        from dataflex_mega.signals.scorer import GRADIENTS
 
         self.tokenizer_module, template = load_tokenizer(self.args)
         bundle = load_data(self.args, self.tokenizer_module, template)
         self.pool = Pool(bundle.domains)
         self.evaluation = {name: Pool([Domain(name or "eval", rows)]) for name, rows in bundle.evaluation.items()}
+        wanted = self.roles.selector.needs if self.roles.selector is not None else frozenset()
+        if wanted & set(GRADIENTS) and not self.evaluation:
+            raise UserError(
+                f"eval_dataset: selector {self.specs['selector']['name']} needs target samples there (or val_size)"
+            )
         tokenizer = self.tokenizer_module["tokenizer"]
         packs = self.args.finetuning.stage == "sft" and (self.args.data.packing or self.args.data.neat_packing)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -217,8 +226,14 @@ class Build:
     def trainer(self) -> Any:
         """The loop with all its parts; builds the model."""
         from dataflex_mega.lf.callbacks import Hooks
+        from dataflex_mega.progress import Bar
         from dataflex_mega.trainer import Trainer
 
+        shown = self.mesh.is_main and not self.args.training.disable_tqdm
+        # With FSDP2 the model is read into host memory; a device holds only its shards.
+        if self.layout.mode == "fsdp2":
+            self.args.model.device_map = {"": "cpu"}
+        self.bar = Bar(every=max(1, int(self.args.training.logging_steps))) if shown else None
         engine = self._engine()
         parts = {
             "model": engine.model,
@@ -268,11 +283,12 @@ class Build:
             ),
         )
 
-    def _scorer(self, engine: Any, pool: Any) -> Any:
+    def _scorer(self, engine: Any, pool: Any, progress: Any = None, targets: Any = None) -> Any:
         from dataflex_mega.signals.scorer import Scorer
 
         size = self.ours.score_batch_size or self.args.training.per_device_eval_batch_size
-        return Scorer(pool, self.collate, engine.sample_losses, size, self.mesh.dp_rank, self.mesh.dp_size)
+        rank, ranks = self.mesh.dp_rank, self.mesh.dp_size
+        return Scorer(pool, self.collate, engine.sample_losses, size, rank, ranks, progress, targets)
 
     def _controller(self, engine: Any) -> Any:
         from dataflex_mega.controller import Controller
@@ -283,11 +299,20 @@ class Build:
             self.schedule,
             self.sampler,
             self.ranks,
-            self._scorer(engine, self.pool),
+            self._scorer(engine, self.pool, self.bar and self.bar.scoring, self._targets(engine)),
             self.split.global_batch,
             self.max_steps,
             self.data_seed,
         )
+
+    def _targets(self, engine: Any) -> Any:
+        """What gradient scores compare with: the evaluation sets."""
+        from dataflex_mega.engines.fsdp.gradients import GradientScorer
+        from dataflex_mega.signals.scorer import Targets
+
+        groups = list(self.evaluation.values())
+        collate = partial(self.collate, pack_length=None)
+        return Targets(groups, partial(GradientScorer, engine), collate) if groups else None
 
     def _loader(self) -> Any:
         from dataflex_mega.data.loader import Loader
@@ -298,17 +323,13 @@ class Build:
     def _metrics(self) -> Any:
         from dataflex_mega.metrics import Metrics
 
-        writer, bar = None, None
+        writer = None
         if self.mesh.is_main and self.ours.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(self.args.training.logging_dir or self.output / "runs"))
-        if self.mesh.is_main and not self.args.training.disable_tqdm:
-            from dataflex_mega.progress import Bar
-
-            bar = Bar(every=max(1, int(self.args.training.logging_steps)))
         cache = getattr(self.roles.selector, "cache_dir", None)
-        mixer = type(self.roles.mixer).__name__.lower() if self.roles.mixer is not None else None
+        mixer = self.specs["mixer"]["name"].rpartition(":")[2].lower() if "mixer" in self.specs else None
         return Metrics(
             self.output,
             self.pool.names,
@@ -317,7 +338,7 @@ class Build:
             mixer_name=mixer,
             selection_folder=Path(cache) if cache else self.output / "selections",
             tensorboard=writer,
-            bar=bar,
+            bar=self.bar,
         )
 
     def _evaluate(self, engine: Any) -> dict[str, float]:
@@ -342,6 +363,11 @@ class Build:
             trainer.hooks.plot_loss()
         pictures = plot_run(self.output)
         self.say(f"done: {self.max_steps} steps; model and logs in {self.output}", *(f"plot: {p}" for p in pictures))
+
+
+def parameters_of(algorithm: Any) -> dict[str, Any]:
+    """The values that an algorithm was made with, but for where it writes files."""
+    return {f.name: getattr(algorithm, f.name) for f in fields(algorithm) if f.init and f.name != "cache_dir"}
 
 
 if __name__ == "__main__":

@@ -133,6 +133,7 @@ class Clock:
     total_steps: int
     update: int  # 0 for the first re-plan
     seed: int
+    total_updates: int = 0  # re-plans of the whole run; 0 when they go on until its end
 
 
 @dataclass

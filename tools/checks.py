@@ -42,6 +42,7 @@ LAYERS: dict[str, set[str]] = {
     "doctor": set(),
     "train": {"*"},
     "cli": {"*"},
+    "__main__": {"cli"},
     "__init__": set(),
 }
 # Library -> the rooms that may name it. What is not listed here is open to all rooms but `algorithms`.

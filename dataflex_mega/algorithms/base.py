@@ -51,7 +51,12 @@ class Selector(Algorithm):
     """Chooses which samples are trained until the next update."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Signals to compute for every candidate: any of "loss" ([n] float32, mean loss of the sample's target tokens)."""
+    """Signals to compute for every candidate, n rows of them:
+
+    "loss"            "loss" [n] float32, mean loss of the sample's target tokens
+    "gradient_adam"   "dot" [n, S] float32, inner products of the sample's gradient with the mean of the normalised target
+    "gradient_sgd"    gradients of each of S groups, and "norm2" [n], its squared norm; with Adam's moments or without
+    """
 
     @abstractmethod
     def score(self, table: SignalTable) -> Tensor:

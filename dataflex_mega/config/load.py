@@ -31,7 +31,7 @@ def load(path: str, overrides: Sequence[str] = (), environment: Mapping[str, str
 
     Raises:
         ConfigError: no such file, a syntax error (with its line), a key given twice, something else than a mapping, an
-            override that is not `key=value`, an engine that is not there. One line.
+            override that is not `key=value`, one of these variables being set. One line.
     """
     data = read_mapping(path)
     for override in overrides:
@@ -40,8 +40,8 @@ def load(path: str, overrides: Sequence[str] = (), environment: Mapping[str, str
     for key, value in plain.items():
         if isinstance(key, str) and key.endswith("_strategy") and value is False:
             plain[key] = "no"  # YAML reads `no` as false
-    # Here and not later: importing LLaMA-Factory takes the variables away.
-    resolve_engine(str(plain.get("engine", "auto")), os.environ if environment is None else environment)
+    # Here and not in split: importing LLaMA-Factory takes the variables away.
+    resolve_engine("auto", os.environ if environment is None else environment)
     return plain
 
 

@@ -35,11 +35,13 @@ def split(config: Mapping[str, Any], lf_keys: Mapping[str, str]) -> RunConfig:
         lf_keys: LLaMA-Factory's keys -> their annotations as text.
 
     Raises:
-        ConfigError: unknown keys (all of them in one line, each with the nearest known one), or a wrong value.
+        ConfigError: unknown keys (all of them in one line, each with the nearest known one), a wrong value, or an
+            engine that is not there.
     """
     raw, notes = legacy.modernise(config, {*lf_keys, *OUR_KEYS, *MEGATRON_KEYS})
     _refuse_unknown(raw, [*lf_keys, *OUR_KEYS, *MEGATRON_KEYS])
     arguments, more = ours.parse({key: value for key, value in raw.items() if key in OUR_KEYS})
+    megatron.resolve_engine(arguments.engine, {})
     lf = {key: fit_loosely(key, value, lf_keys[key]) for key, value in raw.items() if _is_lf(key, lf_keys)}
     return RunConfig(
         lf=lf,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import typing
 from typing import Any, NamedTuple
 
 import torch
@@ -37,14 +38,14 @@ def keys() -> dict[str, str]:
     )
 
     classes = (ModelArguments, DataArguments, TrainingArguments, FinetuningArguments, GeneratingArguments)
-    return {
-        field.name: str(getattr(field.type, "__name__", field.type))
-        if isinstance(field.type, type)
-        else str(field.type)
-        for cls in classes
-        for field in dataclasses.fields(cls)
-        if field.init
-    }
+    found: dict[str, str] = {}
+    for cls in classes:
+        hints = typing.get_type_hints(cls)  # not field.type: transformers' parser rewrites it when it parses
+        for field in dataclasses.fields(cls):
+            if field.init:
+                hint = hints[field.name]
+                found[field.name] = hint.__name__ if isinstance(hint, type) else str(hint)
+    return found
 
 
 def prepare(lf: dict[str, Any]) -> dict[str, Any]:

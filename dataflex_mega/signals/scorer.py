@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from dataflex_mega.data.pool import Pool, Sample
-from dataflex_mega.types import Batch, SampleObs, SignalTable
+from dataflex_mega.types import IGNORED, Batch, SampleObs, SignalTable
 
-KNOWN = frozenset({"loss"})
+GRADIENTS = {"gradient_adam": True, "gradient_sgd": False}  # signal -> whether Adam's moments precondition
+KNOWN = frozenset({"loss", *GRADIENTS})
+
+
+class GradientScorer(Protocol):
+    """What is needed of engines.fsdp.gradients.GradientScorer."""
+
+    def directions(self, groups: Sequence[Sequence[Batch]]) -> Any: ...
+    def score(self, batch: Batch, directions: Any) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What gradient scores compare candidates with: a group of samples for each sub-task."""
+
+    groups: Sequence[Pool]
+    scorer: Callable[[bool], GradientScorer]  # whether Adam -> a scorer of the model of now
+    collate: Callable[[Sequence[Sample]], Batch]  # one sample a row
 
 
 @dataclass
@@ -25,6 +43,7 @@ class Scorer:
     rank: int
     ranks: int
     progress: Callable[[int, int], None] | None = None  # (batches done, batches in all)
+    targets: Targets | None = None
 
     def shares(self) -> list[int]:
         """Candidates of each rank: whole batches, the remainder to the first ranks."""
@@ -40,24 +59,54 @@ class Scorer:
         first = sum(shares[: self.rank])
         ids = np.arange(first, first + shares[self.rank], dtype=np.int64)
         signals: dict[str, torch.Tensor] = {}
+        steps = -(-max(shares) // self.batch_size)
         if "loss" in needs:
-            signals["loss"] = self._losses(ids, steps=-(-max(shares) // self.batch_size))
+            signals["loss"] = self._losses(ids, steps)
+        for name in sorted(needs & set(GRADIENTS)):
+            signals.update(self._gradients(ids, steps, GRADIENTS[name]))
         domain, _ = self.pool.locate(ids)
         return SignalTable(torch.from_numpy(ids), torch.from_numpy(domain.astype(np.int64)), signals)
 
     def _losses(self, ids: np.ndarray, steps: int) -> torch.Tensor:
-        """[n] ids -> [n] float32 mean losses. A rank with fewer batches repeats its last one: sharded layers are called
-        together. A rank with none at all borrows sample 0."""
-        found = []
-        batches = [ids[i : i + self.batch_size] for i in range(0, len(ids), self.batch_size)]
+        """[n] ids -> [n] float32 mean losses."""
+        found = [self.forward(self.collate(samples)).loss.float().cpu() for samples, _ in self._batches(ids, steps)]
+        return torch.cat(found)[: len(ids)]
+
+    def _gradients(self, ids: np.ndarray, steps: int, adam: bool) -> dict[str, torch.Tensor]:
+        """[n] ids -> dot [n, S] with each group's direction and norm2 [n]."""
+        assert self.targets is not None, "checked when the run was built"
+        scorer = self.targets.scorer(adam)
+        directions = scorer.directions([self._target_batches(group) for group in self.targets.groups])
+        dots, norms = [], []
+        for samples, _ in self._batches(ids, steps):
+            dot, norm2 = scorer.score(self.targets.collate(samples), directions)
+            dots.append(dot.cpu())
+            norms.append(norm2.cpu())
+        return {"dot": torch.cat(dots)[: len(ids)], "norm2": torch.cat(norms)[: len(ids)]}
+
+    def _batches(self, ids: np.ndarray, steps: int) -> Iterator[tuple[list[Sample], int]]:
+        """`steps` batches on every rank, since sharded layers are called together: a rank whose share is used up repeats
+        its first sample, and the caller drops what lies beyond its share."""
         for step in range(steps):
-            mine = batches[step] if step < len(batches) else batches[-1] if batches else np.zeros(1, dtype=np.int64)
-            obs = self.forward(self.collate(self.pool.fetch(mine)))
-            if step < len(batches):
-                found.append(obs.loss.float().cpu())
+            mine = ids[step * self.batch_size : (step + 1) * self.batch_size]
+            filler = ids[:1] if len(ids) else np.zeros(1, dtype=np.int64)
+            yield self.pool.fetch(mine if len(mine) else filler), len(mine)
             if self.progress is not None:
                 self.progress(step + 1, steps)
-        return torch.cat(found) if found else torch.zeros(0)
+
+    def _target_batches(self, group: Pool) -> list[Batch]:
+        """This rank's share of a group, in equally many batches on every rank; fillers have no target token."""
+        assert self.targets is not None
+        per_rank = -(-len(group) // self.ranks)
+        mine = np.arange(self.rank * per_rank, min((self.rank + 1) * per_rank, len(group)))
+        made = []
+        for start in range(0, per_rank, self.batch_size):
+            here = mine[start : start + self.batch_size]
+            samples = group.fetch(here if len(here) else np.zeros(1, dtype=np.int64))
+            if not len(here):
+                samples = [replace(s, labels=np.full_like(s.labels, IGNORED)) for s in samples]
+            made.append(self.targets.collate(samples))
+        return made
 
 
 def evaluate(scorer: Scorer) -> tuple[torch.Tensor, torch.Tensor]:

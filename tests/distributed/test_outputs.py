@@ -184,3 +184,35 @@ def test_evaluation_and_saving_by_epoch(finished):
 def test_callbacks_can_stop_a_run(finished):
     assert len(runs.rows(finished["callback"])) == 3
     assert len(runs.rows(finished["stopping"])) < 6
+
+
+SHARDED = {"fsdp": "full_shard", "per_device_train_batch_size": 4}
+SHARDED_CASES = {
+    "plain": {},
+    "checkpointed": {"disable_gradient_checkpointing": False, "fsdp_config": {"activation_checkpointing": True}},
+    "kept": {"fsdp_config": {"reshard_after_forward": False}},
+    "layers": {"fsdp_config": {"transformer_layer_cls_to_wrap": "LlamaMLP"}},
+    "bf16": {"bf16": True},
+    "bf16 lora": {"bf16": True, **LORA},
+    "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
+}
+
+
+def test_sharded_variants(tmp_path_factory):
+    folder = corpus.write(tmp_path_factory.mktemp("sharded"))
+    configs = {
+        name: runs.base(
+            folder, **{"output_dir": str(folder / name.replace(" ", "-")), **SFT, **WEIGHT, **SHARDED, **keys}
+        )
+        for name, keys in SHARDED_CASES.items()
+    }
+    for name, (status, heard) in zip(configs, runs.train_many(2, list(configs.values())), strict=True):
+        assert status == 0, f"{name}: {heard}"
+    logs = {name: runs.rows(config) for name, config in configs.items()}
+    for name in ("checkpointed", "kept", "layers"):
+        for row, expected in zip(logs[name], logs["plain"], strict=True):
+            assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5), name
+    assert logs["bf16"][-1]["loss"] == pytest.approx(logs["plain"][-1]["loss"], rel=0.02)
+    for name, log in logs.items():
+        assert log[-1]["loss"] < log[0]["loss"], name
+    assert load_file(Path(configs["bf16"]["output_dir"]) / "model.safetensors")

@@ -12,11 +12,19 @@ from tests.support import corpus, runs
 
 ROLES = {
     "select": {"selector": {"name": "loss"}, "warmup_step": 2, "update_step": 2, "update_times": 2},
-    "mix": {"mixer": {"name": "odm", "reward_scale": 5.0}, "warmup_step": 1, "update_step": 1, "update_times": 5},
+    "less": {
+        "selector": {"name": "less"}, "eval_dataset": "tables,prose", "eval_on_each_dataset": True, "max_samples": 4,
+        "warmup_step": 2, "update_step": 2, "update_times": 2,
+    },
+    "mix": {
+        "mixer": {"name": "odm", "reward_scale": 5.0}, "warmup_step": 1, "update_step": 1, "update_times": 5,
+        "init_mixture_proportions": [0.5, 0.3, 0.2],
+    },
     "weight": {"weighter": {"name": "loss"}, "lookahead": "exact", "warmup_step": 1},
     "all": {
         "selector": {"name": "loss"}, "mixer": {"name": "odm", "reward_scale": 5.0}, "weighter": {"name": "loss"},
         "lookahead": "exact", "warmup_step": 2, "update_step": 2, "update_times": 2,
+        "init_mixture_proportions": [0.5, 0.3, 0.2],
     },
 }  # fmt: skip
 LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "all"}
@@ -38,7 +46,7 @@ def cases_of(folder, world):
     for role, keys in ROLES.items():
         for number, (micro, accumulation, sharded) in enumerate(SPLITS[world]):
             for tuning in ("full", "lora"):
-                if tuning == "lora" and role != "all":
+                if tuning == "lora" and role not in ("all", "less"):
                     continue  # what LoRA changes is the parameters, which the combination covers
                 config = runs.base(
                     folder,

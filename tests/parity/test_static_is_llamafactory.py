@@ -19,7 +19,8 @@ def folder(tmp_path_factory):
 
 
 def launch(arguments, world):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    here = str(Path(sys.executable).parent)  # LLaMA-Factory's launcher calls `torchrun` by its bare name
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": f"{here}:{os.environ['PATH']}"}
     if world > 1:
         environment.update(
             FORCE_TORCHRUN="1", NPROC_PER_NODE=str(world), MASTER_PORT=str(free_port()), GLOO_SOCKET_IFNAME="lo"

@@ -28,6 +28,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "examples" / "README.md", *(ROOT / "d
 PLUGINS = "examples.plugins.my_algorithms"
 CURRICULUM, MIDDLE, CLIPPED = (f"{PLUGINS}:{name}" for name in ("Curriculum", "MiddleLoss", "Clipped"))
 WHOLE_RUN = {"model_name_or_path", "output_dir"}  # a YAML that has these is a complete configuration
+READERS_OWN = "my_package."  # stands for a module that the reader has
 MADE = re.compile(r"\.demo/|docs/_build")  # paths that exist only after a command
 
 
@@ -70,7 +71,8 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
             linked = page.parent / path if path else page
             assert linked.exists(), f"{page.name}: {target}"
             titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE) if anchor else []
-            assert not anchor or anchor in [title.lower().replace(" ", "-") for title in titles], target
+            slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert not anchor or anchor in slugs, f"{page.name}: {target}"
 
 
 @pages()
@@ -114,7 +116,7 @@ def test_yaml_has_known_keys_and_sound_roles(page: Path, peer_keys: dict[str, st
         config = yaml.safe_load(block)
         assert set(config) <= OUR_KEYS | MEGATRON_KEYS | set(peer_keys), f"{page.name}:\n{block}"
         for role in CONTRACTS:
-            if role in config:
+            if role in config and READERS_OWN not in str(config[role]):
                 validate(role, config[role])
         if set(config) >= WHOLE_RUN:
             split(config, peer_keys)

@@ -44,3 +44,14 @@ def test_total_steps(budget, selecting, mixing, expected):
 def test_an_endless_mixture_follows_epochs():
     budget = Budget(epochs=1, samples=100, global_batch=10)
     assert total_steps(budget, Schedule(4, 3, -1, repeats=False), False, True) == 10
+
+
+def test_no_updates_at_all_is_a_warmup_when_mixing_and_endless_when_selecting():
+    assert updates(Schedule(4, 3, 0, repeats=False), 14) == []
+    assert updates(Schedule(4, 3, 0, repeats=True), 14) == [4, 7, 10, 13]
+
+
+def test_updates_in_all():
+    assert Schedule(4, 3, 3, repeats=False).total_updates(100) == 3
+    assert Schedule(4, 3, 3, repeats=True).total_updates(26) == 6
+    assert Schedule(4, 3, -1, repeats=True).total_updates(26) == 0

@@ -62,7 +62,7 @@ class FSDPEngine:
         ahead = self._weights_of_step(micros, weigh) if weigh and self._looks_ahead(micros) else None
         for number, batch in enumerate(micros):
             set_gradient_sync(self.module, last=number == len(micros) - 1)
-            loss_sum = objective.sample_sums(self._token_losses(batch), batch)
+            loss_sum = objective.sample_sums(self.token_losses(batch), batch)
             obs = objective.observe(loss_sum, batch)
             weights = ahead[number] if ahead is not None else weigh(obs) if weigh else None
             loss = objective.weighted_loss(loss_sum, obs.tokens, weights, count, self.options.normalization)
@@ -84,14 +84,15 @@ class FSDPEngine:
         state = self.rng_state()
         with torch.no_grad():
             seen = [
-                objective.observe(objective.sample_sums(self._token_losses(batch), batch), batch) for batch in micros
+                objective.observe(objective.sample_sums(self.token_losses(batch), batch), batch) for batch in micros
             ]
         self.set_rng_state(state)
         names = ("sample_id", "domain", "loss_sum", "tokens")
         whole = SampleObs(*(torch.cat([getattr(obs, name) for obs in seen]) for name in names))
         return list(weigh(whole).split([len(obs.sample_id) for obs in seen]))
 
-    def _token_losses(self, batch: Batch) -> Tensor:
+    def token_losses(self, batch: Batch) -> Tensor:
+        """[b, S] float32, differentiable."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.packed:
             inputs["position_ids"] = batch.position_ids
@@ -146,7 +147,7 @@ class FSDPEngine:
         batch = batch.to(self.mesh.device)
         self.module.eval()
         with torch.no_grad():
-            obs = objective.observe(objective.sample_sums(self._token_losses(batch), batch), batch)
+            obs = objective.observe(objective.sample_sums(self.token_losses(batch), batch), batch)
         self.module.train()
         return obs
 

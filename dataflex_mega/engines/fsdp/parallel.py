@@ -12,7 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.nn.parallel import DistributedDataParallel
 
 from dataflex_mega.distributed.mesh import Mesh
-from dataflex_mega.errors import ConfigError
+from dataflex_mega.errors import ConfigError, did_you_mean
 
 Mode = Literal["single", "ddp", "fsdp2"]
 
@@ -27,6 +27,7 @@ class Layout:
     offload: bool = False
     layer_classes: tuple[str, ...] = ()  # empty: the model's own _no_split_modules
     find_unused: bool = False
+    notes: tuple[str, ...] = ()  # what the user should be told
 
     @property
     def dtype(self) -> torch.dtype:
@@ -34,12 +35,16 @@ class Layout:
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
 
-KNOWN_FSDP = {"full_shard", "shard_grad_op", "offload", "auto_wrap", "hybrid_shard", "no_shard", "hybrid_shard_zero2"}
-KNOWN_CONFIG = {
-    "version", "fsdp_version", "transformer_layer_cls_to_wrap", "reshard_after_forward", "state_dict_type",
-    "cpu_ram_efficient_loading", "activation_checkpointing", "auto_wrap_policy", "cpu_offload", "offload_params",
-    "use_orig_params", "sync_module_states", "backward_prefetch", "forward_prefetch", "limit_all_gathers",
-}  # fmt: skip
+FSDP_WORDS = ("full_shard", "shard_grad_op", "offload", "auto_wrap", "no_shard")
+ACTED_ON = (
+    "version", "transformer_layer_cls_to_wrap", "reshard_after_forward", "activation_checkpointing", "cpu_offload",
+    "offload_params",
+)  # fmt: skip
+# Keys of FSDP1 or of accelerate that fully_shard has no counterpart for; none changes what is computed.
+WITHOUT_EFFECT = (
+    "state_dict_type", "cpu_ram_efficient_loading", "auto_wrap_policy", "use_orig_params", "sync_module_states",
+    "backward_prefetch", "forward_prefetch", "limit_all_gathers",
+)  # fmt: skip
 
 
 def read_layout(keys: dict[str, Any], mesh: Mesh) -> Layout:
@@ -48,32 +53,50 @@ def read_layout(keys: dict[str, Any], mesh: Mesh) -> Layout:
     if precision == "fp16" and mesh.device.type == "cpu":
         raise ConfigError("fp16: this machine has no device that trains in fp16; use bf16: true or neither")
     find_unused = bool(keys.get("ddp_find_unused_parameters") or False)
-    words = keys.get("fsdp") or []
-    words = words.split() if isinstance(words, str) else [str(w) for w in words] if isinstance(words, list) else [words]
-    if words in ([True], ["true"]):
-        words = ["full_shard"]
-    for word in words:
-        if word not in KNOWN_FSDP:
-            raise ConfigError(f"fsdp: {word!r} is not known; allowed: {', '.join(sorted(KNOWN_FSDP))}")
-        if word.startswith("hybrid"):
-            raise ConfigError(f"fsdp: {word!r} is not supported; use full_shard or shard_grad_op")
-    config = keys.get("fsdp_config") or {}
-    if not isinstance(config, dict):
-        raise ConfigError(f"fsdp_config: expected a mapping, found {config!r}")
-    plain = {key.removeprefix("fsdp_"): value for key, value in config.items()}
-    unknown = sorted(set(plain) - {key.removeprefix("fsdp_") for key in KNOWN_CONFIG})
-    if unknown:
-        raise ConfigError(f"fsdp_config: {unknown[0]!r} is not known; allowed: {', '.join(sorted(KNOWN_CONFIG))}")
+    words = _fsdp_words(keys.get("fsdp"))
+    config, notes = _fsdp_config(keys)
     sharded = any(word in ("full_shard", "shard_grad_op", "auto_wrap", "offload") for word in words)
-    classes = plain.get("transformer_layer_cls_to_wrap") or ()
+    classes = config.get("transformer_layer_cls_to_wrap") or ()
     return Layout(
         mode="fsdp2" if sharded else "ddp" if mesh.world > 1 else "single",
         precision=precision,
-        reshard_after_forward=bool(plain.get("reshard_after_forward", "shard_grad_op" not in words)),
-        offload="offload" in words or bool(plain.get("cpu_offload") or plain.get("offload_params")),
+        reshard_after_forward=bool(config.get("reshard_after_forward", "shard_grad_op" not in words)),
+        offload="offload" in words or bool(config.get("cpu_offload") or config.get("offload_params")),
         layer_classes=(classes,) if isinstance(classes, str) else tuple(classes),
         find_unused=find_unused,
+        notes=notes,
     )
+
+
+def _fsdp_words(value: Any) -> list[str]:
+    """`fsdp: full_shard auto_wrap`, a list, or true -> its words."""
+    if value is None or value is False:
+        return []
+    if value is True:
+        return ["full_shard"]
+    words = [str(word) for word in value] if isinstance(value, list) else str(value).split()
+    for word in words:
+        if word not in FSDP_WORDS:
+            near = did_you_mean(word, FSDP_WORDS)
+            raise ConfigError(f"fsdp: {word!r} is not supported{near}; allowed: {', '.join(FSDP_WORDS)}")
+    return words
+
+
+def _fsdp_config(keys: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(fsdp_config without the `fsdp_` that accelerate's files write, a note for each key without effect)."""
+    config = keys.get("fsdp_config") or {}
+    if not isinstance(config, dict):
+        raise ConfigError(f"fsdp_config: expected a mapping, found {config!r}")
+    plain = {str(key).removeprefix("fsdp_"): value for key, value in config.items()}
+    for key in plain:
+        if key not in ACTED_ON and key not in WITHOUT_EFFECT:
+            known = (*ACTED_ON, *WITHOUT_EFFECT)
+            raise ConfigError(
+                f"fsdp_config: {key!r} is not known{did_you_mean(key, known)}; allowed: {', '.join(known)}"
+            )
+    if plain.get("activation_checkpointing") and keys.get("disable_gradient_checkpointing"):
+        raise ConfigError("fsdp_config: activation_checkpointing is true, but so is disable_gradient_checkpointing")
+    return plain, tuple(f"fsdp_config: {key} has no effect on FSDP2" for key in plain if key in WITHOUT_EFFECT)
 
 
 def parallelize(model: nn.Module, layout: Layout, mesh: Mesh) -> nn.Module:

@@ -307,7 +307,7 @@ def test_proportions_of_another_length_than_the_datasets(keys, key):
             {"mixer": {"name": "static", "proportions": [1, 2, 3]}, "init_mixture_proportions": [1, 1]},
             "mixer.proportions: [1, 2, 3] differs from init_mixture_proportions [0.5, 0.5]; drop one",
         ),
-        ({"mixer": {"name": "static", "proportions": [0, 0]}, "init_mixture_proportions": [1, 1]}, "mixer.static.proportions"),
+        ({"mixer": {"name": "static", "proportions": [0, 0]}, "init_mixture_proportions": [1, 1]}, "mixer.static.prop"),
     ],
 )  # fmt: skip
 def test_proportions_that_contradict_each_other(keys, message):

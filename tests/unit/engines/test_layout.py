@@ -40,6 +40,11 @@ def test_layer_classes_and_offload():
     assert layout.layer_classes == ("LlamaDecoderLayer",) and layout.offload
 
 
+def test_keys_without_effect_are_said():
+    layout = read_layout({"fsdp": True, "fsdp_config": {"fsdp_state_dict_type": "FULL_STATE_DICT"}}, mesh(2))
+    assert layout.notes == ("fsdp_config: state_dict_type has no effect on FSDP2",)
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
@@ -48,6 +53,10 @@ def test_layer_classes_and_offload():
         ({"fsdp": "hybrid_shard"}, "hybrid_shard"),
         ({"fsdp": "full_shard", "fsdp_config": {"wrap": 1}}, "wrap"),
         ({"fsdp": "full_shard", "fsdp_config": "file.json"}, "mapping"),
+        (
+            {"fsdp_config": {"activation_checkpointing": True}, "disable_gradient_checkpointing": True},
+            "disable_gradient_checkpointing",
+        ),
     ],
 )
 def test_what_is_not_understood_is_named(keys, said):

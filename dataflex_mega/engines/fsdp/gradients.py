@@ -1,0 +1,146 @@
+"""Gradient scores on the FSDP engine: target directions through an ordinary backward pass, candidates through taps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from dataflex_mega import objective
+from dataflex_mega.engines.fsdp.parallel import set_gradient_sync
+from dataflex_mega.errors import ConfigError
+from dataflex_mega.signals.gradients import Adam, Layer, Taps, trained_linears
+from dataflex_mega.types import Batch
+
+if TYPE_CHECKING:
+    from dataflex_mega.engines.fsdp.engine import FSDPEngine
+
+ADAM_OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW)
+
+
+@dataclass
+class Directions:
+    """One direction a group of targets, laid out over ranks as the parameters are."""
+
+    by_layer: dict[str, list[Tensor]]  # layer -> S tensors like its weight (DTensors under FSDP2)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.by_layer.values())))
+
+    def of(self, name: str) -> Tensor:
+        """[S, d_out, d_in], gathered for this layer alone."""
+        return torch.stack([whole(tensor).float() for tensor in self.by_layer[name]])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor in one piece; every rank must ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[union-attr]
+
+
+class GradientScorer:
+    """Scores candidates against target directions with the model and optimizer state of now."""
+
+    def __init__(self, engine: FSDPEngine, adam: bool) -> None:
+        """`adam`: precondition candidates with the optimizer's moments. Raises ConfigError when it has none."""
+        if adam and not isinstance(engine.optimizer, ADAM_OPTIMIZERS):
+            name = type(engine.optimizer).__name__
+            raise ConfigError(f"gradient_type: adam needs optim: adamw_torch, found {name}; use gradient_type: sgd")
+        self.engine, self.adam = engine, adam
+        for module in engine.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after a forward pass alone, FSDP2 leaves the outermost group gathered
+        self.linears = trained_linears(engine.model)
+        if not self.linears:
+            raise ConfigError("gradient scores need a linear layer that trains, and the model has none")
+        # The optimizer's parameters. Inside a pass, FSDP2 shows a module its gathered weight instead.
+        self.weights = {name: linear.weight for name, linear in self.linears.items()}
+
+    # -- directions ----------------------------------------------------------------------------------------------
+
+    def directions(self, groups: Sequence[Sequence[Batch]]) -> Directions:
+        """Groups of this rank's target batches -> the mean over all ranks of the targets' normalised gradients.
+
+        Every rank passes equally many groups and batches; rows without a target token (fillers) count for nothing.
+        """
+        norms = Taps(self.linears, {name: Layer(None) for name in self.linears})
+        found: dict[str, list[Tensor]] = {name: [] for name in self.linears}
+        for batches in groups:
+            lengths = [self._pass(norms, batch, 0)[1].sqrt() for batch in batches]
+            count = self._total(lengths)
+            self._backward(batches, [torch.where(n > 0, 1 / (n * count), 0.0) for n in lengths])
+            for name, weight in self.weights.items():
+                assert weight.grad is not None
+                found[name].append(weight.grad.detach().clone())
+            self.engine.optimizer.zero_grad(set_to_none=True)
+        return Directions(found)
+
+    def _total(self, lengths: list[Tensor]) -> Tensor:
+        local = torch.stack([(n > 0).sum() for n in lengths]).sum()
+        return self.engine.collectives.sum(local).clamp(min=1)
+
+    def _backward(self, batches: Sequence[Batch], weights: Sequence[Tensor]) -> None:
+        """Gradient of sum_v weight_v * (mean token loss of v) over all ranks, into the parameters' own buffers."""
+        engine = self.engine
+        engine.module.eval()
+        for number, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
+            set_gradient_sync(engine.module, last=number == len(batches) - 1)
+            batch = batch.to(engine.mesh.device)
+            means = self._means(batch)
+            ((means * weight).sum() * engine.mesh.dp_size).backward()  # the wrappers average over ranks
+        engine.module.train()
+
+    def _means(self, batch: Batch) -> Tensor:
+        """[n] differentiable mean token losses."""
+        sums = objective.sample_sums(self.engine.token_losses(batch), batch)
+        return sums / objective.observe(sums, batch).tokens.clamp(min=1)
+
+    # -- candidates ----------------------------------------------------------------------------------------------
+
+    def score(self, batch: Batch, directions: Directions) -> tuple[Tensor, Tensor]:
+        """Unpacked batch of n samples -> ([n, S] inner products with each direction, [n] squared norms)."""
+        layers = {
+            name: Layer(partial(directions.of, name), partial(self._moments, name) if self.adam else None)
+            for name in self.linears
+        }
+        return self._pass(Taps(self.linears, layers), batch, len(directions))
+
+    def _pass(self, taps: Taps, batch: Batch, count: int) -> tuple[Tensor, Tensor]:
+        """Forward and activation gradients only: autograd is asked for the embeddings' gradient, never a weight's."""
+        engine = self.engine
+        if batch.packed:
+            raise ValueError("gradient scores take one sample a row")
+        batch = batch.to(engine.mesh.device)
+        first: list[Tensor] = []
+        embeddings: nn.Module = engine.model.get_input_embeddings()
+        handle = embeddings.register_forward_hook(lambda _m, _a, output: _entered(first, output))
+        engine.module.eval()
+        try:
+            with taps.listening(len(batch.sample_id), count, engine.mesh.device) as sums:
+                torch.autograd.grad(self._means(batch).sum(), first[:1])
+        finally:
+            handle.remove()
+            engine.module.train()
+        return sums.dot, sums.norm2
+
+    def _moments(self, name: str) -> Adam:
+        """Adam's state of a weight, zero before the first step."""
+        optimizer, weight = self.engine.optimizer, self.weights[name]
+        group = next(g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
+        state: dict[str, Any] = optimizer.state.get(weight, {})
+        if not state:
+            zeros = torch.zeros(weight.shape, device=self.engine.mesh.device)
+            return Adam(zeros, zeros, 0, group["betas"], group["eps"])
+        first, second = whole(state["exp_avg"]).float(), whole(state["exp_avg_sq"]).float()
+        return Adam(first, second, int(whole(torch.as_tensor(state["step"]))), group["betas"], group["eps"])
+
+
+def _entered(first: list[Tensor], output: Tensor) -> Tensor:
+    """The embeddings' output as the place where the backward pass ends; with LoRA it needs telling to have a gradient."""
+    entered = output if output.requires_grad else output.detach().requires_grad_(True)
+    first.append(entered)
+    return entered

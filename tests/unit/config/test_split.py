@@ -1,0 +1,105 @@
+import pytest
+
+from dataflex_mega.config.identity import identity
+from dataflex_mega.config.split import MEGATRON_KEYS, OUR_KEYS, split
+from dataflex_mega.errors import ConfigError
+
+
+def fails(config, keys):
+    with pytest.raises(ConfigError) as caught:
+        split(config, keys)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_every_key_goes_to_its_owner(lf_keys):
+    found = split({"learning_rate": 0.1, "stage": "pt", "weighter": "loss", "tensor_model_parallel_size": 1}, lf_keys)
+    assert found.lf == {"learning_rate": 0.1, "stage": "pt"}
+    assert found.ours.weighter == "loss"
+    assert found.megatron.tensor_model_parallel_size == 1
+    assert set(found.raw) == {"learning_rate", "stage", "weighter", "tensor_model_parallel_size"}
+    assert found.notes == []
+
+
+def test_a_plain_llamafactory_configuration_is_static_and_unchanged(lf_keys):
+    given = {"stage": "dpo", "learning_rate": 1e-4, "dataset": ["a", "b"], "deepspeed": {"zero": 3}, "max_steps": 3}
+    found = split(given, lf_keys)
+    assert found.lf == given
+    assert found.ours.train_type == "static"
+    assert found.notes == []
+
+
+def test_our_names_are_not_megatrons():
+    assert not OUR_KEYS & MEGATRON_KEYS
+
+
+def test_a_misspelt_key_is_named_with_the_nearest(lf_keys):
+    assert fails({"laerning_rate": 1}, lf_keys) == "unknown key 'laerning_rate' (did you mean 'learning_rate'?)"
+
+
+def test_all_unknown_keys_are_named_at_once_over_all_owners(lf_keys):
+    message = fails({"warmupstep": 1, "mixr": "odm", "tensor_parallel_size": 2, "xyz": 0, 7: 1}, lf_keys)
+    assert message == (
+        "unknown keys 'warmupstep' (did you mean 'warmup_step'?), 'mixr' (did you mean 'mixer'?), "
+        "'tensor_parallel_size' (did you mean 'tensor_model_parallel_size'?), 'xyz', '7'"
+    )
+
+
+def test_a_component_key_of_the_wrong_level_is_unknown(lf_keys):
+    assert fails({"alpha": 0.5, "mixer": "odm"}, lf_keys).startswith("unknown key 'alpha'")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("learning_rate", "fast", "expected a number, found 'fast'"),
+        ("max_steps", 1.5, "expected a whole number, found 1.5"),
+        ("bf16", "true", "expected true or false, found 'true'"),
+        ("stage", "stf", "expected one of pt, sft, rm, ppo, dpo, kto, found 'stf' (did you mean 'sft'?)"),
+        ("num_train_epochs", [3], "expected a number, found [3]"),
+    ],
+)
+def test_an_obvious_mistake_in_a_llamafactory_value(lf_keys, key, value, message):
+    assert fails({key: value}, lf_keys) == f"{key}: {message}"
+
+
+def test_a_number_written_as_text_becomes_a_number_everywhere(lf_keys):
+    found = split({"learning_rate": "1e-3", "max_steps": 100.0, "run_name": 7}, lf_keys)
+    assert found.lf == found.raw == {"learning_rate": 0.001, "max_steps": 100, "run_name": "7"}
+    assert type(found.lf["max_steps"]) is int
+
+
+def test_old_keys_are_translated_and_noted(lf_keys):
+    found = split({"evaluation_strategy": "steps", "save_safetensors": True, "group_by_length": True}, lf_keys)
+    assert found.lf == {"eval_strategy": "steps", "train_sampling_strategy": "group_by_length"}
+    assert found.raw == found.lf
+    assert len(found.notes) == 3
+
+
+def test_notes_of_our_keys_come_with_those_of_old_ones(lf_keys):
+    notes = split({"no_cuda": True, "train_type": "static", "warmup_step": 3}, lf_keys).notes
+    assert notes == ["no_cuda is now use_cpu: True", "static training does not use warmup_step"]
+
+
+def test_megatron_is_refused_by_name(lf_keys):
+    assert fails({"engine": "megatron"}, lf_keys).startswith("engine: megatron needs the Megatron engine")
+    assert fails({"tensor_model_parallel_size": 2}, lf_keys).startswith(
+        "tensor_model_parallel_size: 2 needs the Megatron"
+    )
+
+
+def test_the_identity_of_a_run_does_not_depend_on_spelling(lf_keys):
+    """What a checkpoint is compared with: the same run, said in old and in new keys, with and without a components file."""
+    one = split(
+        {"learning_rate": 0.001, "eval_strategy": "no", "mixer": {"name": "odm", "alpha": 0.9}, "update_step": 5},
+        lf_keys,
+    )
+    two = split(
+        {"learning_rate": "1e-3", "evaluation_strategy": "no", "train_type": "dynamic_mix", "component_name": "odm",
+         "update_step": 5}, lf_keys,
+    )  # fmt: skip
+    data = {"a": "123"}
+    assert identity(one, 8, data, one.ours.roles()) == identity(two, 8, data, two.ours.roles())
+    other = split({"learning_rate": 0.002, "mixer": "odm", "update_step": 5}, lf_keys)
+    assert identity(one, 8, data, one.ours.roles()) != identity(other, 8, data, other.ours.roles())

@@ -1,0 +1,277 @@
+import subprocess
+import sys
+
+import pytest
+
+from dataflex_mega import cli
+from dataflex_mega.errors import UserError
+
+ARGUMENTS = ["run.yaml", "a b=c"]
+LAUNCHER_VARIABLES = (
+    "NPROC_PER_NODE", "FORCE_TORCHRUN", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RDZV_ID", "MIN_NNODES",
+    "MAX_NNODES", "MAX_RESTARTS", "LOCAL_RANK", "WORLD_SIZE", "USE_RAY",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def devices(count):
+    return lambda: count
+
+
+def options(environment, count=0):
+    """The torchrun options of an environment, as name -> value."""
+    command = cli.launcher(environment, ARGUMENTS, devices(count))
+    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert command[-4:] == ["-m", "dataflex_mega.train", *ARGUMENTS]
+    return dict(option.removeprefix("--").split("=", 1) for option in command[3:-4])
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv", [[], ["help"], ["--help"], ["-h"]])
+def test_help_teaches_by_example(capsys, argv):
+    assert cli.main(argv) == 0
+    printed = capsys.readouterr().out
+    for name in ("train", "components", "env", "version", *cli.HANDED_ON):
+        assert name in printed
+    assert "dataflex-cli train run.yaml mixer=odm" in printed
+
+
+def test_version_is_the_installed_one(capsys):
+    from importlib.metadata import version
+
+    assert cli.main(["version"]) == 0
+    assert capsys.readouterr().out == f"dataflex_mega {version('dataflex_mega')}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "hint"),
+    [
+        ("trian", "(did you mean 'train'?)"),
+        ("exprot", "(did you mean 'export'?)"),
+        ("zzz", "; there is train, components"),
+    ],
+)
+def test_an_unknown_command_is_one_line_with_the_nearest(capsys, command, hint):
+    assert cli.main([command]) == 2
+    heard = capsys.readouterr()
+    assert heard.out == ""
+    assert heard.err.startswith(f"error: unknown command {command!r}{hint if hint[0] == ';' else ' ' + hint}")
+    assert heard.err.count("\n") == 1
+
+
+def test_train_help_is_that_of_training(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    assert "CONFIG is a LLaMA-Factory training YAML" in capsys.readouterr().out
+
+
+def test_training_in_this_process_ends_with_one_line_for_a_mistake(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "device_count", devices(0))
+    assert cli.main(["train", str(tmp_path / "no.yaml")]) == 2
+    heard = capsys.readouterr().err
+    assert heard == f"error: config: {tmp_path / 'no.yaml'} not found\n"
+
+
+def test_env_asks_the_doctor(monkeypatch):
+    from dataflex_mega import doctor
+
+    heard = []
+    monkeypatch.setattr(doctor, "main", lambda argv: heard.append(argv) or 3)
+    assert cli.main(["env", "--x"]) == 3
+    assert heard == [["--x"]]
+
+
+def test_python_dash_m_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "dataflex_mega", "trian"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: unknown command 'trian' (did you mean 'train'?)\n")
+
+
+# -- components --------------------------------------------------------------------------------------------------------
+
+
+def test_components_lists_every_algorithm_with_its_parameters(capsys):
+    from dataflex_mega.registry import CONTRACTS, available, parameters
+
+    assert cli.main(["components"]) == 0
+    sections = dict(zip(CONTRACTS, capsys.readouterr().out.split("\n\n"), strict=True))
+    for role, section in sections.items():
+        assert section.startswith(f"{role}:\n")
+        for name in available(role):
+            assert f"\n  {name} " in section
+            for key, parameter in parameters(role, name).items():
+                assert f"    {key}: {parameter.type_text} " in section
+
+
+def test_components_of_one_role(capsys):
+    assert cli.main(["components", "mixer"]) == 0
+    printed = capsys.readouterr().out
+    assert "mixer:" in printed
+    assert "selector:" not in printed
+
+
+def test_components_of_no_role(capsys):
+    assert cli.main(["components", "mixr"]) == 2
+    assert "no role 'mixr' (did you mean 'mixer'?)" in capsys.readouterr().err
+
+
+# -- starting processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "count", "expected"),
+    [
+        ({}, 0, False),
+        ({}, 1, False),
+        ({}, 2, True),
+        ({"USE_RAY": "1"}, 2, False),
+        ({"NPROC_PER_NODE": "1"}, 2, False),
+        ({"NPROC_PER_NODE": "2"}, 0, True),
+        ({"NPROC_PER_NODE": "auto"}, 0, True),
+        ({"FORCE_TORCHRUN": "1"}, 0, True),
+        ({"FORCE_TORCHRUN": "true", "NPROC_PER_NODE": "1"}, 0, True),
+        ({"FORCE_TORCHRUN": "0"}, 0, False),
+        ({"NNODES": "2"}, 1, True),
+        ({"NNODES": "1"}, 1, False),
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "2", "FORCE_TORCHRUN": "1"}, 8, False),
+    ],
+)
+def test_when_further_processes_are_started(environment, count, expected):
+    assert cli.needs_launcher(environment, devices(count)) is expected
+
+
+def test_one_node_gets_a_free_port_and_a_process_for_each_device():
+    found = options({}, count=4)
+    assert int(found.pop("master_port")) > 0
+    assert found == {"nproc_per_node": "4", "nnodes": "1", "node_rank": "0", "master_addr": "127.0.0.1"}
+
+
+def test_forced_without_a_device_is_one_process():
+    assert options({"FORCE_TORCHRUN": "1"})["nproc_per_node"] == "1"
+
+
+def test_several_nodes():
+    given = {
+        "NNODES": "3", "NODE_RANK": "2", "NPROC_PER_NODE": "8", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500",
+    }  # fmt: skip
+    assert options(given, count=1) == {
+        "nproc_per_node": "8", "nnodes": "3", "node_rank": "2", "master_addr": "10.0.0.1", "master_port": "29500",
+    }  # fmt: skip
+
+
+def test_an_elastic_run():
+    given = {
+        "RDZV_ID": "job", "MIN_NNODES": "1", "MAX_NNODES": "4", "MAX_RESTARTS": "3", "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "29500", "NPROC_PER_NODE": "2",
+    }  # fmt: skip
+    assert options(given) == {
+        "nproc_per_node": "2", "max_restarts": "3", "nnodes": "1:4", "rdzv_id": "job", "rdzv_backend": "c10d",
+        "rdzv_endpoint": "10.0.0.1:29500",
+    }  # fmt: skip
+    fixed = options({"RDZV_ID": "job", "NNODES": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"})
+    assert fixed["nnodes"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"NPROC_PER_NODE": "two"}, "NPROC_PER_NODE: expected a whole number >= 1, found 'two'"),
+        ({"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE: expected a whole number >= 1, found '0'"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT: expected a whole number >= 1, found 'x'"),
+        ({"NNODES": "-1"}, "NNODES: expected a whole number >= 1, found '-1'"),
+        ({"NODE_RANK": "1"}, "NODE_RANK: must be below NNODES, which is 1, found 1"),
+        (
+            {"NNODES": "2", "MASTER_PORT": "1"},
+            "MASTER_ADDR: missing; with NNODES=2 every node must be given the same one",
+        ),
+        ({"NNODES": "2", "MASTER_ADDR": "h"}, "MASTER_PORT: missing; with NNODES=2"),
+        ({"MIN_NNODES": "1"}, "MIN_NNODES: has no effect without RDZV_ID"),
+        ({"RDZV_ID": "j", "MIN_NNODES": "1"}, "MIN_NNODES: needs MAX_NNODES too"),
+        ({"RDZV_ID": "j", "MAX_NNODES": "1"}, "MAX_NNODES: needs MIN_NNODES too"),
+        (
+            {"RDZV_ID": "j", "MIN_NNODES": "3", "MAX_NNODES": "2"},
+            "MIN_NNODES: must not be above MAX_NNODES, which is 2",
+        ),
+        ({"MAX_RESTARTS": "many"}, "MAX_RESTARTS: expected a whole number >= 0, found 'many'"),
+    ],
+)
+def test_a_variable_that_cannot_be_meant(environment, message):
+    with pytest.raises(UserError) as caught:
+        cli.launcher(environment, ARGUMENTS, devices(1))
+    assert str(caught.value).startswith(message)
+
+
+def test_a_mistake_is_found_once_before_any_process_starts(capsys, tmp_path, monkeypatch):
+    path = tmp_path / "run.yaml"
+    path.write_text("stage: sft\nlaerning_rate: 1\n")
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    monkeypatch.setattr(cli, "launcher", lambda *_: pytest.fail("a process would have been started"))
+    assert cli.main(["train", str(path)]) == 2
+    assert capsys.readouterr().err == "error: unknown key 'laerning_rate' (did you mean 'learning_rate'?)\n"
+
+
+def test_what_only_a_dynamic_run_refuses_is_found_before_any_process_starts(capsys, tmp_path, monkeypatch):
+    path = tmp_path / "run.yaml"
+    path.write_text("stage: dpo\nmodel_name_or_path: gpt2\ndataset: a\noutput_dir: out\n")
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    monkeypatch.setattr(cli, "launcher", lambda *_: [sys.executable, "-c", "raise SystemExit(0)"])
+    assert cli.main(["train", str(path)]) == 0
+    assert cli.main(["train", str(path), "weighter=loss"]) == 2
+    assert "error: stage: dynamic training takes pt, sft, found 'dpo'" in capsys.readouterr().err
+
+
+def test_the_status_of_the_processes_is_ours(tmp_path, monkeypatch):
+    path = tmp_path / "run.yaml"
+    path.write_text("stage: sft\n")
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    monkeypatch.setattr(cli, "launcher", lambda *_: [sys.executable, "-c", "raise SystemExit(7)"])
+    assert cli.main(["train", str(path)]) == 7
+
+
+# -- handing on --------------------------------------------------------------------------------------------------------
+
+
+class Script:
+    """An installed command that notes what it was called with."""
+
+    def __init__(self):
+        self.seen = None
+
+    def load(self):
+        return self
+
+    def __call__(self):
+        self.seen = list(sys.argv)
+
+
+@pytest.mark.parametrize("command", cli.HANDED_ON)
+def test_other_commands_go_to_llamafactory_with_their_arguments(command, monkeypatch):
+    script = Script()
+    monkeypatch.setattr(sys, "argv", ["dataflex-cli", command])
+    monkeypatch.setattr(cli.metadata, "entry_points", lambda **_: [script])
+    assert cli.main([command, "run.yaml", "a=b"]) == 0
+    assert script.seen == ["llamafactory-cli", command, "run.yaml", "a=b"]
+
+
+def test_what_llamafactory_gave_up_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["dataflex-cli"])
+    assert cli.main(["eval"]) == 2
+    assert capsys.readouterr().err.startswith("error: eval: llamafactory-cli no longer does this")
+
+
+def test_without_its_command_the_absence_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(cli.metadata, "entry_points", lambda **_: [])
+    assert cli.main(["chat"]) == 2
+    assert capsys.readouterr().err == "error: chat: llamafactory-cli is not installed\n"
+
+
+def test_a_free_port_can_be_bound():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", cli.free_port()))
