@@ -155,7 +155,9 @@ class Checkpointer:
         if saved["world"] == self.ranks.mesh.world:
             engine.set_rng_state(load_file(path / f"rng-{self.ranks.mesh.rank}.safetensors"))
         names = {f.name for f in fields(Plan)}
-        plan: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in saved["plan"].items() if n in names}
+        plan: dict[str, Any] = {
+            n: tuple(v) if isinstance(v, list) else v for n, v in saved["plan"].items() if n in names
+        }
         state = TrainState(saved["step"], Plan(**plan), saved["tokens_seen"], saved["samples_seen"])
         return state, saved["extra"]
 

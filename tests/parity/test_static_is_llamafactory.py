@@ -20,7 +20,12 @@ def folder(tmp_path_factory):
 
 def launch(arguments, world):
     here = str(Path(sys.executable).parent)  # LLaMA-Factory's launcher calls `torchrun` by its bare name
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": f"{here}:{os.environ['PATH']}"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PATH": f"{here}:{os.environ['PATH']}",
+    }
     if world > 1:
         environment.update(
             FORCE_TORCHRUN="1", NPROC_PER_NODE=str(world), MASTER_PORT=str(free_port()), GLOO_SOCKET_IFNAME="lo"
@@ -30,7 +35,14 @@ def launch(arguments, world):
 
 
 def config_of(folder, name, **keys):
-    options = {"tensorboard": None, "report_to": "none", "do_train": True, "max_steps": 4, "save_strategy": "no", **keys}
+    options = {
+        "tensorboard": None,
+        "report_to": "none",
+        "do_train": True,
+        "max_steps": 4,
+        "save_strategy": "no",
+        **keys,
+    }
     return runs.base(folder, output_dir=str(folder / name), **options)
 
 
@@ -67,7 +79,14 @@ def test_a_preference_stage_runs_too(folder):
     }  # fmt: skip
     (folder / "data" / "dataset_info.json").write_text(json.dumps(info))
     config = config_of(
-        folder, "dpo", stage="dpo", dataset="pairs", template="default", finetuning_type="lora", lora_rank=4, max_steps=2
+        folder,
+        "dpo",
+        stage="dpo",
+        dataset="pairs",
+        template="default",
+        finetuning_type="lora",
+        lora_rank=4,
+        max_steps=2,
     )
     path = folder / "dpo.yaml"
     path.write_text(yaml.safe_dump(config))

@@ -139,7 +139,7 @@ class GradientScorer:
         return Adam(first, second, int(whole(torch.as_tensor(state["step"]))), group["betas"], group["eps"])
 
 
-def _entered(first: list[Tensor], output: Tensor) -> Tensor:
+def _entered(first: list[Tensor], output: Any) -> Any:
     """The embeddings' output as the place where the backward pass ends; with LoRA it needs telling to have a gradient."""
     entered = output if output.requires_grad else output.detach().requires_grad_(True)
     first.append(entered)
