@@ -36,8 +36,8 @@ test-fast: env  ## run the unit tests only, no process groups and no training
 
 checks: env  ## lint, format, types, layer and size rules
 	@status=0; \
-	$(BIN)/ruff check . || status=1; \
-	$(BIN)/ruff format --check . || status=1; \
+	$(BIN)/ruff check --no-cache . || status=1; \
+	$(BIN)/ruff format --no-cache --check . || status=1; \
 	$(BIN)/pyright --pythonpath $(BIN)/python || status=1; \
 	$(BIN)/python tools/checks.py || status=1; \
 	exit $$status

@@ -79,7 +79,7 @@ class Checkpointer:
         hashes = self._hashes(writing)
         if rank == 0:
             _write_json(writing / "manifest.json", {"version": VERSION, "files": hashes})
-            shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one: a whole one would have been resumed
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one, or one that was passed over on purpose
             writing.rename(final)
             _sync_folder(self.folder)
             self._prune()
@@ -189,15 +189,15 @@ def _steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def discard_all(folder: Path) -> int:
-    """Remove every checkpoint in `folder` (overwrite_output_dir) -> how many there were."""
-    steps = _steps(folder)
+def discard_after(folder: Path, step: int) -> int:
+    """Remove the checkpoints in `folder` beyond `step`, which a run that starts there will write anew -> how many."""
+    steps = [found for found in _steps(folder) if found > step]
     for step in steps:
         shutil.rmtree(folder / f"{PREFIX}{step}")
     return len(steps)
 
 
-def truncate_log(path: Path, step: int) -> None:
+def truncate_log(path: Path, step: int, key: str = "step") -> None:
     """Drop the lines of a JSON-lines file that lie after `step`: they will be written again. Half a line goes too."""
     if not path.is_file():
         return
@@ -207,7 +207,7 @@ def truncate_log(path: Path, step: int) -> None:
             row = json.loads(line)
         except json.JSONDecodeError:
             break
-        if row.get("step", 0) <= step:
+        if row.get(key, 0) <= step:
             kept.append(line)
     beside = path.with_suffix(".tmp")
     beside.write_text("".join(line + "\n" for line in kept))

@@ -73,6 +73,7 @@ class Metrics:
         self.plan_digest = state.plan.digest()[:16]
         for path in [self.folder / STEPS_FILE, *self.folder.glob("*_weights.jsonl")]:
             truncate_log(path, state.step)
+        truncate_log(self.folder / "trainer_log.jsonl", state.step, key="current_steps")
         if self.bar is not None:
             self.bar.begin(state.step, self.max_steps)
 

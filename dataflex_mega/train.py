@@ -177,9 +177,8 @@ class Build:
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def _find_checkpoint(self) -> None:
-        from dataflex_mega.checkpoint import Checkpointer, discard_all
+        from dataflex_mega.checkpoint import Checkpointer, discard_after
         from dataflex_mega.config.identity import identity
-        from dataflex_mega.data.sampler import Sampler
 
         wanted = self.config.lf.get("resume_from_checkpoint")
         who = identity(self.config, self.split.global_batch, self.pool.fingerprint(), self.specs)
@@ -187,24 +186,39 @@ class Build:
         self.checkpointer = Checkpointer(self.output, self.ranks, who, keep, tuple(self.ours.resume_ignore))
         self.resume: Path | None = None
         self.adopt: Any = None
+        self.first_step = 0
         if self.mesh.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
             if self.config.lf.get("overwrite_output_dir") and not wanted:
-                discard_all(self.output)
+                discard_after(self.output, -1)
         self.ranks.barrier()
         if isinstance(wanted, str) and wanted:
             self.resume = Path(wanted)
             if not self.resume.is_dir():
                 raise CheckpointError(f"resume_from_checkpoint: {wanted} is not a folder")
-        elif wanted is not False:
+        else:
             self.resume, notes = self.checkpointer.latest()
             self.say(*notes)
+        if self.resume is not None and wanted is False:
+            raise CheckpointError(
+                f"resume_from_checkpoint: false, but there is {self.resume}; use another output_dir or "
+                "overwrite_output_dir: true"
+            )
         if self.resume is not None:
-            saved = self.checkpointer.read(self.resume)
-            former = saved["identity"]["global_batch_size"]
-            if former != self.split.global_batch:  # the steps of its plan were counted in batches of that size
-                self.adopt = Sampler(self.pool.sizes, former, self.data_seed).advance
-            self.say(f"continuing from {self.resume} at step {saved['step']} of {self.max_steps}")
+            self._adopt_checkpoint(self.resume)
+
+    def _adopt_checkpoint(self, path: Path) -> None:
+        from dataflex_mega.checkpoint import discard_after
+        from dataflex_mega.data.sampler import Sampler
+
+        saved = self.checkpointer.read(path)
+        former = saved["identity"]["global_batch_size"]
+        if former != self.split.global_batch:  # the steps of its plan were counted in batches of that size
+            self.adopt = Sampler(self.pool.sizes, former, self.data_seed).advance
+        self.first_step = saved["step"]
+        if self.mesh.is_main and path.resolve().parent == self.output.resolve():
+            discard_after(self.output, self.first_step)
+        self.say(f"continuing from {path} at step {self.first_step} of {self.max_steps}")
 
     def say(self, *lines: str) -> None:
         """To standard error, once."""
@@ -327,7 +341,9 @@ class Build:
         if self.mesh.is_main and self.ours.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(self.args.training.logging_dir or self.output / "runs"))
+            # What an interrupted run logged beyond the checkpoint is hidden; it is logged again.
+            folder = str(self.args.training.logging_dir or self.output / "runs")
+            writer = SummaryWriter(folder, purge_step=self.first_step + 1 if self.first_step else None)
         cache = getattr(self.roles.selector, "cache_dir", None)
         mixer = self.specs["mixer"]["name"].rpartition(":")[2].lower() if "mixer" in self.specs else None
         return Metrics(

@@ -74,6 +74,7 @@ ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "optim": (OPTIMIZERS, "an optimizer must work element by element to be sharded"),
     "mix_strategy": (("concat",), "mixer: static with init_mixture_proportions draws in proportions"),
     "train_sampling_strategy": (("random",), "the order follows from seed and step"),
+    "save_strategy": (("steps", "epoch", "no"), "checkpoints are for resuming, not for choosing the best"),
     "do_train": ((True,), "there is nothing else to do"),
 }
 AT_LEAST = {

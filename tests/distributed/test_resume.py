@@ -87,6 +87,21 @@ def test_another_global_batch_is_refused_with_both_numbers_unless_asked_for(fold
     assert accepted == 0 and runs.rows(wider)[-1]["step"] == 20
 
 
+def test_an_older_checkpoint_can_be_named_and_the_newer_ones_go(folder, whole):
+    rows, _ = whole
+    config = config_of(folder, "named")
+    shutil.copytree(folder / "whole", config["output_dir"])
+    named = Path(config["output_dir"]) / "checkpoint-9"
+    shorter = {**config, "resume_from_checkpoint": str(named), "max_steps": 10, "save_strategy": "no"}
+    refused = {**config, "resume_from_checkpoint": False}
+    (status, heard), (first, _) = runs.train_many(1, [{**refused, "per_device_train_batch_size": 8},
+                                                      {**shorter, "per_device_train_batch_size": 8}])  # fmt: skip
+    assert status == 2 and "resume_from_checkpoint: false" in heard and first == 0
+    assert [row["step"] for row in runs.rows(config)] == list(range(1, 11))
+    assert runs.rows(config)[-1]["drawn"] == rows[9]["drawn"]
+    assert sorted(int(p.name.split("-")[1]) for p in Path(config["output_dir"]).glob("checkpoint-*")) == [3, 6, 9]
+
+
 def test_a_finished_run_given_again_trains_nothing_more(folder, whole):
     config = config_of(folder, "whole")
     before = runs.rows(config)

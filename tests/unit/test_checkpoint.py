@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dataflex_mega.checkpoint import Checkpointer, discard_all, truncate_log
+from dataflex_mega.checkpoint import Checkpointer, discard_after, truncate_log
 from dataflex_mega.errors import CheckpointError
 from dataflex_mega.types import Plan, TrainState
 
@@ -134,7 +134,8 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3, 10):
         checkpointer(tmp_path, keep=2).save(state(step), FakeEngine(step), EXTRA)
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-3"]
-    assert discard_all(tmp_path) == 2 and checkpointer(tmp_path).latest() == (None, [])
+    assert discard_after(tmp_path, 3) == 1 and checkpointer(tmp_path).latest()[0].name == "checkpoint-3"
+    assert discard_after(tmp_path, -1) == 1 and checkpointer(tmp_path).latest() == (None, [])
 
 
 def test_a_folder_of_another_program_is_refused(tmp_path):

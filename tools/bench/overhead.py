@@ -62,7 +62,6 @@ def keys_of(options: argparse.Namespace, output: Path) -> dict[str, Any]:
 def our_trainer(keys: dict[str, Any], roles: dict[str, Any]) -> tuple[Any, Any]:
     """(trainer, state) ready to advance."""
     from dataflex_mega.config.split import split
-
     from dataflex_mega.lf.args import keys as lf_keys
     from dataflex_mega.train import Build
     from dataflex_mega.types import TrainState
