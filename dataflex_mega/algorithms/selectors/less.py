@@ -30,10 +30,15 @@ class Less(Selector):
     Args:
         gradient_type: "adam" preconditions the candidates' gradients, "sgd" does not. Targets are never preconditioned.
         cache_dir: where step_N.json goes; None: output_dir/selections.
+        proj_dim, seed, save_interval: stand in DataFlex's files, where gradients are projected and saved; they change
+            nothing here.
     """
 
     gradient_type: Literal["adam", "sgd"] = "adam"
     cache_dir: str | None = None
+    proj_dim: int | None = None
+    seed: int | None = None
+    save_interval: int | None = None
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradient_adam"})
 
