@@ -30,8 +30,9 @@ class Less(Selector):
     Args:
         gradient_type: "adam" preconditions the candidates' gradients, "sgd" does not. Targets are never preconditioned.
         cache_dir: where step_N.json goes; None: output_dir/selections.
-        proj_dim, seed, save_interval: stand in DataFlex's files, where gradients are projected and saved; they change
-            nothing here.
+        proj_dim: stands in DataFlex's files; nothing is projected here, so it changes nothing.
+        seed: the same.
+        save_interval: the same.
     """
 
     gradient_type: Literal["adam", "sgd"] = "adam"

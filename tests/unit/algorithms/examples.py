@@ -46,7 +46,13 @@ def stats(mean_losses: Mapping[int, float], domains: int = 3, tokens: float = 8.
 def table(needs: frozenset[str], rows: int = 75) -> SignalTable:
     """Candidates with a random value for every signal asked for."""
     ids = torch.arange(rows)
-    values = {name: torch.rand(rows, generator=generator(len(name))) * 3 for name in sorted(needs)}
+    values: dict[str, torch.Tensor] = {}
+    for name in sorted(needs):
+        if name.startswith("gradient_"):
+            values["dot"] = torch.randn(rows, 2, generator=generator(len(name)))
+            values["norm2"] = torch.rand(rows, generator=generator(len(name) + 1)) + 0.1
+        else:
+            values[name] = torch.rand(rows, generator=generator(len(name))) * 3
     return SignalTable(sample_id=ids, domain=ids % 3, signals=values)
 
 
