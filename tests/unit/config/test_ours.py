@@ -118,7 +118,7 @@ def test_a_plug_in_is_named_by_module_and_class():
         ({"train_type": "dynamic_lego"}, "train_type: dynamic_lego is not available yet"),
         ({"train_type": 3}, "train_type: expected text, found 3"),
         ({"train_type": "dynamic_select"}, "train_type: dynamic_select needs component_name (one of random, loss, "
-         "loss_low, loss_high) or selector"),
+         "loss_low, loss_high, "),
         ({"train_type": "dynamic_mix", "selector": "loss"}, "train_type: dynamic_mix needs component_name"),
         ({"train_type": "dynamic_weight", "component_name": "lss"}, "component_name: no weighter 'lss' in the packaged "
          "components file (did you mean 'loss'?)"),
