@@ -40,7 +40,6 @@ STEPS_A_POINT = 10  # a point weighs the steps it stands for over this: the offi
 LARGEST_A, LARGEST_ALPHA, SMALLEST_ALPHA = 6.5, 0.8, 1e-3
 SMALLEST_EXPONENT = 0.05  # of the speed
 NEAR_EDGE = 0.02  # of a penalty
-STARTS = 8  # the best points of the grid, from which the fit descends
 MIN_POINTS = 16  # a domain with fewer is not fitted: three parameters would follow the noise, to the last bit of it
 MAX_POINTS = 256
 KEPT_SHARE, KEPT_POLICY = 0.9, 0.9
@@ -116,8 +115,9 @@ def fit(n: Tensor, losses: Tensor, weight: Tensor, floor: float) -> Tensor | Non
 
     axes = [torch.tensor(x, dtype=torch.float64) for x in (GRID_A, GRID_E, GRID_ALPHA)]
     grid = torch.cartesian_prod(*axes)
-    order = value_of(grid).sort(stable=True).indices
-    found = torch.stack([settle(grid[i], float(log_n.mean()), floor, value_of) for i in order[:STARTS]])
+    best_of_alpha = value_of(grid).view(-1, len(GRID_ALPHA)).argmin(dim=0)  # the best of all would lie in one valley
+    starts = grid.view(-1, len(GRID_ALPHA), 3)[best_of_alpha, torch.arange(len(GRID_ALPHA))]
+    found = torch.stack([settle(start, float(log_n.mean()), floor, value_of) for start in starts])
     values = value_of(found)
     values = torch.where(torch.isfinite(values) & torch.isfinite(found).all(1), values, math.inf)
     best = int(values.argmin())
