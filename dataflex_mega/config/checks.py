@@ -93,6 +93,7 @@ def check_dynamic(config: RunConfig) -> None:
         _check_allowed,
         _check_ranges,
         _check_precision,
+        _check_attention,
         _check_length,
         _check_evaluation,
         _check_reports,
@@ -139,6 +140,15 @@ def _check_ranges(config: RunConfig) -> None:
 def _check_precision(config: RunConfig) -> None:
     if config.lf.get("bf16") and config.lf.get("fp16"):
         raise ConfigError("bf16, fp16: both are true; choose one")
+
+
+def _check_attention(config: RunConfig) -> None:
+    """Rows that hold several samples need a mask with a border between them, which flash-attention's own kernels lack."""
+    packs = config.lf.get("packing") or config.lf.get("neat_packing")
+    if packs and config.lf.get("stage", "sft") == "sft" and str(config.lf.get("flash_attn", "auto")) in ("fa2", "fa3"):
+        raise ConfigError(
+            f"flash_attn: {config.lf['flash_attn']} cannot keep packed samples apart; use sdpa, or packing: false"
+        )
 
 
 def _check_length(config: RunConfig) -> None:

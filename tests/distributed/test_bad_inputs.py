@@ -62,6 +62,7 @@ CASES = {
     "galore": ({**SELECT, "use_galore": True}, ["use_galore"]),
     "another stage": ({**WEIGHT, "stage": "dpo"}, ["stage", "dpo"]),
     "template unknown": ({**WEIGHT, **SFT, "template": "qwenn"}, ["qwenn"]),
+    "packed flash attention": ({**WEIGHT, **SFT, "packing": True, "flash_attn": "fa2"}, ["flash_attn", "fa2", "sdpa"]),
     "streaming": ({**MIX, "streaming": True}, ["streaming"]),
     "interleaving": ({**MIX, "mix_strategy": "interleave_over"}, ["mix_strategy"]),
     "lookahead typo": ({**WEIGHT, "lookahead": "exakt"}, ["lookahead", "exakt", "exact"]),

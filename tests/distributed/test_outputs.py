@@ -31,7 +31,7 @@ CASES = {
     "packed": {**SFT, **WEIGHT, "packing": True, "cutoff_len": 65},  # LLaMA-Factory takes one off when packing
     "checkpointed": {**SFT, **WEIGHT, "disable_gradient_checkpointing": False},
     "bf16": {**SFT, **WEIGHT, "bf16": True},
-    "held out": {**MIX, "val_size": 0.2, "eval_strategy": "steps", "eval_steps": 3},
+    "held out": {**MIX, "val_size": 0.2, "dataloader_num_workers": 2, "eval_strategy": "steps", "eval_steps": 3},
     "sample norm": {**SFT, **WEIGHT, "loss_normalization": "sample", "max_grad_norm": 0.0},
     "constant": {**SFT, **WEIGHT, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3, "optim": "sgd"},
     "stopping": {

@@ -161,7 +161,17 @@ def test_losses_below_the_penalty_need_a_smaller_irreducible_loss() -> None:
     assert free is not None and free.tolist() == pytest.approx(law, abs=0.02)
 
 
-@pytest.mark.parametrize(("points", "seed"), [(6, 0), (6, 1), (100, 0)])
+@pytest.mark.parametrize("seed", range(3))
+def test_fits_of_noisy_losses_come_near_the_law_and_do_not_end_where_a_penalty_sets_in(seed: int) -> None:
+    n = torch.linspace(1e4, 1e6, 100, dtype=torch.float64)
+    noise = 1 + 0.01 * torch.randn(100, generator=generator(seed), dtype=torch.float64)
+    losses, weight = double([loss_of([3.0, 0.8, 0.3], float(x)) for x in n]) * noise, torch.full_like(n, 5 / 3)
+    found = fit(n, losses, weight, 0.5)
+    assert found is not None and found.tolist() == pytest.approx([3.0, 0.8, 0.3], abs=0.5)
+    assert float(found[1]) == pytest.approx(0.8, abs=0.06) and float(found[2]) == pytest.approx(0.3, abs=0.06)
+
+
+@pytest.mark.parametrize(("points", "seed"), [(6, 0), (20, 0), (50, 3), (100, 0)])
 def test_the_last_bits_of_losses_do_not_move_a_fit_even_where_a_penalty_sets_in(points: int, seed: int) -> None:
     """Sums over other numbers of processes differ by about 3e-8; plans of all of them must stay alike."""
     n = torch.linspace(1e6 / points, 1e6, points, dtype=torch.float64)
