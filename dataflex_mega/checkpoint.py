@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -233,8 +234,6 @@ def _as_json(value: Any) -> Any:
 
 def _sync_folder(folder: Path) -> None:
     """Make the rename durable."""
-    import os
-
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

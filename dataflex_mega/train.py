@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dataflex_mega.config.checks import check_dynamic
+from dataflex_mega.config.checks import check_dynamic, listed
 from dataflex_mega.config.load import load
 from dataflex_mega.config.split import RunConfig, split
 from dataflex_mega.errors import CheckpointError, TrainingFault, UserError
@@ -64,7 +64,8 @@ def run(path: str, overrides: Sequence[str] = ()) -> None:
     if config.ours.train_type == "static":
         from dataflex_mega.lf.static import run_static
 
-        run_static(config.lf, list(config.ours.callbacks))
+        datasets = [*listed(config.lf.get("dataset")), *listed(config.lf.get("eval_dataset"))]
+        run_static(config.lf, list(config.ours.callbacks), datasets)
         return
     check_dynamic(config)
     run_dynamic(config)

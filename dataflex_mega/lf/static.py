@@ -9,21 +9,14 @@ from dataflex_mega.lf.compat import ensure_importable
 from dataflex_mega.lf.data import check_names
 
 
-def run_static(lf: dict[str, Any], callbacks: list[str]) -> None:
+def run_static(lf: dict[str, Any], callbacks: list[str], datasets: list[str]) -> None:
     """Run LLaMA-Factory's `run_exp` on exactly these keys. `callbacks` are `package.module:Class` names.
 
-    Raises DataError for a dataset that is unknown or missing, before anything is loaded.
+    Raises DataError for one of `datasets` that is unknown or missing, before anything is loaded.
     """
     ensure_importable()
     from llamafactory.train.tuner import run_exp
 
-    for key in ("dataset", "eval_dataset"):
-        check_names(listed(lf.get(key)), lf.get("dataset_dir", "data"))
+    for name in datasets:
+        check_names([name], lf.get("dataset_dir", "data"))
     run_exp(dict(lf), load_callbacks(callbacks))
-
-
-def listed(value: str | list[str] | None) -> list[str]:
-    """`"a, b"` or `["a", "b"]` -> ["a", "b"]."""
-    if value is None:
-        return []
-    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else list(value)

@@ -132,3 +132,12 @@ def test_files_and_overrides(folder, tmp_path, capsys, no_model):
         assert main(arguments) == 2
         heard = capsys.readouterr().err
         assert said in heard and heard.startswith("error: ") and heard.count("\n") == 1
+
+
+@pytest.mark.parametrize(("key", "name"), [("dataset", "pose"), ("eval_dataset", "proze")])
+def test_static_training_checks_its_datasets_first(folder, no_model, key, name):
+    config = runs.base(
+        folder, output_dir=str(folder / "out" / "static"), tensorboard=None, do_train=True, **{key: name}
+    )
+    status, heard = runs.train_here(config)
+    assert status == 2 and f"'{name}' is not in" in heard and "prose" in heard
