@@ -39,7 +39,8 @@ HUBER = 1e-3
 STEPS_A_POINT = 10  # a point weighs the steps it stands for over this: the official code keeps every tenth step
 LARGEST_A, LARGEST_ALPHA, SMALLEST_ALPHA = 6.5, 0.8, 1e-3
 SMALLEST_EXPONENT = 0.05  # of the speed
-NEAR_EDGE, INSIDE = 0.02, 0.1  # distances from where a penalty sets in
+NEAR_EDGE = 0.02  # of where a penalty sets in
+INSIDE = 0.1  # the smallest alpha to start from
 MIN_POINTS = 16  # a domain with fewer is not fitted: three parameters would follow the noise, to the last bit of it
 MAX_POINTS = 256
 KEPT_SHARE, KEPT_POLICY = 0.9, 0.9
@@ -117,8 +118,7 @@ def fit(n: Tensor, losses: Tensor, weight: Tensor, floor: float) -> Tensor | Non
     grid = torch.cartesian_prod(*axes)
     best_of_alpha = value_of(grid).view(-1, len(GRID_ALPHA)).argmin(dim=0)  # the best of all would lie in one valley
     starts = grid.view(-1, len(GRID_ALPHA), 3)[best_of_alpha, torch.arange(len(GRID_ALPHA))]
-    starts[:, 1].clamp_(min=floor + INSIDE)  # on an edge of the penalties L-BFGS would not move at all
-    starts[:, 2].clamp_(min=SMALLEST_ALPHA + INSIDE)
+    starts[:, 2].clamp_(min=INSIDE)  # at alpha = 0, on an edge of the penalties, L-BFGS would hardly move
     found = torch.stack([settle(start, float(log_n.mean()), floor, value_of) for start in starts])
     values = value_of(found)
     values = torch.where(torch.isfinite(values) & torch.isfinite(found).all(1), values, math.inf)

@@ -1,0 +1,77 @@
+"""Every registered algorithm through whole runs on one and on two processes, with the same outcome."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataflex_mega.registry import available
+from tests.support import corpus, runs
+
+SELECT = {"warmup_step": 1, "update_step": 1, "update_times": 3, "max_steps": 4, "max_samples": 6}
+MIX = {"warmup_step": 1, "update_step": 1, "update_times": -1, "init_mixture_proportions": [0.5, 0.3, 0.2]}
+PARAMETERS = {
+    ("selector", "near"): {"indices_path": "NEAR"},
+    ("selector", "tsds"): {"probs_path": "TSDS"},
+    ("mixer", "ado"): {"start_step": 2, "refit_every": 1, "ignore_steps": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return corpus.write(tmp_path_factory.mktemp("algorithms"))
+
+
+def pool_size(folder):
+    """Samples of the pool of a selection, from a short run without one."""
+    config = runs.base(folder, output_dir=str(folder / "size"), mixer="static", **{**SELECT, "max_steps": 1})
+    assert runs.train_many(1, [config], plain=True)[0][0] == 0
+    return int(config_epoch(config))
+
+
+def config_epoch(config):
+    """An epoch is as many samples as the pool has: batch of 8 / epoch after one step."""
+    state = json.loads((Path(config["output_dir"]) / "trainer_state.json").read_text())
+    return round(8 / state["epoch"])
+
+
+@pytest.fixture(scope="module")
+def configs(folder):
+    size = pool_size(folder)
+    rng = np.random.default_rng(0)
+    np.save(folder / "near.npy", rng.permutation(size)[: size // 2 * 2].reshape(2, -1))
+    np.save(folder / "tsds.npy", rng.dirichlet(np.ones(size)))
+    files = {"NEAR": str(folder / "near.npy"), "TSDS": str(folder / "tsds.npy")}
+    made = {}
+    for kind in ("selector", "mixer", "weighter"):
+        for name in available(kind):
+            given = PARAMETERS.get((kind, name), {})
+            spec = {"name": name, **{key: files.get(value, value) for key, value in given.items()}}
+            keys = {"selector": SELECT, "mixer": MIX, "weighter": {}}[kind]
+            made[kind, name] = runs.base(
+                folder, output_dir=str(folder / f"{kind}-{name}"), eval_dataset="tables", **keys, **{kind: spec}
+            )
+    return made
+
+
+def outcome(config):
+    found = sorted((Path(config["output_dir"]) / "selections").glob("step_*.json"))
+    return runs.rows(config), [json.loads(path.read_text())["indices"] for path in found]
+
+
+def test_one_and_two_processes_agree_for_every_algorithm(configs):
+    halves = {
+        key: {**c, "per_device_train_batch_size": 4, "output_dir": c["output_dir"] + "-two"}
+        for key, c in configs.items()
+    }
+    for world, wanted in ((1, configs), (2, halves)):
+        for key, (status, heard) in zip(wanted, runs.train_many(world, list(wanted.values())), strict=True):
+            assert status == 0, f"{key}: {heard}"
+    for key in configs:
+        (log, selections), (log2, selections2) = outcome(configs[key]), outcome(halves[key])
+        assert selections == selections2 and (len(selections) == 3) == (key[0] == "selector"), key
+        for row, row2 in zip(log, log2, strict=True):
+            assert row["drawn"] == row2["drawn"], key
+            assert row["loss"] == pytest.approx(row2["loss"], rel=1e-5), key
+            assert row["proportions"] == pytest.approx(row2["proportions"], rel=1e-4), key
