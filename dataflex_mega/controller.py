@@ -200,8 +200,8 @@ class Controller:
     def weigher(self, state: TrainState) -> Weigh | None:
         """The function that weighs the samples of the next step, or None when all weigh the same."""
         weighter = self.roles.weighter if not self.schedule.warming(state.step) else None
-        domain_weights = state.plan.loss_weights
-        if weighter is None and domain_weights is None:
+        by_domain = _domain_factors(state.plan)
+        if weighter is None and by_domain is None:
             return None
 
         def weigh(obs: SampleObs) -> Tensor:
@@ -210,9 +210,8 @@ class Controller:
             weights = torch.ones_like(whole.loss_sum)
             if weighter is not None:
                 weights = weighter.weights(whole, state.step, self.total_steps).to(weights)
-            if domain_weights is not None:
-                weights = weights * weights.new_tensor(domain_weights)[whole.domain]
-                weights = weights / weights.mean()
+            if by_domain is not None:
+                weights = weights * by_domain.to(weights)[whole.domain]
             return self.ranks.own(weights, len(obs.sample_id))
 
         return weigh
@@ -240,3 +239,11 @@ class Controller:
         for name, algorithm in algorithms.items():
             algorithm.restore(saved[name])
         self._previous = saved.get("previous_selection")
+
+
+def _domain_factors(plan: Plan) -> Tensor | None:
+    """[k] factors of the loss from a mixer's domain weights: mean 1 over the plan's own draws, whatever batch they fall in."""
+    if plan.loss_weights is None:
+        return None
+    weights, shares = torch.tensor(plan.loss_weights).double(), torch.tensor(plan.proportions).double()
+    return weights / (weights * shares).sum()

@@ -7,7 +7,9 @@ import io
 import json
 import os
 from pathlib import Path
+from unittest import mock
 
+import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
 
@@ -43,23 +45,39 @@ def train_many(world, configs, plain=False):
 
     `plain`: one process without torchrun's variables.
     """
-    ports = [free_port() for _ in configs]
     queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_process, (world, ports, configs, plain, queue), nprocs=world, join=True)
+    mp.spawn(_process, (world, free_port(), configs, plain, queue), nprocs=world, join=True)
     return queue.get()
 
 
-def _process(rank, world, ports, configs, plain, queue):
-    found = []
-    for port, config in zip(ports, configs, strict=True):
-        if not plain:
-            os.environ.update(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
-            )  # fmt: skip
-        found.append(train_here(config))
+def _process(rank, world, port, configs, plain, queue):
+    if plain:
+        found = [train_here(config) for config in configs]
+    else:
+        found = _joined(rank, world, port, configs)
     if rank == 0:
         queue.put(found)
+
+
+def _joined(rank, world, port, configs):
+    """All runs inside one process group: gloo can hang when a process leaves one and joins another."""
+    from dataflex_mega.distributed import mesh
+
+    as_torchrun(rank, world, port)
+    mesh.start()
+    leave = mesh.stop
+    with mock.patch.object(mesh, "stop", lambda orderly: dist.barrier() if orderly else None):
+        found = [train_here(config) for config in configs]
+    leave(orderly=True)
+    return found
+
+
+def as_torchrun(rank, world, port):
+    """The variables that torchrun sets."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
+    )  # fmt: skip
 
 
 def train_here(config):
@@ -100,10 +118,7 @@ def _forked(rank, world, port, config):
     import torch
 
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo",
-    )  # fmt: skip
+    as_torchrun(rank, world, port)
     status, heard = train_here(config)
     if status:
         print(heard)

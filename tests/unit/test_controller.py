@@ -151,7 +151,7 @@ def test_weights_reach_the_own_rows_and_stop_in_warmups():
     assert torch.allclose(made.weigher(state)(obs), torch.tensor([1.0, 2.0, 3.0, 6.0]) / 3)
 
 
-def test_domain_weights_of_a_mixer_multiply_and_keep_mean_one():
+def test_domain_weights_of_a_mixer_have_mean_one_over_the_plans_draws():
     @dataclass
     class Heavy(Turning):
         """Weighs domain 1 three times."""
@@ -163,7 +163,10 @@ def test_domain_weights_of_a_mixer_multiply_and_keep_mean_one():
     state = TrainState(0, made.first_plan())
     state.plan = made.next_plan(state)
     obs = SampleObs(torch.arange(4), torch.tensor([0, 1, 1, 2]), torch.ones(4), torch.ones(4).long())
-    assert torch.allclose(made.weigher(state)(obs), torch.tensor([1.0, 3.0, 3.0, 1.0]) / 2)
+    mean = (4 * 1 + 1 * 3 + 1 * 1) / 6  # under the proportions that `Turning` gives at its first update
+    assert torch.allclose(made.weigher(state)(obs), torch.tensor([1.0, 3.0, 3.0, 1.0]) / mean)
+    one = SampleObs(obs.sample_id[1:2], obs.domain[1:2], obs.loss_sum[1:2], obs.tokens[1:2])
+    assert torch.allclose(made.weigher(state)(one), torch.tensor([3.0]) / mean), "however the batch is cut"
 
 
 def test_a_long_plan_is_continued_without_changing_what_is_drawn():
