@@ -242,7 +242,7 @@ class Controller:
 
 
 def _domain_factors(plan: Plan) -> Tensor | None:
-    """[k] factors of the loss from a mixer's domain weights: mean 1 over the plan's own draws, whatever batch they fall in."""
+    """[k] factors of the loss from a mixer's domain weights, with mean 1 over what the plan draws."""
     if plan.loss_weights is None:
         return None
     weights, shares = torch.tensor(plan.loss_weights).double(), torch.tensor(plan.proportions).double()
