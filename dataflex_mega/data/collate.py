@@ -47,6 +47,7 @@ def collate(samples: Sequence[Sample], pad_id: int, pack_length: int | None = No
     labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
     segment = np.full((len(rows), width), -1, dtype=np.int64)
     position = np.zeros((len(rows), width), dtype=np.int64)
+    reference = _reference_rows(samples, (len(rows), width))
     for r, row in enumerate(rows):
         start = 0
         for index in row:
@@ -56,6 +57,8 @@ def collate(samples: Sequence[Sample], pad_id: int, pack_length: int | None = No
             labels[r, start : start + length - 1] = samples[index].labels[1:]
             segment[r, here] = index
             position[r, here] = np.arange(length)
+            if reference is not None:
+                reference[r, here] = samples[index].reference
             start += length
     return Batch(
         input_ids=torch.from_numpy(inputs),
@@ -65,4 +68,13 @@ def collate(samples: Sequence[Sample], pad_id: int, pack_length: int | None = No
         sample_id=torch.tensor([s.sample_id for s in samples], dtype=torch.int64),
         domain=torch.tensor([s.domain for s in samples], dtype=torch.int64),
         packed=len(rows) < len(samples),
+        reference=None if reference is None else torch.from_numpy(reference),
     )
+
+
+def _reference_rows(samples: Sequence[Sample], shape: tuple[int, int]) -> np.ndarray | None:
+    """Zeros to be filled when the samples have reference losses. Raises ValueError when only some have."""
+    having = sum(sample.reference is not None for sample in samples)
+    if having not in (0, len(samples)):
+        raise ValueError(f"{having} of {len(samples)} samples have reference losses")
+    return np.zeros(shape, dtype=np.float32) if having else None

@@ -25,6 +25,14 @@ class Rows(Protocol):
         ...
 
 
+class References(Protocol):
+    """Random access to token losses of a reference model; see store.reference."""
+
+    def fetch(self, ids: np.ndarray) -> list[np.ndarray]:
+        """[n] global ids -> n arrays [length] float32."""
+        ...
+
+
 @dataclass(frozen=True)
 class Domain:
     """One source of samples."""
@@ -41,6 +49,9 @@ class Sample:
     domain: int
     input_ids: np.ndarray  # [length] int64
     labels: np.ndarray  # [length] int64, aligned with input_ids
+    reference: np.ndarray | None = (
+        None  # [length] float32: at s, the reference model's loss of token s + 1; 0 at the end
+    )
 
 
 class Pool:
@@ -57,6 +68,7 @@ class Pool:
         self.names = tuple(domain.name for domain in domains)
         self.sizes = tuple(len(domain.rows) for domain in domains)
         self.offsets = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
+        self.references: References | None = None  # set once, before training
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
@@ -70,10 +82,15 @@ class Pool:
         """[n] global ids -> the samples in that order."""
         domain, row = self.locate(ids)
         samples: list[Sample | None] = [None] * len(ids)
+        references = [None] * len(ids) if self.references is None else self.references.fetch(ids)
         for d in np.unique(domain):
             places = np.flatnonzero(domain == d)
             for place, (inputs, labels) in zip(places, self.domains[d].rows.fetch(row[places]), strict=True):
-                samples[place] = Sample(int(ids[place]), int(d), inputs, labels)
+                reference = references[place]
+                if reference is not None and len(reference) != len(inputs):
+                    where, there = self.describe(int(ids[place])), f"{len(reference)} reference losses"
+                    raise DataError(f"{where}: {len(inputs)} tokens but {there}; build the reference again")
+                samples[place] = Sample(int(ids[place]), int(d), inputs, labels, reference)
         return [sample for sample in samples if sample is not None]
 
     def describe(self, sample_id: int) -> str:

@@ -1,0 +1,158 @@
+"""`manifest.json` of a corpus folder: which domains it holds, how large they are, whose tokens they are.
+
+A corpus is one pair NAME.bin, NAME.idx a domain in Megatron's layout, beside the manifest. The manifest is made by
+`tools/prepare_corpus.py`; reading it needs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dataflex_mega.errors import DataError, did_you_mean
+
+NAME = "manifest.json"
+FORMAT, VERSION = "dataflex_mega corpus", 1
+ITEMSIZE = {"uint16": 2, "int32": 4}  # bytes of a token
+PROBE = "The year 2024, x_1 == (y + 2.50) -> [naive]\n\tna\u00efve \u4f60\u597d \U0001f600 don't  stop"
+
+
+@dataclass(frozen=True)
+class CorpusDomain:
+    """One domain: a pair of files and what is in them."""
+
+    name: str
+    prefix: str  # file name without .bin and .idx, in the folder of the manifest
+    documents: int
+    tokens: int  # with one end-of-document token for each document
+    proportion: float  # of all tokens of the corpus
+    bin_sha256: str
+    idx_sha256: str
+
+
+@dataclass(frozen=True)
+class CorpusTokenizer:
+    """Whose ids the tokens are."""
+
+    fingerprint: str  # see `tokenizer_fingerprint`
+    vocabulary: int  # ids are below it
+    end: int  # the id after every document
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A manifest and the folder it lies in."""
+
+    folder: Path
+    dtype: str
+    tokenizer: CorpusTokenizer
+    domains: tuple[CorpusDomain, ...]
+    rows: int  # rows of the inputs, bad ones too
+    bad_rows: int
+    inputs: tuple[dict[str, Any], ...]  # {"path", "bytes"} of every input file, in order
+    recipe: str  # a hash of the inputs and options it was made with
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Domain names in manifest order."""
+        return tuple(domain.name for domain in self.domains)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all domains."""
+        return sum(domain.tokens for domain in self.domains)
+
+    def prefix(self, domain: CorpusDomain) -> Path:
+        """Path of a domain's files without their suffix."""
+        return self.folder / domain.prefix
+
+    def pick(self, names: Sequence[str], key: str = "dataset") -> tuple[CorpusDomain, ...]:
+        """The domains of these names in that order; all of them for no names. Raises DataError naming an unknown one."""
+        known = {domain.name: domain for domain in self.domains}
+        for name in names:
+            if name not in known:
+                hint = did_you_mean(name, known) or f"; it has {', '.join(known)}"
+                raise DataError(f"{key}: {name!r} is not a domain of {self.folder / NAME}{hint}")
+        return tuple(known[name] for name in names) if names else self.domains
+
+    def to_json(self) -> str:
+        """The text of the manifest; the same corpus gives the same text wherever it lies."""
+        body = {key: value for key, value in asdict(self).items() if key != "folder"}
+        return json.dumps({"format": FORMAT, "version": VERSION, **body}, indent=2, ensure_ascii=False) + "\n"
+
+
+def read(folder: str | Path, key: str = "corpus_dir") -> Corpus:
+    """The corpus in `folder`, the sizes of its .bin files checked.
+
+    Raises DataError, beginning with `key`, for a folder without manifest, a manifest that is damaged or of another
+    version, and files that are missing or of another size than the manifest says.
+    """
+    where = Path(folder).expanduser()
+    file = where / NAME
+    if not where.is_dir():
+        hint = did_you_mean(where.name, [p.name for p in where.parent.iterdir()]) if where.parent.is_dir() else ""
+        raise DataError(f"{key}: folder {folder} not found{hint}")
+    if not file.is_file():
+        raise DataError(f"{key}: {file} not found; tools/prepare_corpus.py makes it")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{key}: {file} is not JSON: {error}") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise DataError(f"{key}: {file} is not a corpus manifest ('format' must be {FORMAT!r})")
+    if found.get("version") != VERSION:
+        raise DataError(f"{key}: {file} has version {found.get('version')!r}, this program reads {VERSION}")
+    corpus = _from_json(where, found, f"{key}: {file}")
+    for domain in corpus.domains:
+        _check_files(corpus, domain, key)
+    return corpus
+
+
+def _from_json(folder: Path, found: dict[str, Any], place: str) -> Corpus:
+    try:
+        values = {f.name: found[f.name] for f in fields(Corpus) if f.name != "folder"}
+        values["domains"] = tuple(CorpusDomain(**domain) for domain in found["domains"])
+        values["tokenizer"] = CorpusTokenizer(**found["tokenizer"])
+        values["inputs"] = tuple(found["inputs"])
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{place} is damaged: {type(error).__name__} {error}") from error
+    corpus = Corpus(folder, **values)
+    if corpus.dtype not in ITEMSIZE or not corpus.domains:
+        raise DataError(f"{place} is damaged: dtype {corpus.dtype!r}, {len(corpus.domains)} domains")
+    return corpus
+
+
+def _check_files(corpus: Corpus, domain: CorpusDomain, key: str) -> None:
+    for suffix in (".bin", ".idx"):
+        path = corpus.prefix(domain).with_name(domain.prefix + suffix)
+        if not path.is_file():
+            raise DataError(f"{key}: {path} not found (domain {domain.name!r} of {corpus.folder / NAME})")
+    path = corpus.prefix(domain).with_name(domain.prefix + ".bin")
+    size, wanted = path.stat().st_size, domain.tokens * ITEMSIZE[corpus.dtype]
+    if size != wanted:
+        raise DataError(f"{key}: {path} has {size} bytes, its manifest says {wanted}")
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash of a Hugging Face tokenizer's vocabulary and of what it makes of a probe text.
+
+    Added tokens are left out: training adds padding and chat tokens, which changes no id of a text.
+    """
+    added = set(tokenizer.get_added_vocab())
+    vocabulary = sorted((number, token) for token, number in tokenizer.get_vocab().items() if token not in added)
+    ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    return hashlib.sha256(json.dumps([vocabulary, list(ids)]).encode()).hexdigest()
+
+
+def check_tokenizer(corpus: Corpus, tokenizer: Any, key: str = "corpus_dir") -> None:
+    """Raises DataError when `tokenizer` is not the one that made the corpus."""
+    found = tokenizer_fingerprint(tokenizer)
+    if found != corpus.tokenizer.fingerprint:
+        raise DataError(
+            f"{key}: {corpus.folder} was tokenized with another tokenizer (fingerprint "
+            f"{corpus.tokenizer.fingerprint[:12]}, the model's is {found[:12]}); prepare it with the model's tokenizer"
+        )

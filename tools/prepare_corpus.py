@@ -1,0 +1,13 @@
+"""Text files -> Megatron .bin/.idx files, one pair a domain, and a manifest. The same as `dataflex-cli corpus`.
+
+`python tools/prepare_corpus.py --help` says more.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from dataflex_mega.corpus.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())
