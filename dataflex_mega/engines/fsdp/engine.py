@@ -18,7 +18,7 @@ from dataflex_mega.distributed.mesh import Mesh
 from dataflex_mega.engines.fsdp import state as disk
 from dataflex_mega.engines.fsdp.parallel import Layout, set_gradient_sync, unwrap
 from dataflex_mega.engines.fsdp.precision import LossScale
-from dataflex_mega.engines.fsdp.stats import StepSums
+from dataflex_mega.engines.stats import StepSums
 from dataflex_mega.errors import NotFinite
 from dataflex_mega.types import Batch, SampleObs, StepStats, Weigh
 
@@ -58,38 +58,50 @@ class FSDPEngine:
         """See engines.base.Engine."""
         micros = [batch.to(self.mesh.device) for batch in micros]
         sums = StepSums(self.options.domains, self.mesh.device)
-        count = self._denominator(micros)
-        ahead = self._weights_of_step(micros, weigh) if weigh and self._looks_ahead(micros) else None
+        counts = self._denominators(micros)
+        count = counts.sum().clamp(min=1).long()
+        ahead = self._weights_of_step(micros, weigh, counts) if weigh and self._looks_ahead(micros) else None
         for number, batch in enumerate(micros):
             set_gradient_sync(self.module, last=number == len(micros) - 1)
-            loss_sum = objective.sample_sums(self.token_losses(batch), batch)
-            obs = objective.observe(loss_sum, batch)
-            weights = ahead[number] if ahead is not None else weigh(obs) if weigh else None
+            token_loss = self.token_losses(batch)
+            obs = objective.observe(objective.sample_sums(token_loss, batch), batch, token_loss, counts)
+            if ahead is not None:
+                weights, by_token = ahead[number]
+            else:
+                weights = weigh(obs) if weigh else None
+                by_token = (objective.token_weights([(token_loss, batch)], weigh, self.collectives.sum) or [None])[0]
+            loss_sum = objective.sample_sums(token_loss if by_token is None else token_loss * by_token, batch)
             loss = objective.weighted_loss(loss_sum, obs.tokens, weights, count, self.options.normalization)
             # The wrappers average gradients over ranks; the loss is a sum over them.
             (loss * (self.mesh.dp_size * self.scale.value)).backward()
             sums.add(obs, batch, loss.detach(), weights)
         grad_norm = self._update(micros, sums)
-        return sums.reduce(self.collectives, grad_norm)
+        return sums.reduce(self.collectives, grad_norm, weigh is not None)
 
-    def _denominator(self, micros: Sequence[Batch]) -> Tensor:
-        local = torch.stack([objective.local_count(batch, self.options.normalization) for batch in micros]).sum()
-        return self.collectives.sum(local).clamp(min=1)
+    def _denominators(self, micros: Sequence[Batch]) -> Tensor:
+        """[k] float64: each domain's part of the loss denominator, over all micro-batches and ranks."""
+        k, normalization = self.options.domains, self.options.normalization
+        return self.collectives.sum(torch.stack([objective.domain_counts(b, k, normalization) for b in micros]).sum(0))
 
     def _looks_ahead(self, micros: Sequence[Batch]) -> bool:
         return self.options.lookahead == "exact" and len(micros) > 1
 
-    def _weights_of_step(self, micros: Sequence[Batch], weigh: Weigh) -> list[Tensor]:
-        """Weights from a forward pass over all micro-batches, with the dropout masks that training will draw."""
+    def _weights_of_step(
+        self, micros: Sequence[Batch], weigh: Weigh, counts: Tensor
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Weights of samples, and of tokens if any, from a forward pass over all micro-batches with the dropout masks that
+        training will draw."""
         state = self.rng_state()
         with torch.no_grad():
-            seen = [
-                objective.observe(objective.sample_sums(self.token_losses(batch), batch), batch) for batch in micros
-            ]
+            losses = [self.token_losses(batch) for batch in micros]
         self.set_rng_state(state)
+        parts = list(zip(losses, micros, strict=True))
+        seen = [objective.observe(objective.sample_sums(loss, batch), batch) for loss, batch in parts]
         names = ("sample_id", "domain", "loss_sum", "tokens")
-        whole = SampleObs(*(torch.cat([getattr(obs, name) for obs in seen]) for name in names))
-        return list(weigh(whole).split([len(obs.sample_id) for obs in seen]))
+        whole = SampleObs(*(torch.cat([getattr(obs, name) for obs in seen]) for name in names), step_count=counts)
+        by_sample = weigh(whole).split([len(obs.sample_id) for obs in seen])
+        by_token = objective.token_weights(parts, weigh, self.collectives.sum) or [None] * len(micros)
+        return list(zip(by_sample, by_token, strict=True))
 
     def token_losses(self, batch: Batch) -> Tensor:
         """[b, S] float32, differentiable."""

@@ -16,7 +16,9 @@ class StepSums:
 
     def __init__(self, domains: int, device: torch.device) -> None:
         # MPS and some other devices have no float64; the CPU and CUDA do, and only they are supported.
-        self.domain = torch.zeros(3, domains, dtype=torch.float64, device=device)  # loss, target tokens, samples
+        # Loss, target tokens, samples, excess loss.
+        self.domain = torch.zeros(4, domains, dtype=torch.float64, device=device)
+        self.with_excess = torch.zeros((), dtype=torch.float64, device=device)  # micro-batches that had a reference
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
         self.seen: list[SampleObs] = []
@@ -26,9 +28,12 @@ class StepSums:
         """One micro-batch: its samples, its scalar share of the loss, [n] weights if any."""
         # A one-hot product rather than index_add, whose order of addition is not fixed on a GPU.
         hot = torch.nn.functional.one_hot(obs.domain, self.domain.shape[1]).double()
-        values = torch.stack([obs.loss_sum.double(), obs.tokens.double(), torch.ones_like(obs.tokens).double()])
+        excess = torch.zeros_like(obs.loss_sum) if obs.excess_sum is None else obs.excess_sum
+        ones = torch.ones_like(obs.tokens).double()
+        values = torch.stack([obs.loss_sum.double(), obs.tokens.double(), ones, excess.double()])
         self.domain += values @ hot
         self.loss += loss
+        self.with_excess += float(obs.excess_sum is not None)
         self.tokens += (batch.segment >= 0).sum()
         self.seen.append(obs)
         if weights is not None:
@@ -38,16 +43,19 @@ class StepSums:
         """Sample ids of this rank whose loss is NaN or infinite."""
         return [i for obs in self.seen for i in obs.sample_id[~torch.isfinite(obs.loss_sum)].tolist()]
 
-    def reduce(self, collectives: Collectives, grad_norm: float) -> StepStats:
-        """Sums over ranks -> StepStats, equal on every rank."""
-        flat = torch.cat([self.domain.flatten(), torch.stack([self.loss, self.tokens])])
-        weights = torch.cat(self.weights).double() if self.weights else None
-        if weights is not None:
-            logs = torch.xlogy(weights, weights).sum()
-            flat = torch.cat([flat, torch.stack([weights.sum(), logs, weights.new_tensor(float(len(weights)))])])
-        flat = collectives.sum(flat).cpu()
-        domain = flat[: self.domain.numel()].view(3, -1)
-        loss, tokens = flat[self.domain.numel() : self.domain.numel() + 2].tolist()
+    def reduce(self, collectives: Collectives, grad_norm: float, weighed: bool) -> StepStats:
+        """Sums over ranks and pipeline stages -> StepStats, equal on every rank.
+
+        Stages that saw no losses add nothing. `weighed`: whether a weighter ran, on whatever stage.
+        """
+        k = self.domain.shape[1]
+        flat = torch.cat([self.domain.flatten(), torch.stack([self.loss, self.tokens, self.with_excess])])
+        weights = torch.cat(self.weights).double() if self.weights else flat.new_zeros(0)
+        logs = torch.xlogy(weights, weights).sum()
+        flat = torch.cat([flat, torch.stack([weights.sum(), logs, flat.new_tensor(float(len(weights)))])])
+        flat = collectives.sum_stages(flat).cpu()
+        domain = flat[: 4 * k].view(4, k)
+        loss, tokens, with_excess, *of_weights = flat[4 * k :].tolist()
         return StepStats(
             loss=loss,
             grad_norm=grad_norm,
@@ -55,17 +63,16 @@ class StepSums:
             domain_tokens=domain[1],
             domain_samples=domain[2],
             tokens=int(tokens),
-            weights=None if weights is None else self._weight_stats(weights, flat[-3:].tolist(), collectives),
+            weights=self._weight_stats(weights, of_weights, collectives) if weighed else None,
+            domain_excess=domain[3] if with_excess else None,
         )
 
     @staticmethod
     def _weight_stats(weights: Tensor, sums: list[float], collectives: Collectives) -> WeightStats:
         """Entropy of p = w / sum(w) from sums: H = log(W) - sum(w log w) / W."""
         total, logs, count = sums
-        ends = collectives.gather(torch.stack([weights.min(), weights.max()]).unsqueeze(0))
+        none = weights.new_tensor(math.inf)
+        low, high = (weights.min(), weights.max()) if len(weights) else (none, -none)
+        minimum, maximum = collectives.extremes(low, high)
         entropy = math.log(total) - logs / total if total > 0 else 0.0
-        return WeightStats(
-            entropy=entropy / math.log(count) if count > 1 else 1.0,
-            minimum=float(ends[:, 0].min()),
-            maximum=float(ends[:, 1].max()),
-        )
+        return WeightStats(entropy=entropy / math.log(count) if count > 1 else 1.0, minimum=minimum, maximum=maximum)

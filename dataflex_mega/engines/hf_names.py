@@ -1,0 +1,88 @@
+"""What the tensors of a Hugging Face checkpoint are called and how large they are, without loading one.
+
+transformers 5 keeps all experts of a layer in one tensor (`experts.gate_up_proj` [E, 2I, H]) but saves one tensor for each
+expert, under the names that the model was published with. Here a tensor goes by its name in such a checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+GATE_UP, DOWN = "gate_up_proj", "down_proj"  # all experts of a layer, in memory
+# Model type -> name of the block that holds router and experts, then of an expert's gate, up and down projections.
+EXPERTS: dict[str, tuple[str, str, str, str]] = {
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+}
+_FUSED = re.compile(rf"(.+)\.mlp\.experts\.({GATE_UP}|{DOWN})")
+_EXPERT = re.compile(r"(.+)\.(block_sparse_moe|mlp)\.experts\.(\d+)\.(\w+)\.weight")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a checkpoint as a piece of a parameter in memory."""
+
+    name: str
+    index: tuple[int | slice, ...]  # parameter[index] is the tensor; () is all of it
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Where a file that keeps experts together has the tensor of one of them."""
+
+    name: str
+    expert: int
+    half: int | None  # 0: the first half of the rows (gate), 1: the second (up), None: all rows
+
+
+def disk_parts(model_type: str, name: str, shape: torch.Size) -> list[Part]:
+    """The checkpoint tensors that make up the parameter `name` of a model in memory.
+
+    Args:
+        shape: [E, 2I, H] or [E, H, I] for experts kept together; any for the rest, which are one tensor each.
+    """
+    if model_type not in EXPERTS:
+        return [Part(name, ())]
+    block, gate, up, down = EXPERTS[model_type]
+    found = _FUSED.fullmatch(name)
+    if found is None:
+        return [Part(name.replace(".mlp.gate.", f".{block}.gate."), ())]
+    prefix, kind = f"{found[1]}.{block}.experts", found[2]
+    if kind == DOWN:
+        return [Part(f"{prefix}.{e}.{down}.weight", (e,)) for e in range(shape[0])]
+    rows = shape[1] // 2
+    halves = ((gate, slice(0, rows)), (up, slice(rows, 2 * rows)))
+    return [Part(f"{prefix}.{e}.{half}.weight", (e, index)) for e in range(shape[0]) for half, index in halves]
+
+
+def fused(model_type: str, name: str) -> Fused | None:
+    """Where the checkpoint tensor `name` of an expert is in a file written without splitting; None if not an expert's."""
+    found = _EXPERT.fullmatch(name)
+    if model_type not in EXPERTS or found is None:
+        return None
+    _, gate, up, _ = EXPERTS[model_type]
+    whole = f"{found[1]}.mlp.experts."
+    if found[4] in (gate, up):
+        return Fused(whole + GATE_UP, int(found[3]), int(found[4] == up))
+    return Fused(whole + DOWN, int(found[3]), None)
+
+
+def meta_model(hf_config: Any) -> Any:
+    """The `AutoModelForCausalLM` of a configuration with shapes and no memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(hf_config)
+
+
+def disk_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a checkpoint of this configuration holds -> its shape. A tied output layer is not among them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in meta_model(hf_config).named_parameters():
+        for part in disk_parts(hf_config.model_type, name, parameter.shape):
+            shapes[part.name] = tuple(parameter[part.index].shape) if part.index else tuple(parameter.shape)
+    return shapes

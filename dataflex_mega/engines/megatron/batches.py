@@ -1,0 +1,55 @@
+"""Micro-batches of one shape: what a pipeline passes on has the same size every time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dataflex_mega.types import IGNORED, Batch
+
+
+def level(batches: Sequence[Batch], rows: int, width: int) -> list[Batch]:
+    """The batches with `rows` rows of `width` positions; what is added is padding and carries no loss."""
+    return [_grow(batch, rows, width) for batch in batches]
+
+
+def _grow(batch: Batch, rows: int, width: int) -> Batch:
+    b, s = batch.input_ids.shape
+    if (b, s) == (rows, width):
+        return batch
+    space = (0, width - s, 0, rows - b)
+    return replace(
+        batch,
+        input_ids=pad(batch.input_ids, space),
+        labels=pad(batch.labels, space, value=IGNORED),
+        segment=pad(batch.segment, space, value=-1),
+        position_ids=pad(batch.position_ids, space),
+        reference=None if batch.reference is None else pad(batch.reference, space),
+    )
+
+
+def cut(batch: Batch, rows: int, multiple: int) -> list[Batch]:
+    """A batch as several of `rows` rows, a multiple of `multiple` of them, the last ones padding where need be.
+
+    Only the [b, S] fields are cut; the fields of samples stay whole.
+    """
+    count = -(-len(batch.input_ids) // rows)
+    count = -(-count // multiple) * multiple
+    whole = _grow(batch, count * rows, batch.input_ids.shape[1])
+    grids = ("input_ids", "labels", "segment", "position_ids", "reference")
+    parts = {name: value.split(rows) for name, value in whole.tensors().items() if name in grids}
+    return [replace(whole, **{name: split[i] for name, split in parts.items()}) for i in range(count)]
+
+
+def closed(segment: Tensor) -> Tensor:
+    """[b, S] segments -> [b, 1, S, S], true where attention is closed: to later positions and to other samples.
+
+    Padding attends to padding, because a row of a softmax that is closed everywhere is not a number.
+    """
+    same = segment.unsqueeze(2) == segment.unsqueeze(1)
+    causal = torch.ones(segment.shape[1], segment.shape[1], dtype=torch.bool, device=segment.device).tril()
+    return (same & causal).logical_not().unsqueeze(1)

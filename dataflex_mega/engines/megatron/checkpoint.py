@@ -1,0 +1,95 @@
+"""Parameters and optimizer through megatron-core's distributed checkpoints, which any other layout can read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import dist_checkpointing
+from torch import nn
+
+if TYPE_CHECKING:
+    from dataflex_mega.engines.megatron.engine import MegatronEngine
+
+SCHEDULE = "schedule.json"
+TENSORS = "tensors"  # a folder of its own, because megatron-core wants it empty
+# Each optimizer tensor is stored in the shape of its parameter, so that tensor, pipeline and data sizes may change.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def save(engine: MegatronEngine, folder: Path) -> None:
+    """Every rank writes its shards, the main one the schedule."""
+    target = folder / TENSORS
+    if engine.mesh.is_main:
+        target.mkdir(parents=True, exist_ok=True)
+    engine.collectives.barrier()
+    dist_checkpointing.save(_tensors(engine, loading=False), str(target), content_metadata=METADATA)
+    if engine.mesh.is_main:
+        (folder / SCHEDULE).write_text(json.dumps(engine.rates.state_dict()))
+
+
+def load(engine: MegatronEngine, folder: Path) -> None:
+    """Read into the engine's present layout, whatever the layout was that wrote it."""
+    for part in engine.optimizer.chained_optimizers:
+        _prepare(part)
+    found: Any = dist_checkpointing.load(_tensors(engine, loading=True), str(folder / TENSORS))
+    for name, chunk in _chunks(engine.chunks).items():
+        chunk.load_state_dict(found[name])
+    engine.optimizer.load_state_dict(found["optimizer"])
+    engine.rates.load_state_dict(json.loads((folder / SCHEDULE).read_text()))
+
+
+def save_model(chunks: list[Any], folder: Path) -> None:
+    """Parameters alone. Every rank calls it; `folder` exists and is empty."""
+    tensors = {name: chunk.sharded_state_dict(metadata=METADATA) for name, chunk in _chunks(chunks).items()}
+    dist_checkpointing.save(tensors, str(folder), content_metadata=METADATA)
+
+
+def load_model(chunks: list[Any], folder: Path) -> None:
+    """Parameters alone, from what `save_model` or `save` wrote."""
+    source = folder / TENSORS if (folder / TENSORS).is_dir() else folder
+    tensors = {name: chunk.sharded_state_dict(metadata=METADATA) for name, chunk in _chunks(chunks).items()}
+    found: Any = dist_checkpointing.load(tensors, str(source))
+    for name, chunk in _chunks(chunks).items():
+        chunk.load_state_dict(found[name])
+
+
+def _chunks(chunks: list[Any]) -> dict[str, Any]:
+    """Name -> the chunk; tensors are stored under their names in the whole model, so these names are only local."""
+    return {f"model{number}": bare(chunk) for number, chunk in enumerate(chunks)}
+
+
+def bare(chunk: Any) -> Any:
+    """A chunk without the wrappers of data parallelism and precision."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _tensors(engine: MegatronEngine, loading: bool) -> dict[str, Any]:
+    model = {name: chunk.sharded_state_dict(metadata=METADATA) for name, chunk in _chunks(engine.chunks).items()}
+    optimizer = engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=METADATA)
+    return {**model, "optimizer": optimizer}
+
+
+def _prepare(part: Any) -> None:
+    """Give torch's optimizers the state that a first step would make: megatron-core loads into what is there."""
+    if part.init_state_fn is None:  # SGD, which remembers nothing
+        part.init_state_fn = _nothing_to_make
+    inner = part.optimizer
+    if not isinstance(inner, torch.optim.Adam):
+        return
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            if not inner.state[parameter]:
+                inner.state[parameter] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _nothing_to_make(_optimizer: nn.Module, _config: Any = None) -> None:
+    """In place of a function that makes optimizer state."""

@@ -1,0 +1,295 @@
+"""The Megatron engine: megatron-core's schedules, buckets and optimizer around our weighted objective."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from dataflex_mega import objective
+from dataflex_mega.distributed.collectives import Collectives
+from dataflex_mega.distributed.mesh import Mesh
+from dataflex_mega.engines.megatron import batches, checkpoint, cpu, processes
+from dataflex_mega.engines.megatron.layout import Layout
+from dataflex_mega.engines.megatron.rates import Rates
+from dataflex_mega.engines.options import Options
+from dataflex_mega.engines.stats import StepSums
+from dataflex_mega.errors import NotFinite
+from dataflex_mega.types import IGNORED, Batch, SampleObs, StepStats, Weigh
+
+
+@dataclass
+class MegatronEngine:
+    """Implements engines.base.Engine."""
+
+    chunks: list[Any]  # this stage's parts of the model, wrapped in megatron-core's DistributedDataParallel
+    optimizer: Any  # megatron-core's
+    rates: Rates
+    mesh: Mesh
+    layout: Layout
+    options: Options
+    micro_rows: int  # rows of a micro-batch, for passes without gradients
+    writer: Any = None  # see export.py: what is needed to write the model in Hugging Face layout
+    collectives: Collectives = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.collectives = Collectives(self.mesh)
+        self.config = self.chunks[0].config
+        self.last = processes.is_last_stage()
+        self._gathers = False  # whether parameters are gathered by hooks of the forward pass
+        self._connect()
+        self._mode(training=True)
+
+    def _connect(self) -> None:
+        """Tell megatron-core's schedules about reductions and the loss scale."""
+        ddp = self.chunks[0].ddp_config
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        if ddp.overlap_grad_reduce:
+            pauses = [chunk.no_sync for chunk in self.chunks]
+            starts = [chunk.start_grad_sync for chunk in self.chunks]
+            self.config.no_sync_func = pauses[0] if len(pauses) == 1 else pauses
+            self.config.grad_sync_func = starts[0] if len(starts) == 1 else starts
+        if ddp.overlap_param_gather:  # nothing is to be gathered before the first step
+            for chunk in self.chunks:
+                chunk.disable_forward_pre_hook(param_sync=False)
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def train_step(self, micros: Sequence[Batch], weigh: Weigh | None) -> StepStats:
+        """See engines.base.Engine."""
+        with cpu.redirected():
+            micros = self._same_shape([batch.to(self.mesh.device) for batch in micros])
+            sums = StepSums(self.options.domains, self.mesh.device)
+            step = _Step(self.options, sums, weigh, self._denominators(micros))
+            if weigh is not None and self.options.lookahead == "exact" and len(micros) > 1:
+                step.ahead = self._weights_of_step(micros, weigh, step.counts)
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            self._run(micros, step.loss, forward_only=False)
+            grad_norm = self._update(sums)
+            return sums.reduce(self.collectives, grad_norm, weigh is not None)
+
+    def _denominators(self, micros: Sequence[Batch]) -> Tensor:
+        """[k] float64: each domain's part of the loss denominator, over all micro-batches and ranks."""
+        k, normalization = self.options.domains, self.options.normalization
+        return self.collectives.sum(torch.stack([objective.domain_counts(b, k, normalization) for b in micros]).sum(0))
+
+    def _same_shape(self, micros: Sequence[Batch]) -> list[Batch]:
+        """One shape for all micro-batches of this step; with experts shared over data-parallel ranks, for theirs too."""
+        multiple = self.layout.length_multiple
+        size = torch.tensor([[len(batch.input_ids), batch.input_ids.shape[1]] for batch in micros]).amax(0)
+        if self.layout.expert > 1:
+            size = self.collectives.gather(size.unsqueeze(0)).amax(0)
+        elif self.layout.pipeline == 1 or self.config.variable_seq_lengths:
+            widths = [-(-batch.input_ids.shape[1] // multiple) * multiple for batch in micros]
+            return [batches.level([b], len(b.input_ids), w)[0] for b, w in zip(micros, widths, strict=True)]
+        rows, width = size.tolist()
+        return batches.level(micros, rows, -(-width // multiple) * multiple)
+
+    def _run(self, micros: Sequence[Batch], loss: Any, forward_only: bool) -> None:
+        """One pass of megatron-core's schedule. `loss(number, batch, [b, S] token losses)` is called on the last stage."""
+
+        def forward(source: Iterator[tuple[int, Batch]], model: Any) -> tuple[Tensor, Any]:
+            number, batch = next(source)
+            mask = batches.closed(batch.segment) if batch.packed else None
+            output = model(batch.input_ids, batch.position_ids, mask, labels=batch.labels.clamp(min=0))
+            return output, partial(loss, number, batch)
+
+        sources = [iter(list(enumerate(micros))) for _ in self.chunks]
+        get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=sources if len(sources) > 1 else sources[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(micros),
+            seq_length=micros[0].input_ids.shape[1],
+            micro_batch_size=len(micros[0].input_ids),
+            forward_only=forward_only,
+        )
+
+    def _weights_of_step(self, micros: Sequence[Batch], weigh: Weigh, counts: Tensor) -> list[Tensor] | None:
+        """Weights from a forward pass over all micro-batches, with the dropout masks that training will draw."""
+        state = self.rng_state()
+        seen = [
+            objective.observe(objective.sample_sums(losses, batch), batch, losses)
+            for losses, batch in zip(self._token_losses(micros), micros, strict=False)
+        ]
+        self.set_rng_state(state)
+        if not self.last:
+            return None
+        names = ("sample_id", "domain", "loss_sum", "tokens")
+        whole = SampleObs(*(torch.cat([getattr(obs, name) for obs in seen]) for name in names), step_count=counts)
+        return list(weigh(whole).split([len(obs.sample_id) for obs in seen]))
+
+    def _token_losses(self, micros: Sequence[Batch]) -> list[Tensor]:
+        """[b, S] token losses of each micro-batch, on the last stage; elsewhere nothing."""
+        found: list[Tensor] = []
+
+        def keep(_number: int, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            found.append(targets_only(losses, batch.labels))
+            return losses.sum(), torch.ones((), dtype=torch.int, device=losses.device), {}
+
+        with torch.no_grad(), self._parameters_whole():
+            self._run(micros, keep, forward_only=True)
+        return found
+
+    # -- the update ----------------------------------------------------------------------------------------------
+
+    def _update(self, sums: StepSums) -> float:
+        """Clip and step -> the gradient norm before clipping. A step that is not finite changes nothing."""
+        overflow = self.optimizer.prepare_grads()
+        norm = math.inf if overflow else float(self.optimizer.get_grad_norm() or 0.0)
+        finite = math.isfinite(norm)
+        bad = [] if finite else self._not_finite(sums)
+        if finite:
+            self._clip(norm)
+            self.optimizer.step_with_ready_grads()
+            self._gather_in_forward()
+        elif self.options.on_nan == "stop" and (bad or not self.config.fp16):
+            what = "the loss is not finite" if bad else f"every loss is finite but the gradient norm is {norm}"
+            raise NotFinite(what, bad)
+        self.rates.step()
+        return norm
+
+    def _clip(self, norm: float) -> None:
+        if self.options.max_grad_norm <= 0:
+            return
+        for optimizer in self.optimizer.chained_optimizers:
+            parameters = optimizer.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=self.options.max_grad_norm, total_norm=norm)
+
+    def _not_finite(self, sums: StepSums) -> list[int]:
+        """Ids of the step's samples, of all ranks, whose loss is not finite."""
+        return sorted({i for ids in self.collectives.gather_objects(sums.not_finite()) for i in ids})
+
+    # -- parameters that are gathered while the forward pass runs ------------------------------------------------
+
+    def _gather_in_forward(self) -> None:
+        """From the first update on, hooks of the forward pass wait for the gathering of updated parameters."""
+        if self.chunks[0].ddp_config.overlap_param_gather and not self._gathers:
+            for chunk in self.chunks:
+                chunk.enable_forward_pre_hook()
+            self._gathers = True
+
+    @contextlib.contextmanager
+    def _parameters_whole(self) -> Iterator[None]:
+        """Gather updated parameters now, and leave the hooks off inside."""
+        if not self._gathers:
+            yield
+            return
+        for chunk in self.chunks:
+            chunk.disable_forward_pre_hook(param_sync=True)
+        try:
+            yield
+        finally:
+            for chunk in self.chunks:
+                chunk.enable_forward_pre_hook()
+
+    # -- forward only --------------------------------------------------------------------------------------------
+
+    def sample_losses(self, batch: Batch) -> SampleObs:
+        """See engines.base.Engine. The batch goes through the pipeline in micro-batches."""
+        batch = batch.to(self.mesh.device)
+        with cpu.redirected():
+            self._mode(training=False)
+            group = self.layout.pipeline if self.layout.interleaved > 1 else 1
+            micros = batches.cut(self._same_shape([batch])[0], self.micro_rows, group)
+            found = self._token_losses(micros)
+            self._mode(training=True)
+            loss_sum = torch.zeros(len(batch.sample_id), device=self.mesh.device)
+            if self.last:
+                rows, width = batch.input_ids.shape
+                loss_sum = objective.sample_sums(torch.cat(found)[:rows, :width], batch)
+            return objective.observe(self._from_last_stage(loss_sum), batch)
+
+    def _from_last_stage(self, values: Tensor) -> Tensor:
+        """What the last stage has, on every stage of this rank's pipeline."""
+        if self.layout.pipeline == 1:
+            return values
+        return processes.sum_over_pipeline(values)
+
+    def _mode(self, training: bool) -> None:
+        for chunk in self.chunks:
+            chunk.train(training)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> Any:
+        """This stage's first chunk, for callbacks."""
+        return checkpoint.bare(self.chunks[0])
+
+    @property
+    def scheduler(self) -> Any:
+        """The learning-rate schedule, for callbacks."""
+        return self.rates.schedule
+
+    def learning_rate(self) -> float:
+        """See engines.base.Engine."""
+        return self.rates.now
+
+    def save_state(self, folder: Path) -> None:
+        """See engines.base.Engine."""
+        with cpu.redirected(), self._parameters_whole():
+            checkpoint.save(self, folder)
+
+    def load_state(self, folder: Path) -> None:
+        """See engines.base.Engine."""
+        with cpu.redirected(), self._parameters_whole():
+            checkpoint.load(self, folder)
+
+    def export(self, folder: Path) -> None:
+        """See engines.base.Engine."""
+        with cpu.redirected(), self._parameters_whole():
+            self.writer(self.chunks, folder)
+
+    def rng_state(self) -> dict[str, Tensor]:
+        """See engines.base.Engine."""
+        with cpu.redirected():
+            return processes.rng_state()
+
+    def set_rng_state(self, state: dict[str, Tensor]) -> None:
+        """See engines.base.Engine."""
+        with cpu.redirected():
+            processes.set_rng_state(state)
+
+
+def targets_only(losses: Tensor, labels: Tensor) -> Tensor:
+    """[b, S] token losses, 0 where there is no target."""
+    return torch.where(labels == IGNORED, 0.0, losses.float())
+
+
+@dataclass
+class _Step:
+    """What one training step knows while its micro-batches pass the last stage."""
+
+    options: Options
+    sums: StepSums
+    weigh: Weigh | None
+    counts: Tensor  # [k] the step's denominator by domain: target tokens or samples, over all data-parallel ranks
+    ahead: list[Tensor] | None = None  # weights from a look-ahead pass, a micro-batch each
+
+    def loss(self, number: int, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Token losses -> (weighted sum to differentiate, what it is a sum over, nothing to log).
+
+        megatron-core divides gradients by the total of the second at the end of the step.
+        """
+        losses = targets_only(losses, batch.labels)
+        loss_sum = objective.sample_sums(losses, batch)
+        obs = objective.observe(loss_sum, batch, losses, self.counts)
+        weights = self.ahead[number] if self.ahead is not None else self.weigh(obs) if self.weigh else None
+        total = objective.weighted_loss(loss_sum, obs.tokens, weights, 1.0, self.options.normalization)
+        self.sums.add(obs, batch, total.detach() / self.counts.sum().clamp(min=1), weights)
+        return total, objective.local_count(batch, self.options.normalization).int(), {}

@@ -1,0 +1,148 @@
+"""How a model is cut over processes, checked from the configuration alone; nothing of megatron-core is imported here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from dataflex_mega.engines.megatron.shape import Shape
+from dataflex_mega.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel dimensions. world = tensor x pipeline x context x data."""
+
+    world: int
+    tensor: int = 1
+    pipeline: int = 1
+    interleaved: int = 1  # chunks of layers a pipeline rank holds
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def data(self) -> int:
+        """Into how many shares a global batch is cut. Experts do not divide it."""
+        return self.world // (self.tensor * self.pipeline * self.context)
+
+    @property
+    def length_multiple(self) -> int:
+        """What the width of a batch must be a multiple of."""
+        return math.lcm(8, self.tensor if self.sequence_parallel else 1)
+
+    def describe(self) -> str:
+        """`TP2 x PP2 x DP1`, for messages."""
+        parts = {"TP": self.tensor, "PP": self.pipeline, "CP": self.context, "EP": self.expert, "DP": self.data}
+        named = [f"{name}{size}" for name, size in parts.items() if size > 1 or name == "DP"]
+        if self.interleaved > 1:
+            named.append(f"{self.interleaved} chunks a stage")
+        return " x ".join(named) + (", sequence parallel" if self.sequence_parallel else "")
+
+
+def read_layout(keys: Any, world: int) -> Layout:
+    """`keys`: config.megatron.MegatronArguments. Raises ConfigError when the sizes do not make up `world` processes."""
+    tensor, pipeline, context = (
+        keys.tensor_model_parallel_size,
+        keys.pipeline_model_parallel_size,
+        keys.context_parallel_size,
+    )
+    if context > 1:
+        raise ConfigError(
+            f"context_parallel_size: {context} needs ring attention, which this engine does not have; "
+            "sequence_parallel, recompute_granularity: full and tensor_model_parallel_size make room for long sequences"
+        )
+    sizes = f"tensor {tensor} x pipeline {pipeline}"
+    if world % (tensor * pipeline):
+        raise ConfigError(
+            f"tensor_model_parallel_size, pipeline_model_parallel_size: {sizes} = {tensor * pipeline} does not divide the "
+            f"{world} process{'es' if world > 1 else ''} of this run"
+        )
+    expert = keys.expert_model_parallel_size
+    expert_tensor = keys.expert_tensor_parallel_size or (tensor if expert == 1 else 1)
+    if world % (expert * expert_tensor * pipeline):
+        raise ConfigError(
+            f"expert_model_parallel_size: experts {expert} x expert tensor {expert_tensor} x pipeline {pipeline} does not "
+            f"divide the {world} processes of this run"
+        )
+    if keys.sequence_parallel and tensor == 1:
+        raise ConfigError("sequence_parallel: needs tensor_model_parallel_size > 1, found 1")
+    return Layout(
+        world,
+        tensor,
+        pipeline,
+        keys.virtual_pipeline_model_parallel_size or 1,
+        context,
+        expert,
+        expert_tensor,
+        keys.sequence_parallel,
+    )
+
+
+def check(layout: Layout, shape: Shape, keys: Any, accumulation: int, length: int) -> None:
+    """Raise ConfigError where the model cannot be cut like that.
+
+    Args:
+        accumulation: micro-batches of a step and data-parallel rank.
+        length: the longest sequence in tokens.
+    """
+    _check_tensor(layout, shape)
+    _check_pipeline(layout, shape, keys, accumulation)
+    _check_experts(layout, shape, keys)
+    if shape.window is not None and length > shape.window:
+        raise ConfigError(
+            f"cutoff_len: {length} is beyond the model's sliding_window of {shape.window}, and attention here is over the "
+            "whole sequence"
+        )
+
+
+def _check_tensor(layout: Layout, shape: Shape) -> None:
+    for what, size in (
+        ("attention heads", shape.heads),
+        ("key-value heads", shape.kv_heads),
+        ("hidden units", shape.hidden),
+        ("units of an MLP", shape.ffn_hidden),
+    ):
+        if size % layout.tensor:
+            raise ConfigError(f"tensor_model_parallel_size: {layout.tensor} does not divide the model's {size} {what}")
+
+
+def _check_pipeline(layout: Layout, shape: Shape, keys: Any, accumulation: int) -> None:
+    if layout.interleaved > 1 and layout.pipeline == 1:
+        raise ConfigError("virtual_pipeline_model_parallel_size: needs pipeline_model_parallel_size > 1, found 1")
+    counted = shape.layers + keys.account_for_embedding_in_pipeline_split + keys.account_for_loss_in_pipeline_split
+    stages = layout.pipeline * layout.interleaved
+    if keys.pipeline_model_parallel_layout is None and counted % stages:
+        raise ConfigError(
+            f"pipeline_model_parallel_size: {layout.pipeline} stages of {layout.interleaved} chunks do not divide the "
+            f"model's {counted} layers; pipeline_model_parallel_layout can name the layers of each stage"
+        )
+    if layout.interleaved > 1 and accumulation % layout.pipeline:
+        raise ConfigError(
+            f"gradient_accumulation_steps: {accumulation} is no multiple of pipeline_model_parallel_size "
+            f"{layout.pipeline}, as interleaved stages need"
+        )
+
+
+def _check_experts(layout: Layout, shape: Shape, keys: Any) -> None:
+    if shape.experts is None:
+        if layout.expert > 1:
+            raise ConfigError(f"expert_model_parallel_size: {layout.expert}, but a {shape.model_type} has no experts")
+        return
+    if shape.experts.count % layout.expert:
+        raise ConfigError(
+            f"expert_model_parallel_size: {layout.expert} does not divide the model's {shape.experts.count} experts"
+        )
+    if layout.tensor > 1 and not layout.sequence_parallel:
+        raise ConfigError("sequence_parallel: a mixture of experts with tensor_model_parallel_size > 1 needs it")
+    if shape.experts.hidden % layout.expert_tensor:
+        raise ConfigError(
+            f"expert_tensor_parallel_size: {layout.expert_tensor} does not divide the {shape.experts.hidden} units of an "
+            "expert"
+        )
+    if keys.moe_token_dispatcher_type == "flex":
+        raise ConfigError(
+            "moe_token_dispatcher_type: flex needs DeepEP, which is not supported; use alltoall or allgather"
+        )

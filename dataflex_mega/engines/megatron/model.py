@@ -1,0 +1,154 @@
+"""GPTModel chunks of megatron-core for a Hugging Face configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from dataflex_mega.engines.megatron.kernels import fused_rms_norm
+from dataflex_mega.engines.megatron.shape import Shape, inverse_frequencies
+
+
+class Norm(nn.Module):
+    """RMSNorm of the local layers. Unlike megatron-core's own it may stand in a sequence-parallel region.
+
+    With sequence parallelism each tensor-parallel rank normalises its part of the sequence, so the weight's gradient
+    is a partial sum; the attribute tells `finalize_model_grads` to add the parts up.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self._fused = fused_rms_norm()
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[..., hidden] -> the same shape."""
+        if self._fused is not None and values.is_cuda:
+            return self._fused(values, self.weight, self.weight.shape, self.eps)
+        return F.rms_norm(values, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(MegatronModule):
+    """Causal attention through torch's scaled_dot_product_attention: flash attention on a GPU, no [s, s] matrix."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        heads, groups = config.num_attention_heads, config.num_query_groups
+        self.grouped = groups is not None and groups != heads
+        self.scale = softmax_scale
+        self.dropout = config.attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        **_unused: Any,
+    ) -> Tensor:
+        """[s, b, heads, d] of this rank -> [s, b, heads * d]. `attention_mask`: [b, 1, s, s], true where closed."""
+        s, b = query.shape[:2]
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        mask = None if attention_mask is None else attention_mask.logical_not()
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scale,
+            enable_gqa=self.grouped,
+        )
+        return out.permute(2, 0, 1, 3).reshape(s, b, -1)
+
+
+class Model(GPTModel):
+    """GPTModel whose padded vocabulary entries have no probability."""
+
+    real_vocab: int
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """[b, s] labels, [s, b, vocab / TP] logits -> [b, s] float32 token losses; meaningless where a label is not
+        a token."""
+        first = logits.shape[-1] * parallel_state.get_tensor_model_parallel_rank()
+        real = self.real_vocab - first  # entries of this rank's part that are no padding
+        if real < logits.shape[-1]:
+            padding = torch.arange(logits.shape[-1], device=logits.device) >= real
+            logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
+        return super().compute_language_model_loss(labels, logits)
+
+
+def build_chunks(shape: Shape, config: TransformerConfig, transformer_engine: bool) -> list[Model]:
+    """The chunks of this pipeline stage: one, or several when stages are interleaved. Parallel state must be up.
+
+    Parameters are on the current device and not initialised; weights.load fills all of them.
+    """
+    count = config.virtual_pipeline_model_parallel_size
+    return [_chunk(shape, config, transformer_engine, number) for number in range(count or 1)]
+
+
+def _chunk(shape: Shape, config: TransformerConfig, transformer_engine: bool, number: int) -> Model:
+    stage = number if config.virtual_pipeline_model_parallel_size else None
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=transformer_engine, normalization="RMSNorm", vp_stage=stage
+    )
+    if not transformer_engine:
+        _use_own_parts(spec)
+    model = Model(
+        config=config,
+        transformer_layer_spec=spec,  # type: ignore[arg-type]  # a block spec is taken too
+        vocab_size=shape.padded_vocab,
+        max_sequence_length=shape.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+        parallel_output=True,
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+        rotary_base=shape.rotary_base,  # type: ignore[arg-type]
+        vp_stage=stage,
+    )
+    model.real_vocab = shape.vocab
+    frequencies = inverse_frequencies(shape)
+    if frequencies is not None:
+        model.rotary_pos_emb.inv_freq = frequencies.to(model.rotary_pos_emb.inv_freq)
+    return model
+
+
+def _use_own_parts(spec: Any) -> None:
+    """Put Norm and Attention where the local layers have megatron-core's."""
+    spec.layer_norm = Norm
+    for layer in spec.layer_specs:
+        parts = layer.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = Norm
+        attention = parts.self_attention.submodules
+        attention.core_attention = Attention
+        for name in ("q_layernorm", "k_layernorm"):
+            if getattr(attention, name) not in (None, IdentityOp):
+                setattr(attention, name, Norm)
+
+
+def seed_everything(seed: int) -> None:
+    """megatron-core's random states: equal for tensor-parallel ranks outside sharded regions, different inside."""
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -1,0 +1,82 @@
+"""Megatron's process groups."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
+
+from dataflex_mega.distributed.mesh import Mesh
+from dataflex_mega.engines.megatron.layout import Layout
+
+
+def start(mesh: Mesh, layout: Layout) -> Mesh:
+    """Cut the processes of `mesh` into Megatron's groups -> the mesh as data-parallel collectives should see it."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.interleaved if layout.interleaved > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        create_gloo_process_groups=mesh.device.type == "cpu",
+    )
+    return replace(
+        mesh,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        stage_group=_stage_group(layout),
+        stages=layout.pipeline,
+    )
+
+
+def _stage_group(layout: Layout) -> dist.ProcessGroup | None:
+    """The ranks with this one's tensor-parallel rank: every data-parallel share at every pipeline stage."""
+    if layout.pipeline == 1:
+        return None
+    # Megatron numbers ranks with the tensor dimension first, so it is the remainder.
+    groups: list[Any] = [dist.new_group(list(range(t, layout.world, layout.tensor))) for t in range(layout.tensor)]
+    return groups[parallel_state.get_tensor_model_parallel_rank()]
+
+
+def is_last_stage() -> bool:
+    """Whether this rank sees losses."""
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+
+def sum_over_pipeline(values: Tensor) -> Tensor:
+    """Element-wise sum over the stages of this rank's pipeline."""
+    total = values.clone()
+    dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+    return total
+
+
+def rng_state() -> dict[str, Tensor]:
+    """torch's generators and megatron-core's named ones."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    named = _tracker().get_states()
+    return state | {f"megatron.{name}": value for name, value in named.items()}
+
+
+def set_rng_state(state: dict[str, Tensor]) -> None:
+    """The inverse of `rng_state`."""
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+    prefix = "megatron."
+    named = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    _tracker().set_states(named)
+
+
+def _tracker() -> Any:
+    """megatron-core's named random states; its annotation admits None."""
+    return tensor_parallel.get_cuda_rng_tracker()

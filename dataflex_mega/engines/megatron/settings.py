@@ -1,0 +1,232 @@
+"""megatron-core's three configurations from the keys of a YAML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from dataflex_mega.engines.megatron import kernels
+from dataflex_mega.engines.megatron.layout import Layout
+from dataflex_mega.engines.megatron.shape import Shape
+from dataflex_mega.errors import ConfigError, did_you_mean
+
+# Keys that only choose a faster kernel, and the library it comes from. Without it the same is computed, and that is said.
+FUSIONS = {
+    "bias_activation_fusion": "a CUDA device",
+    "apply_rope_fusion": "Transformer Engine",
+    "masked_softmax_fusion": "a CUDA device",
+    "cross_entropy_loss_fusion": "a CUDA device",
+    "moe_grouped_gemm": "Transformer Engine",
+    "moe_shared_expert_overlap": "a CUDA device",
+    "optimizer_cpu_offload": "a CUDA device",
+}
+OVERLAPS = ("overlap_grad_reduce", "overlap_param_gather")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What LLaMA-Factory's training keys say of the optimizer."""
+
+    optimizer: str  # adam, sgd
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    max_grad_norm: float
+    precision: str  # fp32, bf16, fp16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the engine is built from."""
+
+    model: TransformerConfig
+    ddp: DistributedDataParallelConfig
+    optimizer: OptimizerConfig
+    transformer_engine: bool
+    notes: tuple[str, ...]
+
+
+def settings(keys: Any, layout: Layout, shape: Shape, training: Training) -> Settings:
+    """`keys`: config.megatron.MegatronArguments. Raises ConfigError for what is not there."""
+    engine = _transformer_engine(keys.transformer_impl)
+    fused, notes = _fusions(keys, engine)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[training.precision]
+    precision = {"bf16": training.precision == "bf16", "fp16": training.precision == "fp16", "params_dtype": dtype}
+    model = {
+        **_sizes(shape),
+        **_parallel(keys, layout, dtype),
+        **_experts(keys, shape, fused),
+        **{name: fused[name] for name in ("bias_activation_fusion", "apply_rope_fusion", "masked_softmax_fusion")},
+        "cross_entropy_loss_fusion": fused["cross_entropy_loss_fusion"],
+        "bf16": precision["bf16"],
+        "fp16": precision["fp16"],
+        "params_dtype": dtype,
+        "transformer_impl": "transformer_engine" if engine else "local",
+    }
+    ddp = {
+        "grad_reduce_in_fp32": keys.accumulate_allreduce_grads_in_fp32 or training.precision == "bf16",
+        "use_distributed_optimizer": keys.use_distributed_optimizer,
+        "overlap_grad_reduce": fused["overlap_grad_reduce"],
+        "overlap_param_gather": fused["overlap_param_gather"],
+        "bucket_size": keys.ddp_bucket_size,
+    }
+    optimizer = {
+        "optimizer": training.optimizer,
+        "lr": training.lr,
+        "weight_decay": training.weight_decay,
+        "adam_beta1": training.betas[0],
+        "adam_beta2": training.betas[1],
+        "adam_eps": training.eps,
+        "sgd_momentum": 0.0,
+        "clip_grad": max(0.0, training.max_grad_norm),
+        "use_distributed_optimizer": keys.use_distributed_optimizer,
+        "overlap_param_gather": fused["overlap_param_gather"],
+        **precision,
+    }
+    if fused["optimizer_cpu_offload"]:
+        optimizer.update(optimizer_cpu_offload=True, optimizer_offload_fraction=keys.optimizer_offload_fraction or 1.0)
+    _add_further(keys, {TransformerConfig: model, DistributedDataParallelConfig: ddp, OptimizerConfig: optimizer})
+    try:
+        made = TransformerConfig(**model), DistributedDataParallelConfig(**ddp), OptimizerConfig(**optimizer)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise ConfigError(f"engine: megatron-core refuses this configuration: {str(error).splitlines()[0]}") from error
+    return Settings(*made, transformer_engine=engine, notes=tuple(notes))
+
+
+def _transformer_engine(wanted: str | None) -> bool:
+    there = torch.cuda.is_available() and kernels.transformer_engine()
+    if wanted == "transformer_engine" and not there:
+        raise ConfigError("transformer_impl: transformer_engine is not installed; leave the key out, or use local")
+    return there and wanted != "local"
+
+
+def _fusions(keys: Any, transformer_engine: bool) -> tuple[dict[str, bool], list[str]]:
+    """(key -> whether it is on, a note for each that was asked for and cannot be)."""
+    there = {"a CUDA device": torch.cuda.is_available(), "Transformer Engine": transformer_engine}
+    on: dict[str, bool] = {}
+    notes = []
+    for key, library in FUSIONS.items():
+        on[key] = bool(getattr(keys, key)) and there[library]
+        if getattr(keys, key) and not on[key]:
+            notes.append(f"{key}: needs {library}, which is not here; the same is computed without it")
+    for key in OVERLAPS:
+        on[key] = bool(getattr(keys, key)) and torch.cuda.is_available()
+        if getattr(keys, key) and not on[key]:
+            notes.append(f"{key}: needs a CUDA device, which is not here; communication waits its turn")
+    return on, notes
+
+
+def _sizes(shape: Shape) -> dict[str, Any]:
+    return {
+        "num_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        "num_query_groups": shape.kv_heads,
+        "kv_channels": shape.head_dim,
+        "ffn_hidden_size": shape.ffn_hidden,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.norm_eps,
+        "qk_layernorm": shape.qk_norm,
+        "add_bias_linear": False,
+        "add_qkv_bias": shape.qkv_bias,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": shape.attention_dropout,
+        "attention_softmax_in_fp32": True,
+        "init_method_std": shape.init_std,
+        "perform_initialization": False,  # every parameter is loaded or made from its name
+    }
+
+
+def _parallel(keys: Any, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
+    interleaved = layout.interleaved > 1
+    return {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.interleaved if interleaved else None,
+        "context_parallel_size": layout.context,
+        "expert_model_parallel_size": layout.expert,
+        "expert_tensor_parallel_size": layout.expert_tensor,
+        "sequence_parallel": layout.sequence_parallel,
+        "pipeline_dtype": dtype,
+        # Between two interleaved stages both neighbours are the same rank, and batched messages get mixed up.
+        "overlap_p2p_comm": (keys.overlap_p2p_comm and layout.pipeline > 1) or interleaved,
+        "batch_p2p_comm": not (keys.overlap_p2p_comm or interleaved),
+        "variable_seq_lengths": keys.variable_seq_lengths,
+        "pipeline_model_parallel_layout": keys.pipeline_model_parallel_layout,
+        "account_for_embedding_in_pipeline_split": keys.account_for_embedding_in_pipeline_split,
+        "account_for_loss_in_pipeline_split": keys.account_for_loss_in_pipeline_split,
+        "recompute_granularity": keys.recompute_granularity,
+        "recompute_method": keys.recompute_method,
+        "recompute_num_layers": keys.recompute_num_layers,
+        "recompute_modules": keys.recompute_modules,
+        # Gradients are sums over tokens, divided at the end by the number of the whole step's tokens.
+        "calculate_per_token_loss": True,
+        # Gloo reads a tensor while it is being sent, so its memory cannot be given up before.
+        "deallocate_pipeline_outputs": layout.pipeline > 1 and torch.cuda.is_available(),
+        "gradient_accumulation_fusion": kernels.gradient_accumulation(),
+    }
+
+
+def _experts(keys: Any, shape: Shape, fused: Mapping[str, bool]) -> dict[str, Any]:
+    experts = shape.experts
+    if experts is None:
+        return {}
+    default = "alltoall" if torch.cuda.is_available() else "allgather"
+    dispatcher = keys.moe_token_dispatcher_type or default
+    if dispatcher == "alltoall" and not torch.cuda.is_available():
+        raise ConfigError("moe_token_dispatcher_type: alltoall needs a CUDA device; allgather is there without")
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.top_k,
+        "moe_ffn_hidden_size": experts.hidden,
+        "moe_layer_freq": list(experts.layers),
+        "moe_router_pre_softmax": not experts.normalised,
+        "moe_router_dtype": keys.moe_router_dtype or "fp32",
+        "moe_router_load_balancing_type": "aux_loss" if keys.moe_aux_loss_coeff else "none",
+        "moe_aux_loss_coeff": keys.moe_aux_loss_coeff,
+        "moe_token_dispatcher_type": dispatcher,
+        "moe_grouped_gemm": fused["moe_grouped_gemm"],
+        "moe_expert_capacity_factor": keys.moe_expert_capacity_factor,
+        "moe_pad_expert_input_to_capacity": keys.moe_pad_expert_input_to_capacity,
+        "moe_token_drop_policy": keys.moe_token_drop_policy or "probs",
+        "moe_layer_recompute": keys.moe_layer_recompute,
+        "moe_shared_expert_overlap": fused["moe_shared_expert_overlap"],
+    }
+
+
+def _add_further(keys: Any, targets: Mapping[type, dict[str, Any]]) -> None:
+    """Put additional_configs and extra_config, which come last, where a field has their name."""
+    for source in ("additional_configs", "extra_config"):
+        for name, value in _mapping(source, getattr(keys, source)).items():
+            plain = str(name).rpartition(".")[2]  # Megatron-Bridge writes model.name
+            owners = [cls for cls in targets if plain in {f.name for f in fields(cls)}]
+            if not owners:
+                known = [f.name for cls in targets for f in fields(cls)]
+                raise ConfigError(
+                    f"{source}: {plain!r} is no field of Megatron's configuration{did_you_mean(plain, known)}"
+                )
+            for cls in owners:
+                targets[cls][plain] = value
+
+
+def _mapping(source: str, value: Any) -> dict[str, Any]:
+    """A mapping, or JSON text of one."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{source}: not JSON: {error.msg} in {value!r}") from error
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"{source}: expected a mapping, found {value!r}")
+    return value or {}
