@@ -1,7 +1,7 @@
 # `make` alone lists what there is. PYTHON builds the environment; everything else runs inside VENV.
 PYTHON ?= python3
 VENV   ?= .venv
-EXTRAS ?= dev
+EXTRAS ?= dev,megatron,offline
 RANKS  ?= 2
 
 BIN := $(VENV)/bin

@@ -14,7 +14,12 @@ from dataflex_mega.errors import UserError, did_you_mean
 HELP = """usage: dataflex-cli COMMAND [ARGUMENTS]
 
   train CONFIG [key=value ...]   train as a YAML or JSON file says; key=value changes a key for this run
+  reference CONFIG [key=value ...]   write the token losses of reference_model, for doremi, rho_loss and rho1
+  doremi FOLDER [key=value ...]  DoReMi's three runs, FOLDER/step1.yaml .. step3.yaml, one after the other
   components [ROLE ...]          the algorithms that can be a selector, mixer or weighter, and their parameters
+  compare SUITE.yaml             train methods x seeds on the same budget; perplexity, cost, report, plots
+  regmix STUDY.yaml              propose proportions of the domains from many small runs
+  corpus INPUT ... --output DIR  text files into Megatron .bin/.idx files, one pair a domain
   env                            what this machine can run
   version                        the version of this package
   help                           this text; `train --help` says more about configurations
@@ -34,6 +39,7 @@ MASTER_ADDR, MASTER_PORT, and for elastic runs RDZV_ID, MIN_NNODES, MAX_NNODES, 
 HANDED_ON = ("export", "chat", "api", "webui", "webchat", "eval")
 PEER = "llamafactory-cli"
 TRAIN_MODULE = "dataflex_mega.train"
+REFERENCE_MODULE = "dataflex_mega.wiring.reference_command"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +59,12 @@ def run(command: str, arguments: list[str]) -> int:
         return hand_on(command, arguments)
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": train,
+        "reference": reference,
+        "doremi": doremi,
         "components": components,
+        "corpus": corpus,
+        "compare": compare,
+        "regmix": regmix,
         "env": env,
         "version": version,
         "help": help_,
@@ -85,6 +96,27 @@ def env(arguments: list[str]) -> int:
     from dataflex_mega import doctor
 
     return doctor.main(arguments)
+
+
+def corpus(arguments: list[str]) -> int:
+    """Text files -> a corpus."""
+    from dataflex_mega.corpus import command
+
+    return command.main(arguments)
+
+
+def compare(arguments: list[str]) -> int:
+    """Methods against each other."""
+    from dataflex_mega.compare import command
+
+    return command.main(arguments)
+
+
+def regmix(arguments: list[str]) -> int:
+    """Proportions from many small runs."""
+    from dataflex_mega.compare import study
+
+    return study.main(arguments)
 
 
 # -- components --------------------------------------------------------------------------------------------------------
@@ -133,18 +165,46 @@ def train(arguments: list[str]) -> int:
     return subprocess.run(command).returncode
 
 
+def reference(arguments: list[str]) -> int:
+    """Write the reference losses of a configuration, in this process or under torchrun. Returns its exit status."""
+    from dataflex_mega.wiring import reference_command
+
+    asks_for_help = not arguments or arguments[0] in ("-h", "--help", "help")
+    if asks_for_help or not needs_launcher(os.environ, device_count):
+        return reference_command.main(arguments)
+    check(arguments)
+    return subprocess.run(launcher(os.environ, arguments, device_count, REFERENCE_MODULE)).returncode
+
+
+def doremi(arguments: list[str]) -> int:
+    """DoReMi's three runs. Returns the exit status of the first that fails, or 0."""
+    from dataflex_mega.wiring import doremi as chain
+
+    def start(given: list[str]) -> int:
+        launch = needs_launcher(os.environ, device_count)
+        alone = [sys.executable, "-m", TRAIN_MODULE, *given]
+        return subprocess.run(launcher(os.environ, given, device_count) if launch else alone).returncode
+
+    return chain.main(arguments, start)
+
+
 def check(arguments: list[str]) -> None:
     """Find a user's mistake here, once, and not in every process. Raises UserError."""
     from dataflex_mega.config.checks import check_dynamic
     from dataflex_mega.config.load import load
+    from dataflex_mega.config.megatron import engine_of_environment
+    from dataflex_mega.config.megatron_checks import check_megatron
     from dataflex_mega.config.split import split
 
     given = load(arguments[0], arguments[1:])  # before LLaMA-Factory's keys are asked for, which takes seconds
+    variable = engine_of_environment(os.environ)
     from dataflex_mega.lf.args import keys
 
-    config = split(given, keys())
-    if config.ours.train_type != "static":
+    config = split(given, keys(), variable)
+    if config.ours.train_type != "static" or config.engine == "megatron":
         check_dynamic(config)
+    if config.engine == "megatron":
+        check_megatron(config)
 
 
 def device_count() -> int:
@@ -165,7 +225,9 @@ def needs_launcher(environment: Mapping[str, str], devices: Callable[[], int]) -
     return not is_on(environment, "USE_RAY") and devices() > 1
 
 
-def launcher(environment: Mapping[str, str], arguments: list[str], devices: Callable[[], int]) -> list[str]:
+def launcher(
+    environment: Mapping[str, str], arguments: list[str], devices: Callable[[], int], module: str = TRAIN_MODULE
+) -> list[str]:
     """The torchrun command line, from the variables that llamafactory-cli reads. Raises UserError for a bad value."""
     nodes = read_count(environment, "NNODES", 1)
     if nodes > 1:
@@ -192,7 +254,7 @@ def launcher(environment: Mapping[str, str], arguments: list[str], devices: Call
         if rank >= nodes:
             raise UserError(f"NODE_RANK: must be below NNODES, which is {nodes}, found {rank}")
         options += [f"--nnodes={nodes}", f"--node_rank={rank}", f"--master_addr={address}", f"--master_port={port}"]
-    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", TRAIN_MODULE, *arguments]
+    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", module, *arguments]
 
 
 def elastic_nodes(environment: Mapping[str, str], nodes: int) -> str:

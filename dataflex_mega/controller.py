@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,8 +10,20 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import Domains, Mixer, Selector, Weighter
-from dataflex_mega.errors import CheckpointError
-from dataflex_mega.types import Clock, Plan, SampleObs, SignalTable, StepStats, TrainState, Weigh
+from dataflex_mega.errors import CheckpointError, TrainingFault
+from dataflex_mega.types import (
+    Clock,
+    LossNorm,
+    Plan,
+    SampleObs,
+    SignalTable,
+    StepStats,
+    StepWeighing,
+    TokenChoice,
+    TokenWeigh,
+    TrainState,
+    Weigh,
+)
 
 MIX, SELECT = 1, 2  # random streams
 MAX_PLAN_STEPS = 4096  # a plan is continued as a new one after so many steps, which bounds any replay of it
@@ -30,6 +42,7 @@ class Planner(Protocol):
         phase: str = "train",
     ) -> Plan: ...
     def drawn(self, plan: Plan, step: int) -> np.ndarray: ...
+    def counts(self, plan: Plan, step: int) -> np.ndarray: ...
     def advance(self, plan: Plan, step: int) -> Plan: ...
 
 
@@ -59,6 +72,15 @@ class When(Protocol):
     def warming(self, step: int) -> bool: ...
     def update_number(self, step: int) -> int: ...
     def total_updates(self, steps: int) -> int: ...
+
+
+class Limited(Protocol):
+    """What the controller needs of data.Limits."""
+
+    @property
+    def counts(self) -> bool: ...
+    def apply(self, asked: Any, spent: frozenset[int], step: int) -> tuple[float, ...]: ...
+    def spent(self, drawn: Any, coming: Any) -> frozenset[int]: ...
 
 
 @dataclass(frozen=True)
@@ -94,8 +116,10 @@ class Controller:
     global_batch: int
     total_steps: int
     seed: int
+    limits: Limited | None = None  # of what a mixer may ask for
     last_selection: Selection | None = field(default=None, init=False)
     _previous: Tensor | None = field(default=None, init=False)
+    _spent: frozenset[int] = field(default=frozenset(), init=False)  # domains that have been drawn max_epochs often
 
     def __post_init__(self) -> None:
         for algorithm in self._algorithms().values():
@@ -110,21 +134,40 @@ class Controller:
     def first_plan(self) -> Plan:
         """Before any step: the whole pool in its initial proportions."""
         phase = "warmup" if self.schedule.warming(0) else "train"
-        return self.sampler.next_plan(None, 0, self.domains.initial, phase=phase)
+        return self.sampler.next_plan(None, 0, self._allowed(self.domains.initial, 0), phase=phase)
 
     def due(self, state: TrainState) -> bool:
         """Whether `next_plan` must be asked before the next step."""
         replans = self.roles.selector is not None or self.roles.mixer is not None
         if replans and (self.schedule.is_update(state.step) or self._restarts_warmup(state)):
             return True
+        if self._newly_spent(state):
+            return True
         return state.step - state.plan.start >= MAX_PLAN_STEPS
 
     def _restarts_warmup(self, state: TrainState) -> bool:
         return self.roles.selector is not None and state.step > 0 and self.schedule.starts_warmup(state.step)
 
+    def _newly_spent(self, state: TrainState) -> frozenset[int]:
+        """Domains that the coming step would draw more often than max_epochs lets it."""
+        if self.limits is None or not self.limits.counts:
+            return frozenset()
+        drawn = self.sampler.advance(state.plan, state.step).cursor
+        return self.limits.spent(drawn, self.sampler.counts(state.plan, state.step))
+
+    def _allowed(self, proportions: tuple[float, ...], step: int) -> tuple[float, ...]:
+        return proportions if self.limits is None else self.limits.apply(proportions, self._spent, step)
+
     def next_plan(self, state: TrainState) -> Plan:
         """Score, choose, mix; the same plan on all ranks, or TrainingFault."""
         plan = self._make_plan(state)
+        while found := self._newly_spent(TrainState(state.step, plan)) - self._spent:
+            # Its share goes to others, which may be spent by that in turn.
+            self._spent |= found
+            shares = self._allowed(plan.proportions, state.step)
+            plan = self.sampler.next_plan(
+                state.plan, state.step, shares, loss_weights=plan.loss_weights, phase=plan.phase
+            )
         self.ranks.agree(plan.digest(), f"the plan of step {state.step}")
         return plan
 
@@ -140,7 +183,8 @@ class Controller:
         clock = Clock(step, self.total_steps, update, self.seed, updates)
         proportions, loss_weights = None, None
         if self.roles.mixer is not None:
-            proportions = tuple(self.roles.mixer.proportions(clock, self._rng(step, MIX)).double().tolist())
+            asked = tuple(self.roles.mixer.proportions(clock, self._rng(step, MIX)).double().tolist())
+            proportions = self._allowed(asked, step)
             weights = self.roles.mixer.loss_weights()
             loss_weights = None if weights is None else tuple(weights.double().tolist())
         if self.roles.selector is None:
@@ -200,9 +244,25 @@ class Controller:
     def weigher(self, state: TrainState) -> Weigh | None:
         """The function that weighs the samples of the next step, or None when all weigh the same."""
         weighter = self.roles.weighter if not self.schedule.warming(state.step) else None
+        by_sample = self._by_sample(weighter, state)
+        if isinstance(weighter, TokenChoice):
+            return TokenWeigh(by_sample or _all_alike, weighter)
+        return by_sample
+
+    def _by_sample(self, weighter: Weighter | None, state: TrainState) -> Weigh | None:
+        mixer = self.roles.mixer
+        if isinstance(mixer, StepWeighing) and state.plan.loss_weights is not None:
+            by_step = StepFactors(
+                mixer.domain_weights(), torch.tensor(state.plan.proportions).double(), mixer.loss_norm
+            )
+            return by_step if weighter is None else self._weigher(weighter, by_step, state)
         by_domain = _domain_factors(state.plan)
         if weighter is None and by_domain is None:
             return None
+        return self._weigher(weighter, by_domain, state)
+
+    def _weigher(self, weighter: Weighter | None, by_domain: Tensor | Weigh | None, state: TrainState) -> Weigh:
+        """The product of a weighter's weights and those of domains: [k] factors, or a function of samples."""
 
         def weigh(obs: SampleObs) -> Tensor:
             names = ("sample_id", "domain", "loss_sum", "tokens")
@@ -210,8 +270,10 @@ class Controller:
             weights = torch.ones_like(whole.loss_sum)
             if weighter is not None:
                 weights = weighter.weights(whole, state.step, self.total_steps).to(weights)
-            if by_domain is not None:
+            if isinstance(by_domain, Tensor):
                 weights = weights * by_domain.to(weights)[whole.domain]
+            elif by_domain is not None:
+                weights = weights * by_domain(replace(whole, step_count=obs.step_count))
             return self.ranks.own(weights, len(obs.sample_id))
 
         return weigh
@@ -228,17 +290,24 @@ class Controller:
         saved: dict[str, Any] = {name: algorithm.state() for name, algorithm in self._algorithms().items()}
         if self._previous is not None:
             saved["previous_selection"] = self._previous
+        if self._spent:
+            saved["spent_domains"] = sorted(self._spent)
         return saved
 
     def restore(self, saved: dict[str, Any]) -> None:
         """The inverse of `state`. Raises CheckpointError when another set of roles was on."""
         algorithms = self._algorithms()
-        there = set(saved) - {"previous_selection"}
+        there = set(saved) - {"previous_selection", "spent_domains"}
         if there != set(algorithms):
             raise CheckpointError(f"the checkpoint has state of {sorted(there)}, this run needs {sorted(algorithms)}")
         for name, algorithm in algorithms.items():
             algorithm.restore(saved[name])
         self._previous = saved.get("previous_selection")
+        self._spent = frozenset(saved.get("spent_domains", ()))
+
+
+def _all_alike(obs: SampleObs) -> Tensor:
+    return torch.ones_like(obs.loss_sum)
 
 
 def _domain_factors(plan: Plan) -> Tensor | None:
@@ -247,3 +316,29 @@ def _domain_factors(plan: Plan) -> Tensor | None:
         return None
     weights, shares = torch.tensor(plan.loss_weights).double(), torch.tensor(plan.proportions).double()
     return weights / (weights * shares).sum()
+
+
+@dataclass(frozen=True)
+class StepFactors:
+    """Weighs samples by domain with weights of this very step: DoReMi's loss; see types.StepWeighing.
+
+    With c_d the step's token count of domain d (sample count where samples count the same) and C their sum, the factor of
+    domain d is C v_d / sum over domains of v c, where v_d is w_d / p_d, or w_d / c_d. The factors have mean 1 over the
+    step's tokens exactly, so the step's denominator stays C. Domains without tokens take no part.
+    """
+
+    weights: Tensor  # [k] float64, sums to 1
+    proportions: Tensor  # [k] float64, of the plan
+    loss_norm: LossNorm
+
+    def __call__(self, obs: SampleObs) -> Tensor:
+        """Samples -> [n] float32 factors. Raises TrainingFault when the engine does not say how many tokens the step has."""
+        if obs.step_count is None:
+            raise TrainingFault("domain weights of a step need SampleObs.step_count, which the engine did not give")
+        counts = obs.step_count.double()
+        weights, proportions = self.weights.to(counts), self.proportions.to(counts)
+        shares = proportions if self.loss_norm == "token" else counts
+        ratio = torch.where((shares > 0) & (counts > 0), weights / shares, 0.0)
+        total = (ratio * counts).sum()
+        factors = torch.where(total > 0, ratio * (counts.sum() / total), 1.0)
+        return factors.to(obs.loss_sum)[obs.domain]

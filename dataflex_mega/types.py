@@ -7,8 +7,10 @@ G samples of a global batch, k domains, N samples of the pool.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ class Batch:
     sample_id: Tensor  # [n] int64, global ids of the pool
     domain: Tensor  # [n] int64
     packed: bool = False  # whether some row holds more than one sample, so attention needs the segments
+    reference: Tensor | None = None  # [b, S] float32 token losses of the reference model, aligned with `labels`
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
@@ -36,7 +39,8 @@ class Batch:
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields by name."""
         names = ("input_ids", "labels", "segment", "position_ids", "sample_id", "domain")
-        return {name: getattr(self, name) for name in names}
+        there = {name: getattr(self, name) for name in names}
+        return there if self.reference is None else {**there, "reference": self.reference}
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class SampleObs:
     domain: Tensor  # [n] int64
     loss_sum: Tensor  # [n] float32, summed over the sample's target tokens
     tokens: Tensor  # [n] int64, number of target tokens
+    excess_sum: Tensor | None = None  # [n] float32, sum over target tokens of max(loss - reference loss, 0)
+    step_count: Tensor | None = None  # [k] float64, each domain's part of the loss denominator of the whole step
 
     @property
     def loss(self) -> Tensor:
@@ -56,6 +62,57 @@ class SampleObs:
 
 Weigh = Callable[[SampleObs], Tensor]
 """Samples of one rank -> their weights, [n] float32, no gradient, mean 1 over all samples of the step (or micro-step)."""
+
+
+LossNorm = Literal["token", "per_domain"]
+
+
+class NeedsReference:
+    """Marks an algorithm that compares token losses with those of a reference model."""
+
+
+class StepWeighing(ABC):
+    """A mixer whose domain weights of the loss change after every step, not only with the plan."""
+
+    loss_norm: LossNorm
+    """How the weights w of k domains make a loss of a step in which domain d has the token-loss sum L_d and T_d tokens:
+
+    "token"        sum over d of (w_d / p_d) L_d, divided by the sum of (w_d / p_d) T_d; p are the drawn proportions
+    "per_domain"   sum over d of w_d L_d / T_d, divided by the sum of the w_d of domains that have tokens
+    """
+
+    @abstractmethod
+    def domain_weights(self) -> Tensor:
+        """[k] float64, sums to 1, of the step to come."""
+
+
+class TokenChoice(ABC):
+    """A weighter that keeps a share of the target tokens, the ones with the highest scores, and drops the others."""
+
+    keep: float  # 0..1
+
+    @abstractmethod
+    def token_scores(self, token_loss: Tensor, reference: Tensor) -> Tensor:
+        """Token losses and those of the reference, one shape, float32 -> scores of that shape."""
+
+
+@dataclass(frozen=True)
+class TokenWeigh:
+    """A Weigh that weighs tokens too; see objective.token_weights."""
+
+    samples: Weigh
+    choice: TokenChoice
+
+    def __call__(self, obs: SampleObs) -> Tensor:
+        return self.samples(obs)
+
+
+class Averages(ABC):
+    """A mixer whose result is the mean of its weights over the run, for another run to draw by."""
+
+    @abstractmethod
+    def average_weights(self) -> tuple[int, Tensor]:
+        """(how many updates, [k] float64 that sums to 1)."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +126,7 @@ class StepStats:
     domain_samples: Tensor  # [k] float64
     tokens: int  # all tokens of the step, padding left out
     weights: WeightStats | None = None  # None when no weighter ran
+    domain_excess: Tensor | None = None  # [k] float64, sums of max(loss - reference loss, 0); None without a reference
 
     @property
     def mean_loss(self) -> float:

@@ -37,9 +37,12 @@ LAYERS: dict[str, set[str]] = {
     "metrics": {"checkpoint"},
     "plots": {"metrics"},
     "progress": set(),
-    "config": {"registry"},
+    "config": {"registry", "data.manifest"},
+    "corpus": {"data.manifest"},
     "lf": {"data"},
     "doctor": set(),
+    "compare": {"checkpoint", "config", "data", "lf", "metrics", "objective", "signals"},
+    "wiring": {"*"},
     "train": {"*"},
     "cli": {"*"},
     "__main__": {"cli"},
@@ -49,7 +52,7 @@ LAYERS: dict[str, set[str]] = {
 OWNERS: dict[str, set[str]] = {
     "llamafactory": {"lf"},
     "torch.distributed": {"distributed", "engines", "doctor"},
-    "megatron": {"engines", "distributed"},
+    "megatron": {"engines", "distributed", "data"},
 }
 NEVER: dict[str, set[str]] = {"trainer": {"transformers"}, "controller": {"transformers"}}
 ALGORITHM_LIBRARIES = {"torch", *sys.stdlib_module_names}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dataflex_mega.config.corpus import check_corpora, training_domains
 from dataflex_mega.config.split import RunConfig
 from dataflex_mega.errors import ConfigError, did_you_mean
 
@@ -98,6 +99,7 @@ def check_dynamic(config: RunConfig) -> None:
         _check_evaluation,
         _check_reports,
         _check_model_path,
+        _check_corpora,
         _check_datasets,
     )
     for check in checks:
@@ -106,6 +108,8 @@ def check_dynamic(config: RunConfig) -> None:
 
 def _check_required(config: RunConfig) -> None:
     for key, what in REQUIRED.items():
+        if key == "dataset" and config.ours.corpus_dir is not None:
+            continue  # all domains of the corpus
         if not config.lf.get(key):
             near = did_you_mean(key, [k for k in config.raw if k not in REQUIRED])
             raise ConfigError(f"{key}: missing; expected {what}{near}")
@@ -162,8 +166,9 @@ def _check_evaluation(config: RunConfig) -> None:
     """An evaluation needs data; early stopping needs evaluations."""
     strategy = str(config.lf.get("eval_strategy", "no"))
     has_data = bool(config.lf.get("eval_dataset")) or bool(config.lf.get("val_size"))
-    if strategy != "no" and not has_data:
-        raise ConfigError(f"eval_strategy: {strategy} needs eval_dataset or val_size")
+    if strategy != "no" and not has_data and config.ours.eval_corpus_dir is None:
+        needed = "eval_dataset or val_size" if config.ours.corpus_dir is None else "eval_corpus_dir"
+        raise ConfigError(f"eval_strategy: {strategy} needs {needed}")
     if config.lf.get("early_stopping_steps") and strategy == "no":
         raise ConfigError("early_stopping_steps: needs eval_strategy: steps or epoch")
 
@@ -189,12 +194,17 @@ def _check_model_path(config: RunConfig) -> None:
         raise ConfigError(f"model_name_or_path: folder {name} not found{hint}")
 
 
+def _check_corpora(config: RunConfig) -> None:
+    check_corpora(config.ours, config.lf, listed(config.lf.get("dataset")), listed(config.lf.get("eval_dataset")))
+
+
 def _check_datasets(config: RunConfig) -> None:
-    names = listed(config.lf["dataset"])
+    names = listed(config.lf.get("dataset"))
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"dataset: {name!r} is listed {names.count(name)} times")
     given = config.ours.init_mixture_proportions
+    names = names or [domain.name for domain in training_domains(config.ours, names)]
     if given is not None and len(given) != len(names):
         raise ConfigError(
             f"init_mixture_proportions: {len(given)} numbers for {len(names)} datasets ({', '.join(names)})"

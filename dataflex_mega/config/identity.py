@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dataflex_mega.config.split import RunConfig
+from dataflex_mega.config.split import MEGATRON_KEYS, RunConfig
 
 # Keys that may change between the runs of one training: where things go, how often, how the global batch is cut, and
 # how long to train. Everything else is part of what the run is.
@@ -20,18 +20,28 @@ FREE_KEYS = frozenset(
     preprocessing_batch_size fsdp fsdp_config ddp_timeout ddp_backend ddp_bucket_cap_mb ddp_find_unused_parameters
     ddp_broadcast_buffers use_cpu resume_from_checkpoint push_to_hub hub_model_id hub_token hub_strategy
     hub_private_repo disable_gradient_checkpointing use_reentrant_gc max_steps num_train_epochs train_step
-    save_only_model dataset_dir media_dir tokenized_path data_shared_file_system
+    save_only_model dataset_dir corpus_dir eval_corpus_dir media_dir tokenized_path data_shared_file_system
     callbacks resume_ignore score_batch_size prefetch tensorboard nan_loss engine components_cfg_file component_name
     train_type selector mixer weighter
     """.split()
 )
+# Those of Megatron's keys that decide what is computed. The others say how the same is laid out.
+COMPUTED = frozenset(
+    """
+    moe_aux_loss_coeff moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy moe_router_dtype
+    mixed_precision optimizer megatron_pretrained_checkpoint additional_configs extra_config sequence_packing
+    use_packed_sequences
+    """.split()
+)
+LAYOUT_KEYS = MEGATRON_KEYS - COMPUTED
 
 
 def identity(config: RunConfig, global_batch: int, data: Mapping[str, str], roles: Mapping[str, Any]) -> dict[str, Any]:
     """Plain values by name. `roles` are the resolved specifications, however they were written in the YAML."""
-    found = {key: value for key, value in config.raw.items() if key not in FREE_KEYS}
+    found = {key: value for key, value in config.raw.items() if key not in FREE_KEYS and key not in LAYOUT_KEYS}
     return {
         **found,
+        **({"engine": "megatron"} if config.engine == "megatron" else {}),  # whose files an FSDP run cannot read
         "global_batch_size": global_batch,
         **{f"data of {name}": value for name, value in data.items()},
         **{role: roles.get(role) for role in ("selector", "mixer", "weighter")},

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,23 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
-from dataflex_mega.config.megatron import resolve_engine
 from dataflex_mega.errors import ConfigError, did_you_mean
 
 SUFFIXES = (".yaml", ".yml", ".json")
 ROLE_KEYS = ("selector", "mixer", "weighter")
 
 
-def load(path: str, overrides: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+def load(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The configuration of a run, with interpolations (`${key}`, `${oc.env:NAME}`) resolved.
 
     Args:
         path: a .yaml, .yml or .json file.
         overrides: `key=value`; dots go into mappings, and `mixer.alpha=0.8` works on a plain `mixer: odm` too. The
             value is read as YAML: `1e-3` is a number, `[0.5, 0.5]` a list, nothing is null.
-        environment: where USE_MCA and USE_MEGATRON_BRIDGE, LLaMA-Factory's way to ask for Megatron, are looked up;
-            None: os.environ.
 
     Raises:
         ConfigError: no such file, a syntax error (with its line), a key given twice, something else than a mapping, an
-            override that is not `key=value`, one of these variables being set. One line.
+            override that is not `key=value`. One line.
     """
     data = read_mapping(path)
     for override in overrides:
@@ -40,8 +36,6 @@ def load(path: str, overrides: Sequence[str] = (), environment: Mapping[str, str
     for key, value in plain.items():
         if isinstance(key, str) and key.endswith("_strategy") and value is False:
             plain[key] = "no"  # YAML reads `no` as false
-    # Here and not in split: importing LLaMA-Factory takes the variables away.
-    resolve_engine("auto", os.environ if environment is None else environment)
     return plain
 
 

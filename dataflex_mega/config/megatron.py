@@ -6,16 +6,15 @@ of 1 or a None leaves everything as it is. `fp8` is missing because LLaMA-Factor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from dataflex_mega.config.values import fit
-from dataflex_mega.errors import ConfigError
+from dataflex_mega.errors import ConfigError, did_you_mean
 
 Engine = Literal["fsdp", "megatron"]
 ENGINE_VARIABLES = ("USE_MCA", "USE_MEGATRON_BRIDGE")
-MISSING = "the Megatron engine, which this version does not have yet"
 
 
 @dataclass(frozen=True)
@@ -118,31 +117,84 @@ class MegatronArguments:
     )
 
 
+# Values that leave everything as it is, beside each key's default.
+NEUTRAL: dict[str, tuple[Any, ...]] = {"ckpt_format": ("torch_dist",), "optimizer_offload_fraction": (1.0,)}
+# Key -> why it is not there. Refused when it has any other value than its default.
+REFUSED = {
+    "mtp_num_layers": "the loss is that of the next token",
+    "fp8_recipe": "bf16: true is there",
+    "ddp_average_in_collective": "gradients are summed and divided once, by the tokens of the whole step",
+    "save_merged_model": "LoRA is there with engine: fsdp",
+}
+PRECISIONS = {"bf16_mixed": "bf16", "bf16-mixed": "bf16", "16_mixed": "fp16", "16-mixed": "fp16", "fp32": "", "32": ""}
+
+
 def parse(values: Mapping[str, Any]) -> MegatronArguments:
-    """Type-checked. Raises ConfigError for a wrong value, and for any that asks for Megatron: it is not there yet."""
+    """Type-checked. Raises ConfigError for a wrong value, and for what the Megatron engine does not do."""
     known = {f.name: f for f in fields(MegatronArguments)}
     typed = {key: fit(key, value, str(known[key].type)) for key, value in values.items()}
     for key, value in typed.items():
         if key.endswith("_size") and isinstance(value, int) and value < 1:
             raise ConfigError(f"{key}: must be >= 1, found {value}")
-        if value != known[key].default and not (key.endswith("parallel_size") and value == 1):
-            raise ConfigError(f"{key}: {value!r} needs {MISSING}; leave the key out")
-    return MegatronArguments(**typed)
+        if key in REFUSED and value != known[key].default:
+            raise ConfigError(f"{key}: {value!r} is not there; {REFUSED[key]}")
+    arguments = MegatronArguments(**typed)
+    if arguments.ckpt_format == "legacy":
+        raise ConfigError("ckpt_format: legacy cannot be read on another layout; use torch_dist")
+    if arguments.overlap_param_gather and not arguments.use_distributed_optimizer:
+        raise ConfigError("overlap_param_gather: needs use_distributed_optimizer: true")
+    if arguments.mixed_precision is not None and arguments.mixed_precision not in PRECISIONS:
+        near = did_you_mean(arguments.mixed_precision, list(PRECISIONS))
+        raise ConfigError(
+            f"mixed_precision: expected one of {', '.join(PRECISIONS)}, found {arguments.mixed_precision!r}{near}"
+        )
+    return arguments
 
 
-def engine_of_environment(environment: Mapping[str, str]) -> tuple[str, Engine] | None:
-    """(variable, engine) when USE_MCA or USE_MEGATRON_BRIDGE is on, as LLaMA-Factory reads it (1, y, true)."""
+def asking(arguments: MegatronArguments) -> list[str]:
+    """The keys that have another value than the one that leaves everything as it is."""
+    found = []
+    for f in fields(arguments):
+        value = getattr(arguments, f.name)
+        neutral = (f.default, *NEUTRAL.get(f.name, ()))
+        if value not in neutral and not (f.name.endswith("parallel_size") and value == 1):
+            found.append(f.name)
+    return found
+
+
+def engine_of_environment(environment: Mapping[str, str]) -> str | None:
+    """USE_MCA or USE_MEGATRON_BRIDGE when it is on, as LLaMA-Factory reads it (1, y, true)."""
     for variable in ENGINE_VARIABLES:
         if environment.get(variable, "0").lower() in ("1", "y", "true"):
-            return variable, "megatron"
+            return variable
     return None
 
 
-def resolve_engine(engine: str, environment: Mapping[str, str]) -> Engine:
-    """`auto`, `fsdp` or `megatron`, and the environment -> the engine. Raises ConfigError while it can only be FSDP."""
-    asked = engine_of_environment(environment)
-    if asked is not None:
-        raise ConfigError(f"{asked[0]}={environment[asked[0]]} needs {MISSING}; unset it")
-    if engine == "megatron":
-        raise ConfigError(f"engine: megatron needs {MISSING}; use auto or fsdp")
-    return "fsdp"
+def resolve_engine(engine: str, keys: Sequence[str], variable: str | None) -> Engine:
+    """Which engine a run has.
+
+    Args:
+        engine: `auto`, `fsdp` or `megatron`.
+        keys: what `asking` returned.
+        variable: what `engine_of_environment` returned.
+
+    Raises:
+        ConfigError: `engine: fsdp` beside something that asks for Megatron.
+    """
+    if engine == "fsdp" and (keys or variable):
+        asks = f"{keys[0]} is a key" if keys else f"{variable}=1 asks"
+        raise ConfigError(f"engine: fsdp, but {asks} {'of' if keys else 'for'} the Megatron engine; drop one of them")
+    return "megatron" if engine == "megatron" or keys or variable else "fsdp"
+
+
+def as_lf_keys(arguments: MegatronArguments, lf: Mapping[str, Any]) -> dict[str, Any]:
+    """LLaMA-Factory's keys that Megatron's say in other words. Raises ConfigError where both are given and differ."""
+    said: dict[str, Any] = {}
+    if arguments.sequence_packing or arguments.use_packed_sequences:
+        said["packing"] = True
+    if arguments.mixed_precision is not None and PRECISIONS[arguments.mixed_precision]:
+        said[PRECISIONS[arguments.mixed_precision]] = True
+    for key, value in said.items():
+        if lf.get(key) not in (None, value):
+            raise ConfigError(f"{key}: {lf[key]!r}, but Megatron's keys say {value!r}; drop one of them")
+    return said

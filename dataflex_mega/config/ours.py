@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from dataflex_mega.config import components
+from dataflex_mega.config import components, proportions
 from dataflex_mega.config.components import ROLE_OF_TYPE, SECTIONS, Spec
 from dataflex_mega.config.values import fit
 from dataflex_mega.errors import ConfigError, did_you_mean
@@ -71,10 +71,25 @@ class RunArguments:
         default=None,
         metadata={"help": "one number >= 0 for each dataset, in the order of `dataset`, taken relative to their sum"},
     )
+    init_mixture_proportions_file: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "a file with those numbers in place of the list, such as the `doremi_average_weights.json` or "
+                "`doremi_step3_proportions.txt` of a DoReMi run"
+            )
+        },
+    )
     mixer_eval_dataset: str | list[str] | None = field(
         default=None, metadata={"help": "evaluation sets for a mixer that asks for them; none does yet"}
     )
     # ours
+    corpus_dir: str | None = field(
+        default=None, metadata={"help": "folder of a corpus of .bin/.idx files, whose domains `dataset` names, or all"}
+    )
+    eval_corpus_dir: str | None = field(
+        default=None, metadata={"help": "one whose domains are evaluation sets; `eval_dataset` names some, all without"}
+    )
     engine: Literal["auto", "fsdp", "megatron"] = field(
         default="auto", metadata={"help": "what trains; `megatron` is not available yet"}
     )
@@ -86,6 +101,39 @@ class RunArguments:
     )
     weighter: str | dict[str, Any] | None = field(
         default=None, metadata={"help": "weighs samples in the loss: a name, or `name` with parameters"}
+    )
+    min_proportion: float | list[float] | None = field(
+        default=None,
+        metadata={"help": "floor of a mixer's proportions, 0..1: one for all datasets, or one for each"},
+    )
+    max_proportion: float | list[float] | None = field(
+        default=None,
+        metadata={"help": "cap of a mixer's proportions, 0..1: one for all datasets, or one for each"},
+    )
+    max_epochs: float | list[float] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "how often a mixer may have a dataset drawn, > 0: one for all datasets, or one for each. One that has been "
+                "drawn that often is not drawn any more"
+            )
+        },
+    )
+    reference_model: str | None = field(
+        default=None,
+        metadata={"help": "folder of the reference model of `doremi`, `rho_loss` and `rho1`, in Hugging Face layout"},
+    )
+    reference_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "folder of that model's token losses, built when it is not there; None: `reference` in `output_dir`. "
+                "Without `reference_model`: one that `dataflex-cli reference` has built"
+            )
+        },
+    )
+    reference_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "of the token losses in `reference_cache`"}
     )
     callbacks: list[str] = field(
         default_factory=list, metadata={"help": "transformers.TrainerCallback classes, as `package.module:Class`"}
@@ -123,6 +171,8 @@ class RunArguments:
         if not math.isfinite(self.early_stopping_min_delta):
             raise ConfigError(f"early_stopping_min_delta: must be finite, found {self.early_stopping_min_delta}")
         check_proportions("init_mixture_proportions", self.init_mixture_proportions)
+        for key, most in MOST.items():
+            proportions.check_limit(key, getattr(self, key), most)
         for name in self.callbacks:
             module, colon, cls = name.partition(":")
             if not colon or not all(part.isidentifier() for part in [*module.split("."), cls]):
@@ -150,8 +200,13 @@ class RunArguments:
             return given or {"name": "static"}
         return {"name": "static", "proportions": list(self.init_mixture_proportions)}
 
-    def initial_proportions(self, sizes: Sequence[int]) -> tuple[float, ...]:
-        """[k] numbers of samples -> [k] proportions before any update, sum 1. Raises ConfigError for another length."""
+    def initial_proportions(self, sizes: Sequence[int], names: Sequence[str] | None = None) -> tuple[float, ...]:
+        """[k] numbers of samples -> [k] proportions before any update, sum 1.
+
+        Raises ConfigError for another length, and when a file that has names has not these `names` in this order.
+        """
+        if names is not None and self.init_mixture_proportions_file is not None:
+            proportions.check_names(self.init_mixture_proportions_file, names)
         mixer = self.roles()["mixer"]
         key, given = _given_proportions(self, mixer)
         if given is None:
@@ -168,10 +223,12 @@ LEAST = {
     "warmup_step": 0, "update_step": 0, "train_step": 0, "prefetch": 0, "score_batch_size": 1,
     "early_stopping_min_delta": 0,
 }  # fmt: skip
+MOST = {"min_proportion": 1.0, "max_proportion": 1.0, "max_epochs": math.inf}
 # The keys that mean nothing without a role; the other ones of ours are options of the engine or mean something always.
 ROLE_KEYS = (
     "component_name", "warmup_step", "update_step", "update_times", "static_mix", "train_step", "freeze_gate",
-    "early_stopping_min_delta", "mixture_sample_rule", "init_mixture_proportions", "mixer_eval_dataset", *ROLES,
+    "early_stopping_min_delta", "mixture_sample_rule", "init_mixture_proportions", "init_mixture_proportions_file",
+    "mixer_eval_dataset", *MOST, "reference_model", "reference_cache", "reference_dtype", *ROLES,
 )  # fmt: skip
 ENGINE_OPTIONS = (
     "lookahead", "loss_normalization", "nan_loss", "resume_ignore", "score_batch_size", "prefetch", "tensorboard"
@@ -181,6 +238,8 @@ NOT_STATIC = {
     **dict.fromkeys(ROLES, "drop train_type or choose dynamic_*"),
     "static_mix": "choose train_type: dynamic_mix",
     "init_mixture_proportions": "choose train_type: dynamic_mix",
+    "init_mixture_proportions_file": "choose train_type: dynamic_mix",
+    **dict.fromkeys(MOST, "choose train_type: dynamic_mix"),
     "train_step": "use max_steps",
     "freeze_gate": "choose a dynamic train_type",
     "early_stopping_min_delta": "choose a dynamic train_type",
@@ -206,6 +265,10 @@ def parse(values: Mapping[str, Any]) -> tuple[RunArguments, list[str]]:
     typed = {key: fit(key, value, annotations[key]) for key, value in values.items()}
     typed["train_type"] = _train_type(typed)
     check_proportions("init_mixture_proportions", typed.get("init_mixture_proportions"))
+    if typed.get("init_mixture_proportions_file") is not None and typed["train_type"] != "static":
+        if typed.get("init_mixture_proportions") is not None:
+            raise ConfigError("init_mixture_proportions_file: init_mixture_proportions is set too; drop one")
+        typed["init_mixture_proportions"] = proportions.read(typed["init_mixture_proportions_file"])
     if typed.get("init_mixture_proportions") is not None:
         total = math.fsum(typed["init_mixture_proportions"])
         typed["init_mixture_proportions"] = [x / total for x in typed["init_mixture_proportions"]]
@@ -293,10 +356,20 @@ def _check_roles(arguments: RunArguments) -> None:
             validate(role, spec)
     mixer = roles["mixer"]
     _check_mixture(arguments, mixer)
+    _check_limits(arguments, roles)
     moving = "selector" if roles["selector"] else "mixer" if mixer and mixer["name"] != "static" else None
     if moving and arguments.update_step < 1:
         name = (roles[moving] or {})["name"]
         raise ConfigError(f"update_step: must be >= 1 for {moving} {name} to act, found {arguments.update_step}")
+
+
+def _check_limits(arguments: RunArguments, roles: Mapping[str, Spec | None]) -> None:
+    """Limits are those of a mixer's proportions, and epochs are counted in draws from the whole pool."""
+    for key in MOST:
+        if getattr(arguments, key) is not None and roles["mixer"] is None:
+            raise ConfigError(f"{key}: has no effect without a mixer; mixer: static draws in fixed proportions")
+    if arguments.max_epochs is not None and roles["selector"] is not None:
+        raise ConfigError("max_epochs: does not go with a selector, which draws its choice once each; drop one")
 
 
 def _check_mixture(arguments: RunArguments, mixer: Spec | None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dataflex_mega.config import legacy, megatron, ours
+from dataflex_mega.config import corpus, legacy, megatron, ours
 from dataflex_mega.config.megatron import MegatronArguments
 from dataflex_mega.config.ours import RunArguments
 from dataflex_mega.config.values import fit_loosely
@@ -23,30 +23,36 @@ class RunConfig:
     lf: dict[str, Any]  # what goes to LLaMA-Factory, nothing of ours in it
     ours: RunArguments
     megatron: MegatronArguments
+    engine: megatron.Engine
     raw: dict[str, Any]  # all keys, old names replaced, LLaMA-Factory's values as in `lf`
     notes: list[str]  # what the user should be told, a line each
 
 
-def split(config: Mapping[str, Any], lf_keys: Mapping[str, str]) -> RunConfig:
+def split(config: Mapping[str, Any], lf_keys: Mapping[str, str], variable: str | None = None) -> RunConfig:
     """Sort the keys by owner and check every value.
 
     Args:
         config: what `load` returns.
         lf_keys: LLaMA-Factory's keys -> their annotations as text.
+        variable: the environment variable that asks for Megatron, if one does.
 
     Raises:
-        ConfigError: unknown keys (all of them in one line, each with the nearest known one), a wrong value, or an
-            engine that is not there.
+        ConfigError: unknown keys (all of them in one line, each with the nearest known one), a wrong value, or two
+            engines at once.
     """
     raw, notes = legacy.modernise(config, {*lf_keys, *OUR_KEYS, *MEGATRON_KEYS})
     _refuse_unknown(raw, [*lf_keys, *OUR_KEYS, *MEGATRON_KEYS])
     arguments, more = ours.parse({key: value for key, value in raw.items() if key in OUR_KEYS})
-    megatron.resolve_engine(arguments.engine, {})
+    layout = megatron.parse({key: value for key, value in raw.items() if key in MEGATRON_KEYS})
+    engine = megatron.resolve_engine(arguments.engine, megatron.asking(layout), variable)
+    corpus.check_engine(arguments, engine)
     lf = {key: fit_loosely(key, value, lf_keys[key]) for key, value in raw.items() if _is_lf(key, lf_keys)}
+    lf.update(megatron.as_lf_keys(layout, lf))
     return RunConfig(
         lf=lf,
         ours=arguments,
-        megatron=megatron.parse({key: value for key, value in raw.items() if key in MEGATRON_KEYS}),
+        megatron=layout,
+        engine=engine,
         raw={**raw, **lf},
         notes=[*notes, *more],
     )

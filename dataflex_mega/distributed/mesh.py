@@ -11,26 +11,30 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Mesh:
-    """The job as one process sees it. Only data parallelism here: the data-parallel rank is the global rank."""
+    """The job as one process sees it.
+
+    Ranks with one `dp_rank` (tensor- and pipeline-parallel ones) see the same samples. Without such ranks the
+    data-parallel rank is the global rank and `dp_group` is None: everybody.
+    """
 
     rank: int
     world: int
     device: torch.device
-
-    @property
-    def dp_rank(self) -> int:
-        """Which share of a global batch is this process's."""
-        return self.rank
-
-    @property
-    def dp_size(self) -> int:
-        """Into how many shares a global batch is cut."""
-        return self.world
+    dp_rank: int  # which share of a global batch is this process's
+    dp_size: int  # into how many shares a global batch is cut
+    dp_group: dist.ProcessGroup | None = None  # the ranks that hold the shares of this process's model copy
+    stage_group: dist.ProcessGroup | None = None  # dp_group times the pipeline: one rank for each share and stage
+    stages: int = 1  # pipeline stages; only the last one sees losses
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes logs and files."""
         return self.rank == 0
+
+
+def data_parallel(rank: int, world: int, device: torch.device) -> Mesh:
+    """Every rank has its own share."""
+    return Mesh(rank, world, device, dp_rank=rank, dp_size=world)
 
 
 def start() -> Mesh:
@@ -48,7 +52,7 @@ def start() -> Mesh:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return Mesh(rank, world, device)
+    return data_parallel(rank, world, device)
 
 
 def stop(orderly: bool) -> None:

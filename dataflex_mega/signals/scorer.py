@@ -13,7 +13,7 @@ from dataflex_mega.data.pool import Pool, Sample
 from dataflex_mega.types import IGNORED, Batch, SampleObs, SignalTable
 
 GRADIENTS = {"gradient_adam": True, "gradient_sgd": False}  # signal -> whether Adam's moments precondition
-KNOWN = frozenset({"loss", *GRADIENTS})
+KNOWN = frozenset({"loss", "reference_loss", *GRADIENTS})
 
 
 class GradientScorer(Protocol):
@@ -62,6 +62,8 @@ class Scorer:
         steps = -(-max(shares) // self.batch_size)
         if "loss" in needs:
             signals["loss"] = self._losses(ids, steps)
+        if "reference_loss" in needs:
+            signals["reference_loss"] = self._references(ids)
         for name in sorted(needs & set(GRADIENTS)):
             signals.update(self._gradients(ids, steps, GRADIENTS[name]))
         domain, _ = self.pool.locate(ids)
@@ -71,6 +73,17 @@ class Scorer:
         """[n] ids -> [n] float32 mean losses."""
         found = [self.forward(self.collate(samples)).loss.float().cpu() for samples, _ in self._batches(ids, steps)]
         return torch.cat(found)[: len(ids)]
+
+    def _references(self, ids: np.ndarray) -> torch.Tensor:
+        """[n] ids -> [n] float32 mean losses of the reference model, 0 for a sample without targets; no forward pass."""
+        found = np.zeros(len(ids), dtype=np.float32)
+        for start in range(0, len(ids), self.batch_size):
+            for place, sample in enumerate(self.pool.fetch(ids[start : start + self.batch_size]), start):
+                assert sample.reference is not None, "attached to the pool when the run was built"
+                targets = sample.labels[1:] != IGNORED
+                if targets.any():
+                    found[place] = sample.reference[:-1][targets].mean(dtype=np.float64)
+        return torch.from_numpy(found)
 
     def _gradients(self, ids: np.ndarray, steps: int, adam: bool) -> dict[str, torch.Tensor]:
         """[n] ids -> dot [n, S] with each group's direction and norm2 [n]."""

@@ -18,7 +18,7 @@ from dataflex_mega.types import SampleObs, SignalTable, TrainState
 
 G = 8
 SIZES = (40, 17, 60)
-ALONE = Collectives(SimpleNamespace(rank=0, world=1, dp_rank=0, dp_size=1, device=torch.device("cpu")))
+ALONE = Collectives(SimpleNamespace(rank=0, world=1, dp_rank=0, dp_size=1, stages=1, device=torch.device("cpu")))
 
 
 @dataclass

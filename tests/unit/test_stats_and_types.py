@@ -6,11 +6,11 @@ import torch
 
 from dataflex_mega.distributed.collectives import Collectives
 from dataflex_mega.engines.fsdp.precision import LossScale
-from dataflex_mega.engines.fsdp.stats import StepSums
+from dataflex_mega.engines.stats import StepSums
 from dataflex_mega.errors import did_you_mean
 from dataflex_mega.types import Batch, Plan, SampleObs
 
-ALONE = Collectives(SimpleNamespace(rank=0, world=1, dp_rank=0, dp_size=1, device=torch.device("cpu")))
+ALONE = Collectives(SimpleNamespace(rank=0, world=1, dp_rank=0, dp_size=1, stages=1, device=torch.device("cpu")))
 
 
 def batch_of(count):
@@ -23,7 +23,7 @@ def test_sums_are_by_domain_over_all_micro_batches():
     for losses, domains in (([1.0, 2.0], [0, 2]), ([4.0, 8.0], [2, 2])):
         obs = SampleObs(torch.arange(2), torch.tensor(domains), torch.tensor(losses), torch.tensor([5, 7]))
         sums.add(obs, batch_of(2), torch.tensor(0.5), None)
-    stats = sums.reduce(ALONE, grad_norm=1.0)
+    stats = sums.reduce(ALONE, grad_norm=1.0, weighed=False)
     assert stats.domain_loss.tolist() == [1.0, 0.0, 14.0]
     assert stats.domain_tokens.tolist() == [5.0, 0.0, 19.0]
     assert stats.domain_samples.tolist() == [1.0, 0.0, 3.0]
@@ -36,7 +36,7 @@ def test_weight_statistics_against_the_definition():
     for part in weights.split(2):
         obs = SampleObs(torch.arange(2), torch.zeros(2).long(), torch.ones(2), torch.ones(2).long())
         sums.add(obs, batch_of(2), torch.tensor(0.0), part)
-    found = sums.reduce(ALONE, 0.0).weights
+    found = sums.reduce(ALONE, 0.0, weighed=True).weights
     p = (weights / weights.sum()).tolist()
     assert found.entropy == pytest.approx(-sum(x * math.log(x) for x in p) / math.log(4), rel=1e-6)
     assert (found.minimum, found.maximum) == (pytest.approx(0.2), 2.0)

@@ -63,8 +63,8 @@ def our_trainer(keys: dict[str, Any], roles: dict[str, Any]) -> tuple[Any, Any]:
     """(trainer, state) ready to advance."""
     from dataflex_mega.config.split import split
     from dataflex_mega.lf.args import keys as lf_keys
-    from dataflex_mega.train import Build
     from dataflex_mega.types import TrainState
+    from dataflex_mega.wiring.run import Build
 
     ours = {"train_type": "dynamic", **roles} if roles else {"mixer": "static", "update_step": 1}
     built = Build(split({**keys, **ours, "tensorboard": False}, lf_keys()))

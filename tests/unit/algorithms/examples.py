@@ -30,7 +30,7 @@ def observed(losses: list[float] | torch.Tensor, tokens: int = 4) -> SampleObs:
 
 
 def stats(mean_losses: Mapping[int, float], domains: int = 3, tokens: float = 8.0) -> StepStats:
-    """A step in which only these domains had tokens."""
+    """A step in which only these domains had tokens; a quarter of each loss is beyond the reference."""
     counts = torch.tensor([tokens if d in mean_losses else 0.0 for d in range(domains)], dtype=torch.float64)
     sums = torch.tensor([mean_losses.get(d, 0.0) * tokens for d in range(domains)], dtype=torch.float64)
     return StepStats(
@@ -40,6 +40,7 @@ def stats(mean_losses: Mapping[int, float], domains: int = 3, tokens: float = 8.
         domain_tokens=counts,
         domain_samples=counts / 4,
         tokens=int(counts.sum()),
+        domain_excess=sums / 4,
     )
 
 

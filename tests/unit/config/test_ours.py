@@ -39,7 +39,7 @@ def test_every_key_is_documented():
 
 
 def test_every_key_is_classed_by_what_it_does_in_static_training():
-    always = {"train_type", "components_cfg_file", "engine", "callbacks"}
+    always = {"train_type", "components_cfg_file", "engine", "callbacks", "corpus_dir", "eval_corpus_dir"}
     assert {f.name for f in fields(RunArguments)} == {*ROLE_KEYS, *ENGINE_OPTIONS, *always}
 
 

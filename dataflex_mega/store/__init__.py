@@ -1,0 +1,1 @@
+"""What is computed once and read many times, on disk."""

@@ -1,0 +1,38 @@
+"""What a run needs of an engine before and around training: processes, model, optimizer."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from dataflex_mega.config.split import RunConfig
+from dataflex_mega.distributed.mesh import Mesh
+
+
+class Backend(Protocol):
+    """Made from the configuration alone, which it checks; then it joins the processes; then it builds the model."""
+
+    mesh: Mesh  # from `start` on
+    notes: tuple[str, ...]  # what the user should be told, from `start` on
+
+    def start(self, args: Any) -> None:
+        """Join the processes. `args`: what lf.args.parse returned. Raises ConfigError."""
+        ...
+
+    def engine(self, tokenizer: Any, domains: int, steps: int) -> Any:
+        """The engine for a run of `steps` optimizer steps over `domains` domains."""
+        ...
+
+    def gradient_scorer(self, engine: Any, adam: bool) -> Any:
+        """See signals.scorer.GradientScorer. Raises ConfigError where the engine cannot do it."""
+        ...
+
+
+def backend_of(config: RunConfig) -> Backend:
+    """The backend of the run's engine. Raises ConfigError for a layout that cannot be, before any process is joined."""
+    if config.engine == "megatron":
+        from dataflex_mega.wiring.megatron import MegatronBackend
+
+        return MegatronBackend(config)
+    from dataflex_mega.wiring.fsdp import FSDPBackend
+
+    return FSDPBackend(config)

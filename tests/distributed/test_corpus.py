@@ -1,0 +1,99 @@
+"""Whole runs on .bin/.idx files: the same losses on one and two processes, and the same as LLaMA-Factory's own rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dataflex_mega.corpus import command
+from tests.support import corpus, runs
+
+pytest.importorskip("megatron.core")
+MIX = {"mixer": {"name": "odm", "reward_scale": 5.0}, "warmup_step": 1, "update_step": 2, "update_times": -1}
+EVAL = {"eval_strategy": "steps", "eval_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The three domains as datasets and as a corpus, and two of them as an evaluation corpus."""
+    made = corpus.write(tmp_path_factory.mktemp("corpus-runs"))
+    common = ["--dataset-dir", str(made / "data"), "--tokenizer", str(made / "model")]
+    for name, domains in (("train", "code,prose,tables"), ("held", "prose,tables")):
+        assert command.main(["--dataset", domains, *common, "--output", str(made / name)]) == 0
+    return made
+
+
+def config(folder, name, **keys):
+    """A run on the corpus."""
+    own = {"dataset": None, "dataset_dir": None, "corpus_dir": str(folder / "train"), **MIX}
+    return runs.base(folder, output_dir=str(folder / name), **{**own, **keys})
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    held = {"eval_corpus_dir": str(folder / "held"), **EVAL}
+    natural = {"mixer": "static", "mixture_sample_rule": "stratified", "warmup_step": None, "update_times": None}
+    alone = {
+        "one": config(folder, "one", **held),
+        "natural": config(folder, "natural", **natural, update_step=None, max_steps=40),
+        "datasets": runs.base(folder, output_dir=str(folder / "datasets"), **MIX),
+        "other order": config(folder, "other", dataset="tables,code", eval_dataset="prose", **held),
+    }
+    both = {"two": config(folder, "two", per_device_train_batch_size=4, **held)}
+    for world, made in ((1, alone), (2, both)):
+        for name, (status, heard) in zip(made, runs.train_many(world, list(made.values())), strict=True):
+            assert status == 0, f"{name}: {heard}"
+    return {**alone, **both}
+
+
+def losses(config):
+    return [row["loss"] for row in runs.rows(config) if "loss" in row]
+
+
+def evaluations(config):
+    """The losses of each evaluation."""
+    history = json.loads((Path(config["output_dir"]) / "trainer_state.json").read_text())["log_history"]
+    found = [{key: value for key, value in row.items() if key.startswith("eval_")} for row in history]
+    return [{k: v for k, v in row.items() if k.endswith("_loss")} for row in found if row]
+
+
+def test_one_and_two_processes_have_the_same_losses_mixtures_and_draws(finished):
+    one, two = (runs.rows(finished[name]) for name in ("one", "two"))
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert a["drawn"] == b["drawn"] and a["tokens"] == b["tokens"]
+        assert a["proportions"] == pytest.approx(b["proportions"], rel=1e-5)
+    assert losses(finished["one"]) == pytest.approx(losses(finished["two"]), rel=1e-5)
+    assert len(losses(finished["one"])) == 6
+
+
+def test_the_rows_are_those_of_llamafactorys_packed_pre_training(finished):
+    """Each domain has fewer documents than the batch in which LLaMA-Factory joins texts, so its rows are these windows."""
+    assert losses(finished["one"]) == pytest.approx(losses(finished["datasets"]), rel=1e-6)
+
+
+def test_each_domain_of_the_evaluation_corpus_has_its_loss(finished):
+    one, two, picked = (evaluations(finished[name]) for name in ("one", "two", "other order"))
+    assert [set(row) for row in one] == [{"eval_prose_loss", "eval_tables_loss"}] * 2
+    assert [set(row) for row in picked] == [{"eval_prose_loss"}] * 2
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    assert list(runs.rows(finished["other order"])[0]["proportions"]) == ["tables", "code"]
+
+
+def test_natural_proportions_are_those_of_the_tokens(finished, folder):
+    manifest = json.loads((folder / "train" / "manifest.json").read_text())
+    last = runs.rows(finished["natural"])[-1]["proportions"]
+    for domain in manifest["domains"]:
+        assert last[domain["name"]] == pytest.approx(domain["proportion"], abs=2e-3)
+
+
+def test_a_corpus_of_another_tokenizer_and_a_window_too_long_are_refused(folder, tmp_path):
+    other = corpus.write(tmp_path / "other", vocab=300)
+    cases = {
+        "was tokenized with another tokenizer": config(folder, "bad", model_name_or_path=str(other / "model")),
+        "a window of cutoff_len has 10000000": config(folder, "bad", cutoff_len=10_000_000),
+    }
+    found = runs.train_many(1, list(cases.values()), plain=True)
+    for words, (status, heard) in zip(cases, found, strict=True):
+        assert status == 2 and words in heard
