@@ -91,7 +91,13 @@ class RunArguments:
         default=None, metadata={"help": "one whose domains are evaluation sets; `eval_dataset` names some, all without"}
     )
     engine: Literal["auto", "fsdp", "megatron"] = field(
-        default="auto", metadata={"help": "what trains; `megatron` is not available yet"}
+        default="auto",
+        metadata={
+            "help": (
+                "what trains: `fsdp` Hugging Face models, `megatron` models of megatron-core. `auto`: `megatron` when one of "
+                "its keys or USE_MCA=1 asks for it, else `fsdp`"
+            )
+        },
     )
     selector: str | dict[str, Any] | None = field(
         default=None, metadata={"help": "chooses samples: a name, or `name` with parameters"}

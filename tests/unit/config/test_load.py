@@ -27,29 +27,29 @@ def fails(*args, **kwargs):
 def test_yaml_and_json_of_the_same_keys_load_alike(write):
     keys = {"learning_rate": 0.001, "dataset": ["a", "b"], "mixer": {"name": "odm", "alpha": 0.8}, "bf16": True}
     text = "learning_rate: 1e-3\ndataset: [a, b]\nmixer: {name: odm, alpha: 0.8}\nbf16: yes\n"
-    assert load(write(text), environment={}) == keys
-    assert load(write(json.dumps(keys), "run.json"), environment={}) == keys
-    assert load(write(text, "run.yml"), environment={}) == keys
+    assert load(write(text)) == keys
+    assert load(write(json.dumps(keys), "run.json")) == keys
+    assert load(write(text, "run.yml")) == keys
 
 
 def test_a_number_in_scientific_notation_is_a_number(write):
-    assert load(write("a: 1e-3\nb: 5e4"), environment={}) == {"a": 0.001, "b": 50000.0}
+    assert load(write("a: 1e-3\nb: 5e4")) == {"a": 0.001, "b": 50000.0}
 
 
 def test_interpolations_are_resolved_after_overrides(write, monkeypatch):
     monkeypatch.setenv("DATAFLEX_TEST_ROOT", "/data")
     path = write("base: one\noutput_dir: ${oc.env:DATAFLEX_TEST_ROOT}/${base}\n")
-    assert load(path, ["base=two"], environment={})["output_dir"] == "/data/two"
+    assert load(path, ["base=two"])["output_dir"] == "/data/two"
 
 
 @pytest.mark.parametrize("key", ["eval_strategy", "save_strategy", "logging_strategy", "evaluation_strategy"])
 def test_a_strategy_of_no_stays_no(write, key):
-    assert load(write(f"{key}: no"), environment={})[key] == "no"
-    assert load(write("a: 1"), [f"{key}=no"], environment={})[key] == "no"
+    assert load(write(f"{key}: no"))[key] == "no"
+    assert load(write("a: 1"), [f"{key}=no"])[key] == "no"
 
 
 def test_no_stays_false_for_other_keys(write):
-    assert load(write("bf16: no"), environment={})["bf16"] is False
+    assert load(write("bf16: no"))["bf16"] is False
 
 
 @pytest.mark.parametrize(
@@ -74,19 +74,19 @@ def test_no_stays_false_for_other_keys(write):
     ],
 )  # fmt: skip
 def test_overrides(write, base, override, key, expected):
-    assert load(write(base), [override], environment={})[key] == expected
+    assert load(write(base), [override])[key] == expected
 
 
 def test_later_overrides_win_and_build_on_earlier_ones(write):
     path = write("mixer: random")
-    assert load(path, ["mixer=odm", "mixer.alpha=0.5"], environment={})["mixer"] == {"name": "odm", "alpha": 0.5}
+    assert load(path, ["mixer=odm", "mixer.alpha=0.5"])["mixer"] == {"name": "odm", "alpha": 0.5}
 
 
 @pytest.mark.parametrize(
     "override", ["learning_rate", "--learning_rate=1", "=3", "mixer.=3", ".alpha=1", "--learning_rate", ""]
 )
 def test_an_override_that_is_not_key_value_is_an_error(write, override):
-    message = fails(write("a: 1"), [override], environment={})
+    message = fails(write("a: 1"), [override])
     assert repr(override) in message
     assert "expected key=value" in message
 
@@ -145,26 +145,10 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
     ],
 )
 def test_files_that_cannot_be_read_as_keys_and_values(write, text, name, parts):
-    message = fails(write(text, name), environment={})
+    message = fails(write(text, name))
     for part in parts:
         assert part in message
 
 
 def test_an_interpolation_is_left_alone_when_only_read(write):
     assert read_mapping(write("a: ${b}\nb: 1")) == {"a": "${b}", "b": 1}
-
-
-@pytest.mark.parametrize("variable", ["USE_MCA", "USE_MEGATRON_BRIDGE"])
-@pytest.mark.parametrize("value", ["1", "true", "Y"])
-def test_asking_for_megatron_by_environment_is_refused_by_the_variable_name(write, variable, value):
-    message = fails(write("a: 1"), environment={variable: value})
-    assert message.startswith(f"{variable}={value} needs the Megatron engine")
-
-
-def test_the_environment_of_the_process_counts(write, monkeypatch):
-    monkeypatch.setenv("USE_MCA", "1")
-    assert fails(write("a: 1")).startswith("USE_MCA=1")
-
-
-def test_a_variable_that_is_off_changes_nothing(write):
-    assert load(write("a: 1"), environment={"USE_MCA": "0", "USE_MEGATRON_BRIDGE": "false"}) == {"a": 1}

@@ -2,7 +2,14 @@ from dataclasses import fields
 
 import pytest
 
-from dataflex_mega.config.megatron import MegatronArguments, engine_of_environment, parse, resolve_engine
+from dataflex_mega.config.megatron import (
+    MegatronArguments,
+    as_lf_keys,
+    asking,
+    engine_of_environment,
+    parse,
+    resolve_engine,
+)
 from dataflex_mega.errors import ConfigError
 
 
@@ -30,11 +37,36 @@ def test_every_default_passes_its_own_check():
         ("moe_aux_loss_coeff", 0.01),
     ],
 )
-def test_a_key_that_asks_for_megatron_is_refused_by_name(key, value):
-    with pytest.raises(
-        ConfigError, match=f"^{key}: .* needs the Megatron engine, which this version does not have yet"
-    ):
-        parse({key: value})
+def test_a_key_of_megatrons_asks_for_its_engine(key, value):
+    keys = asking(parse({key: value}))
+    assert keys == [key]
+    assert resolve_engine("auto", keys, None) == resolve_engine("megatron", keys, None) == "megatron"
+    with pytest.raises(ConfigError, match=f"^engine: fsdp, but {key} is a key of the Megatron engine"):
+        resolve_engine("fsdp", keys, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mtp_num_layers": 1}, "mtp_num_layers: 1 is not there"),
+        ({"save_merged_model": True}, "save_merged_model: True is not there; LoRA is there with engine: fsdp"),
+        ({"ckpt_format": "legacy"}, "ckpt_format: legacy cannot be read on another layout; use torch_dist"),
+        ({"overlap_param_gather": True, "use_distributed_optimizer": False}, "overlap_param_gather: needs use_distr"),
+        ({"mixed_precision": "bf16_mixd"}, "mixed_precision: expected one of bf16_mixed"),
+    ],
+)
+def test_what_the_engine_does_not_do_is_refused_by_name(given, message):
+    with pytest.raises(ConfigError) as caught:
+        parse(given)
+    assert str(caught.value).startswith(message)
+
+
+def test_megatrons_words_for_llamafactorys_keys():
+    assert as_lf_keys(parse({"mixed_precision": "bf16_mixed", "sequence_packing": True}), {}) == {
+        "packing": True, "bf16": True
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="^bf16: False, but Megatron's keys say True"):
+        as_lf_keys(parse({"mixed_precision": "bf16_mixed"}), {"bf16": False})
 
 
 @pytest.mark.parametrize(
@@ -58,14 +90,19 @@ def test_every_key_is_documented():
         assert f.metadata["help"], f.name
 
 
+def test_neutral_values_ask_for_nothing():
+    assert asking(parse({"tensor_model_parallel_size": 1, "ckpt_format": "torch_dist"})) == []
+
+
 def test_the_engine_is_fsdp_unless_megatron_is_asked_for():
-    assert resolve_engine("auto", {}) == resolve_engine("fsdp", {"USE_MCA": "0"}) == "fsdp"
-    with pytest.raises(ConfigError, match="^engine: megatron needs the Megatron engine"):
-        resolve_engine("megatron", {})
-    with pytest.raises(ConfigError, match="^USE_MEGATRON_BRIDGE=1 needs"):
-        resolve_engine("fsdp", {"USE_MEGATRON_BRIDGE": "1"})
+    assert resolve_engine("auto", [], None) == resolve_engine("fsdp", [], None) == "fsdp"
+    assert resolve_engine("megatron", [], None) == resolve_engine("auto", [], "USE_MCA") == "megatron"
+    with pytest.raises(ConfigError, match="^engine: fsdp, but USE_MEGATRON_BRIDGE=1 asks for the Megatron engine"):
+        resolve_engine("fsdp", [], "USE_MEGATRON_BRIDGE")
 
 
-def test_which_variable_asks():
-    assert engine_of_environment({"USE_MCA": "y"}) == ("USE_MCA", "megatron")
-    assert engine_of_environment({"USE_MCA": "no"}) is None
+@pytest.mark.parametrize("value", ["1", "true", "Y", "y"])
+def test_which_variable_asks(value):
+    assert engine_of_environment({"USE_MCA": value}) == "USE_MCA"
+    assert engine_of_environment({"USE_MCA": "0", "USE_MEGATRON_BRIDGE": value}) == "USE_MEGATRON_BRIDGE"
+    assert engine_of_environment({"USE_MCA": "no", "USE_MEGATRON_BRIDGE": "false"}) is None

@@ -82,11 +82,12 @@ def test_notes_of_our_keys_come_with_those_of_old_ones(lf_keys):
     assert notes == ["no_cuda is now use_cpu: True", "static training does not use warmup_step"]
 
 
-def test_megatron_is_refused_by_name(lf_keys):
-    assert fails({"engine": "megatron"}, lf_keys).startswith("engine: megatron needs the Megatron engine")
-    assert fails({"tensor_model_parallel_size": 2}, lf_keys).startswith(
-        "tensor_model_parallel_size: 2 needs the Megatron"
-    )
+def test_who_asks_for_megatron(lf_keys):
+    assert split({"mixer": "odm", "update_step": 1}, lf_keys).engine == "fsdp"
+    assert split({"engine": "megatron"}, lf_keys).engine == "megatron"
+    assert split({"tensor_model_parallel_size": 2}, lf_keys).engine == "megatron"
+    assert split({"stage": "pt"}, lf_keys, "USE_MCA").engine == "megatron"
+    assert fails({"engine": "fsdp", "tensor_model_parallel_size": 2}, lf_keys).startswith("engine: fsdp, but tensor_")
 
 
 def test_the_identity_of_a_run_does_not_depend_on_spelling(lf_keys):
