@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -23,10 +22,10 @@ import numpy as np
 import torch
 
 from dataflex_mega.errors import CheckpointError
+from dataflex_mega.store.files import MANIFEST, differences, read_json, write_beside
 
 VERSION = 1
 BLOCK = 256  # samples
-MANIFEST = "manifest.json"
 DIGEST = hashlib.sha256().digest_size
 OPEN_BLOCKS = 512  # memory maps kept
 
@@ -87,7 +86,7 @@ class ReferenceCache:
         else:
             values = flat.numpy().astype("<f4")
         content = begins.tobytes() + values.tobytes()
-        _write(self.path(block), content + hashlib.sha256(content).digest())
+        write_beside(self.path(block), content + hashlib.sha256(content).digest())
 
     def finish(self) -> None:
         """Enter the checksums of all blocks; one process calls it, after all have written."""
@@ -99,7 +98,7 @@ class ReferenceCache:
 
     def _write_manifest(self, blocks: list[str] | None) -> None:
         content = {"version": VERSION, "identity": self.identity, "blocks": blocks}
-        _write(self.folder / MANIFEST, json.dumps(content, indent=1).encode())
+        write_beside(self.folder / MANIFEST, json.dumps(content, indent=1).encode())
 
     def _checksum(self, block: int) -> str | None:
         """The checksum that a block ends in, when it is right."""
@@ -160,39 +159,15 @@ class ReferenceCache:
 
     def _read_manifest(self) -> dict[str, Any] | None:
         """The manifest when there is one. Raises CheckpointError when it belongs to something else."""
-        path = self.folder / MANIFEST
-        if not path.is_file():
+        found = read_json(self.folder / MANIFEST, "reference_cache", VERSION)
+        if found is None:
             return None
-        try:
-            found = json.loads(path.read_text())
-            version, theirs, _ = found["version"], found["identity"], found["blocks"]
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"reference_cache: {path} cannot be read: {error}") from error
-        if version != VERSION:
-            raise CheckpointError(f"reference_cache: {path} has version {version}, this program reads {VERSION}")
-        mine = json.loads(json.dumps(self.identity))
-        other = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
+        other = differences(found["identity"], self.identity)
         if other:
-            listed = "; ".join(f"{name}: {theirs.get(name)} there, {mine.get(name)} here" for name in other)
             raise CheckpointError(
-                f"reference_cache: {self.folder} belongs to something else ({listed}); name another folder or remove it"
+                f"reference_cache: {self.folder} belongs to something else ({other}); name another folder or remove it"
             )
         return found
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Beside, to disk, renamed in."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def model_fingerprint(folder: Path) -> str:

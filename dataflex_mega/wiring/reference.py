@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.errors import CheckpointError, ConfigError, UserError
-from dataflex_mega.store.reference import MANIFEST, ReferenceCache, model_fingerprint
+from dataflex_mega.store.files import MANIFEST
+from dataflex_mega.store.reference import ReferenceCache, model_fingerprint
 from dataflex_mega.types import Batch, NeedsReference
 
 if TYPE_CHECKING:

@@ -1,0 +1,83 @@
+"""Scores from a store against NumPy's, whatever the number of ranks; the best of all ranks from the best of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dataflex_mega.store import build, search
+from dataflex_mega.store.gradients import GradientStore
+from dataflex_mega.store.layout import StoreLayout
+
+LAYOUT = StoreLayout(samples=75, width=12, shards=2, block=8)
+
+
+class Pretend:
+    """Ranks one after the other: gathering returns what the others were told to send."""
+
+    def __init__(self, parts: list[Tensor]) -> None:
+        self.parts = parts
+
+    def gather_uneven(self, rows: Tensor, counts: list[int]) -> Tensor:
+        assert [len(part) for part in self.parts] == counts
+        assert any(torch.allclose(part, rows, equal_nan=True) for part in self.parts)
+        return torch.cat(self.parts)
+
+
+class Recording:
+    """Keeps what a rank sends."""
+
+    def gather_uneven(self, rows: Tensor, counts: list[int]) -> Tensor:
+        self.sent = rows
+        return rows
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> GradientStore:
+    made = build.begin(tmp_path, {}, LAYOUT)
+    torch.manual_seed(0)
+    for shard in range(2):
+        writer = build.ShardWriter(tmp_path, made, shard)
+        for block in writer.missing:
+            values = torch.randn(len(made.samples_of(block)), 12)
+            values[0] = 0 if block == 3 else values[0]
+            writer.write(values)
+        writer.close()
+    build.finish(tmp_path, {}, made)
+    return GradientStore(tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 11])
+def test_scores_are_numpys_cosines_on_any_number_of_ranks(store: GradientStore, ranks: int) -> None:
+    directions = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
+    parts = [search.products(store, directions, rank, ranks) for rank in range(ranks)]
+    assert [len(norm2) for _, norm2 in parts] == search.shares(store, ranks)
+    found = torch.cat([search.cosines(*part) for part in parts]).numpy()
+    every = store.fetch(np.arange(75)).double().numpy()
+    length = np.linalg.norm(every, axis=1)
+    cosine = (every @ directions.double().numpy().T).max(axis=1) / np.where(length > 0, length, 1)
+    np.testing.assert_allclose(found, cosine, rtol=1e-5, atol=1e-6)
+    assert found[24] == 0 and np.isfinite(found).all(), "a row of zeros"
+
+
+@pytest.mark.parametrize("count", [1, 7, 75, 200])
+def test_top_k_of_all_ranks_is_top_k_of_everything(count: int) -> None:
+    rng = np.random.default_rng(3)
+    scores = torch.from_numpy(rng.integers(0, 9, 75).astype(np.float32))  # many ties
+    scores[5] = float("nan")
+    cuts = [range(0, 31), range(31, 31), range(31, 40), range(40, 75)]
+    sent = []
+    for cut in cuts:
+        recording = Recording()
+        search.top_k(scores[cut.start : cut.stop], cut.start, count, recording, 4)
+        sent.append(recording.sent)
+        assert recording.sent.numel() * recording.sent.element_size() == 16 * count
+    values = [-np.inf if np.isnan(x) else x for x in scores.tolist()]
+    expected = sorted(range(75), key=lambda i: (-values[i], i))[:count]
+    for cut in cuts:
+        ids, best = search.top_k(scores[cut.start : cut.stop], cut.start, count, Pretend(sent), 4)
+        assert ids.tolist() == expected and best.tolist() == [values[i] for i in expected]
