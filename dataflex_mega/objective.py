@@ -22,9 +22,18 @@ Normalization = Literal["token", "sample"]
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """[b, S, V] logits, [b, S] shifted labels -> [b, S] float32 cross-entropy, 0 where there is no target."""
-    flat = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
-    return flat.view_as(labels)
+    """[b, S, V] logits, [b, S] shifted labels -> [b, S] cross-entropy, 0 where there is no target; float32, or float64 as
+    the logits are."""
+    flat = logits.flatten(0, 1)
+    flat = flat if flat.dtype == torch.float64 else flat.float()
+    return F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="none").view_as(labels)
+
+
+def mean_weights(weights: Tensor, batch: Batch) -> Tensor:
+    """[n] weights of samples -> [b, S] weights of tokens: with them, the sum of the token losses is the weighted sum of the
+    samples' mean token losses."""
+    tokens = sample_sums((batch.labels != IGNORED).long(), batch).clamp(min=1)
+    return torch.where(batch.segment >= 0, (weights / tokens)[batch.segment.clamp(min=0)], 0.0)
 
 
 def sample_sums(values: Tensor, batch: Batch) -> Tensor:

@@ -10,17 +10,21 @@ products and squared norm to the sample's. Weight gradients are never computed: 
 gradient of the embeddings' output.
 
 Counted are the weights of linear layers that train, LoRA's included. Embeddings, norms and biases are left out, as usual
-for gradient-based selection; a weight tied to the embedding counts by its use as output layer.
+for gradient-based selection; a weight tied to the embedding counts by its use as output layer alone, in candidates as in
+targets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dataflex_mega.errors import TrainingFault
 
 TILE = 1 << 18  # elements of a gradient tile: 1 MB of float32, which stays in a core's cache
 
@@ -39,17 +43,35 @@ class Adam:
     betas: tuple[float, float]
     eps: float
 
-    def rows(self, rows: slice) -> Adam:
-        """The same for some rows of the weight."""
-        return Adam(self.first[rows], self.second[rows], self.step, self.betas, self.eps)
-
-    def update(self, gradient: Tensor) -> Tensor:
-        """[n, rows, d_in] gradients -> updates of the same shape."""
+    def rows(self, rows: slice) -> Tile:
+        """What the update of some rows of the weight needs, once for all samples."""
         b1, b2 = self.betas
         t = self.step + 1
-        scale = (1 - b2**t) ** 0.5  # sqrt(v'/c) = sqrt(v')/sqrt(c), folded into the constants below
-        root = torch.addcmul(b2 * self.second, gradient, gradient, value=1 - b2).sqrt_().div_(scale).add_(self.eps)
-        return torch.add(b1 * self.first, gradient, alpha=1 - b1).div_(root).div_(1 - b1**t)
+        scale = (1 - b2**t) ** 0.5  # with c = 1 - b1^t the update is (scale / c) m' / (sqrt(v') + scale eps)
+        factor = scale / (1 - b1**t)
+        return Tile(
+            self.first[rows] * (b1 * factor), self.second[rows] * b2, (1 - b1) * factor, 1 - b2, scale * self.eps
+        )
+
+    def update(self, gradient: Tensor) -> Tensor:
+        """[..., d_out, d_in] gradients -> updates of the same shape."""
+        return self.rows(slice(None)).update(gradient)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """update = (first + gain g) / (sqrt(second + share g^2) + floor)."""
+
+    first: Tensor
+    second: Tensor
+    gain: float
+    share: float
+    floor: float
+
+    def update(self, gradient: Tensor) -> Tensor:
+        """Gradients that broadcast with the moments -> updates."""
+        root = torch.addcmul(self.second, gradient, gradient, value=self.share).sqrt_().add_(self.floor)
+        return torch.add(self.first, gradient, alpha=self.gain).div_(root)
 
 
 @dataclass
@@ -64,13 +86,51 @@ class Layer:
 class Sums:
     """Per sample of a batch, over all layers seen so far."""
 
-    dot: Tensor  # [n, S] float32
-    norm2: Tensor  # [n] float32
+    dot: Tensor  # [n, S]
+    norm2: Tensor  # [n]
+
+    @staticmethod
+    def zeros(samples: int, directions: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Sums:
+        """Nothing seen yet."""
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        return Sums(torch.zeros(samples, directions, **options), torch.zeros(samples, **options))
 
 
-def add_layer(sums: Sums, layer: Layer, inputs: Tensor, grads: Tensor) -> None:
-    """Add one layer's part: [n, T, d_in] inputs, [n, T, d_out] gradients of its outputs, one sample a row."""
-    inputs, grads = inputs.flatten(1, -2).float(), grads.flatten(1, -2).float()
+@dataclass(frozen=True)
+class Span:
+    """Positions start..stop-1 of a row belong to a sample."""
+
+    sample: int
+    row: int
+    start: int
+    stop: int
+
+
+def spans(segment: Tensor) -> list[Span]:
+    """[b, S] index of the sample at each position, -1 on padding -> one span for each run of a sample."""
+    found = []
+    for row, values in enumerate(segment.cpu()):
+        kept, lengths = torch.unique_consecutive(values, return_counts=True)
+        stops = lengths.cumsum(0).tolist()
+        for sample, stop, length in zip(kept.tolist(), stops, lengths.tolist(), strict=True):
+            if sample >= 0:
+                found.append(Span(sample, row, stop - length, stop))
+    return found
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In the precision of sums: float32, or float64 where that is what the model computes in."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def add_layer(sums: Sums, layer: Layer, inputs: Tensor, grads: Tensor, where: Sequence[Span] | None = None) -> None:
+    """Add one layer's part: [b, T, d_in] inputs, [b, T, d_out] gradients of its outputs.
+
+    `where`: the spans of samples, at most one a sample; without it every row is a sample of its own.
+    """
+    inputs, grads = wide(inputs), wide(grads)
+    if where is None:
+        where = [Span(row, row, 0, inputs.shape[1]) for row in range(len(inputs))]
     directions = layer.directions() if layer.directions is not None else None
     adam = layer.adam() if layer.adam is not None else None
     d_in, d_out = inputs.shape[-1], grads.shape[-1]
@@ -79,14 +139,15 @@ def add_layer(sums: Sums, layer: Layer, inputs: Tensor, grads: Tensor) -> None:
         part = slice(first, min(first + rows, d_out))
         here = None if directions is None else directions[:, part].flatten(1).t()  # [rows * d_in, S]
         moments = None if adam is None else adam.rows(part)
-        for sample in range(len(inputs)):
-            tile = torch.mm(grads[sample, :, part].t(), inputs[sample])  # [rows, d_in]
+        for span in where:
+            cut = slice(span.start, span.stop)
+            tile = torch.mm(grads[span.row, cut, part].t(), inputs[span.row, cut])  # [rows, d_in]
             if moments is not None:
                 tile = moments.update(tile)
             flat = tile.flatten()
-            sums.norm2[sample] += flat.dot(flat)
+            sums.norm2[span.sample] += flat.dot(flat)
             if here is not None:
-                sums.dot[sample] += flat @ here
+                sums.dot[span.sample] += flat @ here
 
 
 @dataclass
@@ -96,18 +157,26 @@ class Taps:
     modules: dict[str, nn.Linear]
     layers: dict[str, Layer]
     sums: Sums | None = field(default=None, init=False)
+    where: Sequence[Span] | None = field(default=None, init=False)
 
     @contextmanager
-    def listening(self, samples: int, directions: int, device: torch.device) -> Iterator[Sums]:
-        """Collect over one forward and backward pass of a batch with one sample a row."""
-        self.sums = Sums(torch.zeros(samples, directions, device=device), torch.zeros(samples, device=device))
+    def listening(
+        self,
+        samples: int,
+        directions: int,
+        device: torch.device,
+        where: Sequence[Span] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Iterator[Sums]:
+        """Collect over one forward and backward pass of a batch; `where`: see `add_layer`."""
+        self.sums, self.where = Sums.zeros(samples, directions, device, dtype), where
         handles = [module.register_forward_hook(self._tap(name)) for name, module in self.modules.items()]
         try:
             yield self.sums
         finally:
             for handle in handles:
                 handle.remove()
-            self.sums = None
+            self.sums = self.where = None
 
     def _tap(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def after_forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -120,8 +189,12 @@ class Taps:
 
     def _add(self, name: str, inputs: Tensor, grad: Tensor) -> None:
         assert self.sums is not None
+        if inputs.dim() != 3:
+            raise TrainingFault(
+                f"gradient scores: the input of {name} has shape {tuple(inputs.shape)}, which does not tell samples apart"
+            )
         with torch.no_grad():
-            add_layer(self.sums, self.layers[name], inputs, grad.detach())
+            add_layer(self.sums, self.layers[name], inputs, grad.detach(), self.where)
 
 
 def trained_linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,27 +15,56 @@ from torch.distributed.fsdp import FSDPModule
 from dataflex_mega import objective
 from dataflex_mega.engines.fsdp.parallel import set_gradient_sync
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.signals.gradients import Adam, Layer, Taps, trained_linears
+from dataflex_mega.signals.gradients import Adam, Layer, Taps, spans, trained_linears, wide
 from dataflex_mega.types import Batch
 
 if TYPE_CHECKING:
     from dataflex_mega.engines.fsdp.engine import FSDPEngine
 
 ADAM_OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW)
+HELD = 4 << 30  # bytes that a rank keeps from one batch to the next, half for directions and half for moments
+
+
+@dataclass
+class Held:
+    """What has been gathered of layers, kept for later batches up to a number of bytes.
+
+    Every rank keeps the same layers, since all ask in one order for tensors of one size.
+    """
+
+    left: int
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    def get(self, name: str, gather: Callable[[str], Any], size: int) -> Any:
+        """`gather(name)`, or what it gave before. `size`: its bytes."""
+        if name in self.kept:
+            return self.kept[name]
+        found = gather(name)
+        if size <= self.left:
+            self.left -= size
+            self.kept[name] = found
+        return found
 
 
 @dataclass
 class Directions:
     """One direction a group of targets, laid out over ranks as the parameters are."""
 
-    by_layer: dict[str, list[Tensor]]  # layer -> S tensors like its weight (DTensors under FSDP2)
+    by_layer: dict[str, Sequence[Tensor] | Tensor]  # layer -> S tensors like its weight (DTensors under FSDP2)
+    held: Held = field(default_factory=lambda: Held(HELD // 2))
 
     def __len__(self) -> int:
         return len(next(iter(self.by_layer.values())))
 
     def of(self, name: str) -> Tensor:
         """[S, d_out, d_in], gathered for this layer alone."""
-        return torch.stack([whole(tensor).float() for tensor in self.by_layer[name]])
+        parts = self.by_layer[name]
+        if isinstance(parts, Tensor):
+            return wide(parts)
+        return self.held.get(name, self._gather, 4 * len(parts) * parts[0].numel())
+
+    def _gather(self, name: str) -> Tensor:
+        return torch.stack([wide(whole(tensor)) for tensor in self.by_layer[name]])
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -59,6 +89,7 @@ class GradientScorer:
             raise ConfigError("gradient scores need a linear layer that trains, and the model has none")
         # The optimizer's parameters. Inside a pass, FSDP2 shows a module its gathered weight instead.
         self.weights = {name: linear.weight for name, linear in self.linears.items()}
+        self.held = Held(HELD // 2)
 
     # -- directions ----------------------------------------------------------------------------------------------
 
@@ -75,34 +106,47 @@ class GradientScorer:
             self._backward(batches, [torch.where(n > 0, 1 / (n * count), 0.0) for n in lengths])
             for name, weight in self.weights.items():
                 assert weight.grad is not None
-                found[name].append(weight.grad.detach().clone())
+                found[name].append(weight.grad.detach())  # not copied: the buffer is given up below
             self.engine.optimizer.zero_grad(set_to_none=True)
-        return Directions(found)
+        return Directions({name: _joined(parts) for name, parts in found.items()})
 
     def _total(self, lengths: list[Tensor]) -> Tensor:
         local = torch.stack([(n > 0).sum() for n in lengths]).sum()
         return self.engine.collectives.sum(local).clamp(min=1)
 
     def _backward(self, batches: Sequence[Batch], weights: Sequence[Tensor]) -> None:
-        """Gradient of sum_v weight_v * (mean token loss of v) over all ranks, into the parameters' own buffers."""
-        engine = self.engine
-        engine.module.eval()
-        for number, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
-            set_gradient_sync(engine.module, last=number == len(batches) - 1)
-            batch = batch.to(engine.mesh.device)
-            means = self._means(batch)
-            ((means * weight).sum() * engine.mesh.dp_size).backward()  # the wrappers average over ranks
-        engine.module.train()
+        """Gradient of sum_v weight_v * (mean token loss of v) over all ranks, into the parameters' own buffers.
 
-    def _means(self, batch: Batch) -> Tensor:
-        """[n] differentiable mean token losses."""
-        sums = objective.sample_sums(self.engine.token_losses(batch), batch)
-        return sums / objective.observe(sums, batch).tokens.clamp(min=1)
+        What would reach the embeddings' weight is set to zero: where that is the output layer's weight too, the targets'
+        gradients are to count the same use of it as the candidates'.
+        """
+        engine = self.engine
+        with self._evaluating(_without_embeddings):
+            for number, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
+                set_gradient_sync(engine.module, last=number == len(batches) - 1)
+                loss = self._weighted(batch.to(engine.mesh.device), weight)
+                (loss * engine.mesh.dp_size).backward()  # the wrappers average over ranks
+
+    def _weighted(self, batch: Batch, weights: Tensor) -> Tensor:
+        """Weighted sum of the samples' mean token losses."""
+        return (self.engine.token_losses(batch) * objective.mean_weights(weights, batch)).sum()
+
+    @contextmanager
+    def _evaluating(self, at_embeddings: Any) -> Iterator[None]:
+        """Dropout off, and a hook on the embeddings' output."""
+        embeddings: nn.Module = self.engine.model.get_input_embeddings()
+        handle = embeddings.register_forward_hook(at_embeddings)
+        self.engine.module.eval()
+        try:
+            yield
+        finally:
+            handle.remove()
+            self.engine.module.train()
 
     # -- candidates ----------------------------------------------------------------------------------------------
 
     def score(self, batch: Batch, directions: Directions) -> tuple[Tensor, Tensor]:
-        """Unpacked batch of n samples -> ([n, S] inner products with each direction, [n] squared norms)."""
+        """A batch of n samples -> ([n, S] inner products with each direction, [n] squared norms)."""
         layers = {
             name: Layer(partial(directions.of, name), partial(self._moments, name) if self.adam else None)
             for name in self.linears
@@ -112,22 +156,23 @@ class GradientScorer:
     def _pass(self, taps: Taps, batch: Batch, count: int) -> tuple[Tensor, Tensor]:
         """Forward and activation gradients only: autograd is asked for the embeddings' gradient, never a weight's."""
         engine = self.engine
-        if batch.packed:
-            raise ValueError("gradient scores take one sample a row")
+        where = spans(batch.segment)
         batch = batch.to(engine.mesh.device)
+        samples = len(batch.sample_id)
+        dtype = torch.float64 if next(iter(self.weights.values())).dtype == torch.float64 else torch.float32
         first: list[Tensor] = []
-        embeddings: nn.Module = engine.model.get_input_embeddings()
-        handle = embeddings.register_forward_hook(lambda _m, _a, output: _entered(first, output))
-        engine.module.eval()
-        try:
-            with taps.listening(len(batch.sample_id), count, engine.mesh.device) as sums:
-                torch.autograd.grad(self._means(batch).sum(), first[:1])
-        finally:
-            handle.remove()
-            engine.module.train()
+        with (
+            self._evaluating(lambda _m, _a, output: _entered(first, output)),
+            taps.listening(samples, count, engine.mesh.device, where, dtype) as sums,
+        ):
+            ones = torch.ones(samples, device=engine.mesh.device, dtype=dtype)
+            torch.autograd.grad(self._weighted(batch, ones), first[:1])
         return sums.dot, sums.norm2
 
     def _moments(self, name: str) -> Adam:
+        return self.held.get(name, self._gather_moments, 8 * self.weights[name].numel())
+
+    def _gather_moments(self, name: str) -> Adam:
         """Adam's state of a weight, zero before the first step."""
         optimizer, weight = self.engine.optimizer, self.weights[name]
         group = next(g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
@@ -135,8 +180,21 @@ class GradientScorer:
         if not state:
             zeros = torch.zeros(weight.shape, device=self.engine.mesh.device)
             return Adam(zeros, zeros, 0, group["betas"], group["eps"])
-        first, second = whole(state["exp_avg"]).float(), whole(state["exp_avg_sq"]).float()
+        first, second = wide(whole(state["exp_avg"])), wide(whole(state["exp_avg_sq"]))
         return Adam(first, second, int(whole(torch.as_tensor(state["step"]))), group["betas"], group["eps"])
+
+
+def _joined(parts: list[Tensor]) -> Sequence[Tensor] | Tensor:
+    """S whole tensors as one [S, d_out, d_in]; sharded ones stay as they are."""
+    if hasattr(parts[0], "full_tensor"):
+        return parts
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+
+
+def _without_embeddings(_module: nn.Module, _args: Any, output: Tensor) -> None:
+    """Hook of the embeddings: nothing flows back into their weight."""
+    if output.requires_grad:  # it does not under LoRA
+        output.register_hook(torch.zeros_like)
 
 
 def _entered(first: list[Tensor], output: Any) -> Any:
