@@ -71,6 +71,15 @@ class NeedsReference:
     """Marks an algorithm that compares token losses with those of a reference model."""
 
 
+@dataclass(frozen=True)
+class FeatureSpec:
+    """Which projection makes features of gradients; see signals.projection."""
+
+    kind: Literal["two_sided", "dense"] = "two_sided"
+    size: int = 16  # two_sided: numbers a side of each layer; dense: numbers in all
+    seed: int = 0
+
+
 class StepWeighing(ABC):
     """A mixer whose domain weights of the loss change after every step, not only with the plan."""
 

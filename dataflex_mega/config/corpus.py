@@ -10,8 +10,8 @@ from dataflex_mega.data.manifest import CorpusDomain
 from dataflex_mega.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dataflex_mega.config.megatron import Engine
     from dataflex_mega.config.arguments import RunArguments
+    from dataflex_mega.config.megatron import Engine
 
 KEYS = ("corpus_dir", "eval_corpus_dir")
 FULL = "windows of a corpus are always full"

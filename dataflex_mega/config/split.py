@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dataflex_mega.config import corpus, legacy, megatron, ours
-from dataflex_mega.config.megatron import MegatronArguments
 from dataflex_mega.config.arguments import RunArguments
+from dataflex_mega.config.megatron import MegatronArguments
 from dataflex_mega.config.values import fit_loosely
 from dataflex_mega.errors import ConfigError, did_you_mean
 
