@@ -9,10 +9,10 @@ BIN := $(VENV)/bin
 OFFLINE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo-data demo test test-fast checks docs doctor clean
+.PHONY: help env demo-data demo-corpus demo test test-fast checks docs doctor clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env:  ## build or update the virtual environment (.venv)
 	@$(PYTHON) tools/setup_env.py --target $(VENV) --extras $(EXTRAS)
@@ -20,6 +20,14 @@ env:  ## build or update the virtual environment (.venv)
 demo-data: env  ## make the demo data and the tiny model (.demo)
 	@$(BIN)/python tools/demo_data.py --output .demo/data
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/tiny_model.py --data .demo/data --output .demo/model
+
+DOMAINS    := demo_c4,demo_wiki,demo_alpaca_text,demo_python
+VALIDATION := demo_c4_validation,demo_wiki_validation,demo_alpaca_text_validation,demo_python_validation
+
+demo-corpus: demo-data  ## make what examples/megatron needs: .bin/.idx files and a small mixture of experts (.demo)
+	@$(OFFLINE) $(BIN)/python tools/prepare_corpus.py --dataset $(DOMAINS) --dataset-dir .demo/data --tokenizer .demo/model --output .demo/corpus
+	@$(OFFLINE) $(BIN)/python tools/prepare_corpus.py --dataset $(VALIDATION) --dataset-dir .demo/data --tokenizer .demo/model --output .demo/corpus_validation
+	@OMP_NUM_THREADS=1 $(BIN)/python tools/tiny_model.py --data .demo/data --experts 4 --output .demo/moe
 
 demo: demo-data  ## train a small model on four domains with dynamic mixing, on two processes
 	$(OFFLINE) $(BIN)/torchrun --standalone --nproc_per_node $(RANKS) -m dataflex_mega.train examples/demo.yaml

@@ -1,4 +1,4 @@
-"""Make a random Llama and a byte-level BPE tokenizer trained on the demo data, in Hugging Face layout.
+"""Make a random Llama, or a Mixtral with `--experts`, and a byte-level BPE tokenizer trained on the demo data, in Hugging Face layout.
 
 The same text and options give the same files. For tests: `make_tokenizer` and `make_model` need no files at all.
 """
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from dataflex_mega.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, MixtralForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 END, PAD, START_TURN, END_TURN = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -29,7 +29,7 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Shape of the Llama. `intermediate` 0 means 8/3 of `hidden`, rounded up to a multiple of 32, as Llama does it."""
+    """Shape of the model. `intermediate` 0 means 8/3 of `hidden`, rounded up to a multiple of 32, as Llama does it."""
 
     hidden: int = 128
     layers: int = 4
@@ -40,6 +40,7 @@ class ModelOptions:
     context: int = 2048
     tie: bool = False  # whether the output layer shares the input embedding's weights
     seed: int = 0
+    experts: int = 0  # of each layer, two chosen for a token; 0 is a dense Llama
 
     def check(self) -> None:
         """Raises ConfigError naming the first option that cannot be."""
@@ -50,6 +51,8 @@ class ModelOptions:
             raise ConfigError(f"--hidden {self.hidden}: must be a multiple of 2 x heads = {2 * self.heads}")
         if self.heads % self.kv_heads:
             raise ConfigError(f"--kv-heads {self.kv_heads}: must divide heads = {self.heads}")
+        if self.experts == 1 or self.experts < 0:
+            raise ConfigError(f"--experts {self.experts}: must be at least 2, or 0 for none")
         if self.vocab < SMALLEST_VOCAB:
             raise ConfigError(f"--vocab {self.vocab}: must be at least {SMALLEST_VOCAB} (256 bytes, special tokens)")
 
@@ -84,31 +87,33 @@ def make_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(options: ModelOptions) -> LlamaForCausalLM:
-    """A Llama with random float32 weights drawn from `seed`; the caller's random state is left as it was."""
+def make_model(options: ModelOptions) -> LlamaForCausalLM | MixtralForCausalLM:
+    """A model with random float32 weights drawn from `seed`; the caller's random state is left as it was."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
     options.check()
-    config = LlamaConfig(
-        vocab_size=options.vocab,
-        hidden_size=options.hidden,
-        intermediate_size=options.intermediate or -(-options.hidden * 8 // 3 // 32) * 32,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads,
-        max_position_embeddings=options.context,
-        tie_word_embeddings=options.tie,
-        bos_token_id=None,
-        eos_token_id=SPECIAL.index(END),
-        pad_token_id=SPECIAL.index(PAD),
-    )
+    sizes = {
+        "vocab_size": options.vocab,
+        "hidden_size": options.hidden,
+        "intermediate_size": options.intermediate or -(-options.hidden * 8 // 3 // 32) * 32,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": options.heads,
+        "num_key_value_heads": options.kv_heads,
+        "max_position_embeddings": options.context,
+        "tie_word_embeddings": options.tie,
+        "bos_token_id": None,
+        "eos_token_id": SPECIAL.index(END),
+        "pad_token_id": SPECIAL.index(PAD),
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        return LlamaForCausalLM(config)
+        if options.experts:
+            return MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=options.experts))
+        return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
+def save(model: LlamaForCausalLM | MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
     """Write both in Hugging Face layout into `output`. Raises ConfigError when a token would have no embedding."""
     if len(tokenizer) > model.config.vocab_size:
         raise ConfigError(f"tokenizer has {len(tokenizer)} tokens, the model's vocabulary is {model.config.vocab_size}")
@@ -175,6 +180,7 @@ def parse(argv: list[str] | None) -> tuple[Path, Path, ModelOptions]:
         "intermediate": "width of the feed-forward layer; 0: 8/3 of hidden",
         "context": "longest sequence, in tokens",
         "seed": "of the random weights",
+        "experts": "experts of each layer, two chosen for a token; 0: a dense Llama",
     }.items():
         value = getattr(default, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"{what} ({value})")

@@ -51,9 +51,9 @@ class MegatronArguments:
         default=None, metadata={"help": "what is computed again in backward"}
     )
     recompute_method: Literal["uniform", "block"] | None = field(
-        default=None, metadata={"help": "how recomputed layers are grouped"}
+        default=None, metadata={"help": "how recomputed layers are grouped; None: `uniform` with `full`"}
     )
-    recompute_num_layers: int | None = field(default=None, metadata={"help": "layers of a group"})
+    recompute_num_layers: int | None = field(default=None, metadata={"help": "layers of a group; None: 1 with `full`"})
     recompute_modules: list[str] | None = field(
         default=None, metadata={"help": "modules that selective recomputation covers"}
     )

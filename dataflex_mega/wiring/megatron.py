@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,8 @@ from dataflex_mega.engines.megatron import cpu, layout, shape, version
 from dataflex_mega.engines.options import Options
 from dataflex_mega.errors import ConfigError
 
+VOCAB_MULTIPLE = 128  # the padded vocabulary is the same for all usual tensor sizes, so that checkpoints may move
+
 
 class MegatronBackend:
     """Implements wiring.backend.Backend."""
@@ -22,7 +25,7 @@ class MegatronBackend:
         version.check()
         self.config, self.ours, self.keys = config, config.ours, config.megatron
         self.layout = layout.read_layout(self.keys, int(os.environ.get("WORLD_SIZE", "1")))
-        self.shape = shape.Shape.of(_hf_config(config.lf), self.layout.tensor)
+        self.shape = shape.Shape.of(_hf_config(config.lf), math.lcm(VOCAB_MULTIPLE, self.layout.tensor))
         accumulation = int(config.lf.get("gradient_accumulation_steps") or 1)
         length = int(config.lf.get("cutoff_len") or 0)
         layout.check(self.layout, self.shape, self.keys, accumulation, length)
@@ -75,12 +78,12 @@ class MegatronBackend:
         )
         with cpu.redirected():
             chunks = chunks_of(self.shape, self.settings, self.args.training.seed)
-            self._fill(chunks)
+            self.fill(chunks)
             schedule = partial(build_scheduler, self.args, steps=steps)
             rows = self.args.training.per_device_train_batch_size
             return assemble(chunks, self.settings, self.layout, self.mesh, options, schedule, rows, self._writer())
 
-    def _fill(self, chunks: list[Any]) -> None:
+    def fill(self, chunks: list[Any]) -> None:
         """Weights from a Megatron checkpoint, from names and a seed, or from the Hugging Face folder."""
         from dataflex_mega.engines.megatron import checkpoint, weights
         from dataflex_mega.engines.named_init import NamedInit

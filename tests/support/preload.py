@@ -4,11 +4,16 @@ from dataflex_mega.lf.compat import ensure_importable
 
 ensure_importable()
 
+import contextlib  # noqa: E402
+
 import llamafactory.data  # noqa: E402
 import llamafactory.model  # noqa: E402
 import llamafactory.train.tuner  # noqa: E402
 import peft  # noqa: E402
 
 import dataflex_mega.train  # noqa: E402
+
+with contextlib.suppress(ImportError):
+    import dataflex_mega.engines.megatron.build
 
 LOADED = (llamafactory, peft, dataflex_mega)

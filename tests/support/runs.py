@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
@@ -46,20 +47,34 @@ def train_many(world, configs, plain=False):
     `plain`: one process without torchrun's variables.
     """
     queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_process, (world, free_port(), configs, plain, queue), nprocs=world, join=True)
+    mp.spawn(_process, (world, free_port(), configs, plain, queue, train_here), nprocs=world, join=True)
     return queue.get()
 
 
-def _process(rank, world, port, configs, plain, queue):
+def forked_many(world, configs, run=None):
+    """`train_many` in processes forked from a server that has imported everything; they do not see changes of os.environ.
+
+    `run`: what is called with each configuration, defined at the top of a module; `train_here` unless given.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.preload"])
+    queue = context.SimpleQueue()
+    arguments = (world, free_port(), configs, False, queue, run or train_here)
+    mp.start_processes(_process, arguments, nprocs=world, join=True, start_method="forkserver")
+    return queue.get()
+
+
+def _process(rank, world, port, configs, plain, queue, run):
+    torch.set_num_threads(1)
     if plain:
-        found = [train_here(config) for config in configs]
+        found = [run(config) for config in configs]
     else:
-        found = _joined(rank, world, port, configs)
+        found = _joined(rank, world, port, configs, run)
     if rank == 0:
         queue.put(found)
 
 
-def _joined(rank, world, port, configs):
+def _joined(rank, world, port, configs, run):
     """All runs inside one process group: gloo can hang when a process leaves one and joins another."""
     from dataflex_mega.distributed import mesh
 
@@ -67,7 +82,7 @@ def _joined(rank, world, port, configs):
     mesh.start()
     leave = mesh.stop
     with mock.patch.object(mesh, "stop", lambda orderly: dist.barrier() if orderly else None):
-        found = [train_here(config) for config in configs]
+        found = [run(config) for config in configs]
     leave(orderly=True)
     return found
 
@@ -115,8 +130,6 @@ def start(config, world):
 
 
 def _forked(rank, world, port, config):
-    import torch
-
     torch.set_num_threads(1)
     as_torchrun(rank, world, port)
     status, heard = train_here(config)

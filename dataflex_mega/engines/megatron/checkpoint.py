@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 SCHEDULE = "schedule.json"
 TENSORS = "tensors"  # a folder of its own, because megatron-core wants it empty
 # Each optimizer tensor is stored in the shape of its parameter, so that tensor, pipeline and data sizes may change.
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+# megatron-core adds its process group to what it is given, hence the copies.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def save(engine: MegatronEngine, folder: Path) -> None:
@@ -37,20 +38,20 @@ def load(engine: MegatronEngine, folder: Path) -> None:
     found: Any = dist_checkpointing.load(_tensors(engine, loading=True), str(folder / TENSORS))
     for name, chunk in _chunks(engine.chunks).items():
         chunk.load_state_dict(found[name])
-    engine.optimizer.load_state_dict(found["optimizer"])
+    _fill(engine.optimizer, found["optimizer"])
     engine.rates.load_state_dict(json.loads((folder / SCHEDULE).read_text()))
 
 
 def save_model(chunks: list[Any], folder: Path) -> None:
     """Parameters alone. Every rank calls it; `folder` exists and is empty."""
-    tensors = {name: chunk.sharded_state_dict(metadata=METADATA) for name, chunk in _chunks(chunks).items()}
+    tensors = {name: chunk.sharded_state_dict(metadata=dict(METADATA)) for name, chunk in _chunks(chunks).items()}
     dist_checkpointing.save(tensors, str(folder), content_metadata=METADATA)
 
 
 def load_model(chunks: list[Any], folder: Path) -> None:
     """Parameters alone, from what `save_model` or `save` wrote."""
     source = folder / TENSORS if (folder / TENSORS).is_dir() else folder
-    tensors = {name: chunk.sharded_state_dict(metadata=METADATA) for name, chunk in _chunks(chunks).items()}
+    tensors = {name: chunk.sharded_state_dict(metadata=dict(METADATA)) for name, chunk in _chunks(chunks).items()}
     found: Any = dist_checkpointing.load(tensors, str(source))
     for name, chunk in _chunks(chunks).items():
         chunk.load_state_dict(found[name])
@@ -69,8 +70,8 @@ def bare(chunk: Any) -> Any:
 
 
 def _tensors(engine: MegatronEngine, loading: bool) -> dict[str, Any]:
-    model = {name: chunk.sharded_state_dict(metadata=METADATA) for name, chunk in _chunks(engine.chunks).items()}
-    optimizer = engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=METADATA)
+    model = {name: chunk.sharded_state_dict(metadata=dict(METADATA)) for name, chunk in _chunks(engine.chunks).items()}
+    optimizer = engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(METADATA))
     return {**model, "optimizer": optimizer}
 
 
@@ -89,6 +90,24 @@ def _prepare(part: Any) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
+
+
+def _fill(optimizer: Any, found: dict[Any, Any]) -> None:
+    """Load what was read into megatron-core's optimizer, which is a chain of one or several."""
+    chain = optimizer.chained_optimizers
+    states = [found] if len(chain) == 1 else [found[number] for number in sorted(found)]
+    for part, state in zip(chain, states, strict=True):
+        tensors = state.pop("param_state", None)
+        part.load_state_dict(state)
+        if tensors is None:
+            continue
+        # megatron-core copies every entry of the optimizer's state, but the one that torch's Adam counts steps with is not
+        # among the tensors.
+        inner = part.optimizer.state
+        steps = {parameter: entries.pop("step") for parameter, entries in inner.items() if "step" in entries}
+        part.load_parameter_state_from_fully_reshardable(tensors)
+        for parameter, step in steps.items():
+            inner[parameter]["step"] = step
 
 
 def _nothing_to_make(_optimizer: nn.Module, _config: Any = None) -> None:

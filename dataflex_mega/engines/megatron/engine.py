@@ -71,7 +71,7 @@ class MegatronEngine:
         with cpu.redirected():
             micros = self._same_shape([batch.to(self.mesh.device) for batch in micros])
             sums = StepSums(self.options.domains, self.mesh.device)
-            step = _Step(self.options, sums, weigh, self._denominators(micros))
+            step = _Step(self.options, sums, weigh, self._denominators(micros), self.collectives)
             if weigh is not None and self.options.lookahead == "exact" and len(micros) > 1:
                 step.ahead = self._weights_of_step(micros, weigh, step.counts)
             for chunk in self.chunks:
@@ -118,19 +118,23 @@ class MegatronEngine:
             forward_only=forward_only,
         )
 
-    def _weights_of_step(self, micros: Sequence[Batch], weigh: Weigh, counts: Tensor) -> list[Tensor] | None:
-        """Weights from a forward pass over all micro-batches, with the dropout masks that training will draw."""
+    def _weights_of_step(
+        self, micros: Sequence[Batch], weigh: Weigh, counts: Tensor
+    ) -> list[tuple[Tensor, Tensor | None]] | None:
+        """Weights of samples, and of tokens if any, from a forward pass over all micro-batches with the dropout masks that
+        training will draw. None on stages that see no losses."""
         state = self.rng_state()
-        seen = [
-            objective.observe(objective.sample_sums(losses, batch), batch, losses)
-            for losses, batch in zip(self._token_losses(micros), micros, strict=False)
-        ]
+        losses = self._token_losses(micros)
         self.set_rng_state(state)
         if not self.last:
             return None
+        parts = list(zip(losses, micros, strict=True))
+        seen = [objective.observe(objective.sample_sums(loss, batch), batch) for loss, batch in parts]
         names = ("sample_id", "domain", "loss_sum", "tokens")
         whole = SampleObs(*(torch.cat([getattr(obs, name) for obs in seen]) for name in names), step_count=counts)
-        return list(weigh(whole).split([len(obs.sample_id) for obs in seen]))
+        by_sample = weigh(whole).split([len(obs.sample_id) for obs in seen])
+        by_token = objective.token_weights(parts, weigh, self.collectives.sum) or [None] * len(micros)
+        return list(zip(by_sample, by_token, strict=True))
 
     def _token_losses(self, micros: Sequence[Batch]) -> list[Tensor]:
         """[b, S] token losses of each micro-batch, on the last stage; elsewhere nothing."""
@@ -200,12 +204,13 @@ class MegatronEngine:
     # -- forward only --------------------------------------------------------------------------------------------
 
     def sample_losses(self, batch: Batch) -> SampleObs:
-        """See engines.base.Engine. The batch goes through the pipeline in micro-batches."""
+        """See engines.base.Engine. Where there is a pipeline, the batch goes through it in micro-batches."""
         batch = batch.to(self.mesh.device)
         with cpu.redirected():
             self._mode(training=False)
-            group = self.layout.pipeline if self.layout.interleaved > 1 else 1
-            micros = batches.cut(self._same_shape([batch])[0], self.micro_rows, group)
+            whole = self._same_shape([batch])[0]
+            rows = self.micro_rows if self.layout.pipeline > 1 else len(whole.input_ids)
+            micros = batches.cut(whole, rows, self.layout.pipeline if self.layout.interleaved > 1 else 1)
             found = self._token_losses(micros)
             self._mode(training=True)
             loss_sum = torch.zeros(len(batch.sample_id), device=self.mesh.device)
@@ -279,7 +284,8 @@ class _Step:
     sums: StepSums
     weigh: Weigh | None
     counts: Tensor  # [k] the step's denominator by domain: target tokens or samples, over all data-parallel ranks
-    ahead: list[Tensor] | None = None  # weights from a look-ahead pass, a micro-batch each
+    collectives: Collectives
+    ahead: list[tuple[Tensor, Tensor | None]] | None = None  # weights from a look-ahead pass, a micro-batch each
 
     def loss(self, number: int, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Token losses -> (weighted sum to differentiate, what it is a sum over, nothing to log).
@@ -287,9 +293,18 @@ class _Step:
         megatron-core divides gradients by the total of the second at the end of the step.
         """
         losses = targets_only(losses, batch.labels)
-        loss_sum = objective.sample_sums(losses, batch)
-        obs = objective.observe(loss_sum, batch, losses, self.counts)
-        weights = self.ahead[number] if self.ahead is not None else self.weigh(obs) if self.weigh else None
+        obs = objective.observe(objective.sample_sums(losses, batch), batch, losses, self.counts)
+        weights, by_token = self._weights(number, obs, batch, losses)
+        loss_sum = objective.sample_sums(losses if by_token is None else losses * by_token, batch)
         total = objective.weighted_loss(loss_sum, obs.tokens, weights, 1.0, self.options.normalization)
         self.sums.add(obs, batch, total.detach() / self.counts.sum().clamp(min=1), weights)
         return total, objective.local_count(batch, self.options.normalization).int(), {}
+
+    def _weights(self, number: int, obs: SampleObs, batch: Batch, losses: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """([n] weights of samples, [b, S] weights of tokens) of one micro-batch; None where all weigh the same."""
+        if self.ahead is not None:
+            return self.ahead[number]
+        if self.weigh is None:
+            return None, None
+        by_token = objective.token_weights([(losses, batch)], self.weigh, self.collectives.sum)
+        return self.weigh(obs), None if by_token is None else by_token[0]

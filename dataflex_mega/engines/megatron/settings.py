@@ -28,6 +28,8 @@ FUSIONS = {
     "moe_shared_expert_overlap": "a CUDA device",
     "optimizer_cpu_offload": "a CUDA device",
 }
+# What the model's configuration says and a run may say otherwise, since no tensor changes its shape.
+FREE = {"hidden_dropout", "attention_dropout", "attention_softmax_in_fp32", "init_method_std"}
 OVERLAPS = ("overlap_grad_reduce", "overlap_param_gather")
 
 
@@ -94,7 +96,8 @@ def settings(keys: Any, layout: Layout, shape: Shape, training: Training) -> Set
     }
     if fused["optimizer_cpu_offload"]:
         optimizer.update(optimizer_cpu_offload=True, optimizer_offload_fraction=keys.optimizer_offload_fraction or 1.0)
-    _add_further(keys, {TransformerConfig: model, DistributedDataParallelConfig: ddp, OptimizerConfig: optimizer})
+    _add_further(keys, {TransformerConfig: model, DistributedDataParallelConfig: ddp, OptimizerConfig: optimizer}, shape)
+    _check_messages(model, layout)
     try:
         made = TransformerConfig(**model), DistributedDataParallelConfig(**ddp), OptimizerConfig(**optimizer)
     except (ValueError, AssertionError, TypeError) as error:
@@ -122,6 +125,8 @@ def _fusions(keys: Any, transformer_engine: bool) -> tuple[dict[str, bool], list
         on[key] = bool(getattr(keys, key)) and torch.cuda.is_available()
         if getattr(keys, key) and not on[key]:
             notes.append(f"{key}: needs a CUDA device, which is not here; communication waits its turn")
+    if keys.moe_token_dispatcher_type == "alltoall" and not torch.cuda.is_available():
+        notes.append("moe_token_dispatcher_type: alltoall needs a CUDA device, which is not here; allgather does the same")
     return on, notes
 
 
@@ -150,6 +155,7 @@ def _sizes(shape: Shape) -> dict[str, Any]:
 
 def _parallel(keys: Any, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
     interleaved = layout.interleaved > 1
+    whole = keys.recompute_granularity == "full"
     return {
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
@@ -167,8 +173,8 @@ def _parallel(keys: Any, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
         "account_for_embedding_in_pipeline_split": keys.account_for_embedding_in_pipeline_split,
         "account_for_loss_in_pipeline_split": keys.account_for_loss_in_pipeline_split,
         "recompute_granularity": keys.recompute_granularity,
-        "recompute_method": keys.recompute_method,
-        "recompute_num_layers": keys.recompute_num_layers,
+        "recompute_method": keys.recompute_method or ("uniform" if whole else None),
+        "recompute_num_layers": keys.recompute_num_layers or (1 if whole else None),
         "recompute_modules": keys.recompute_modules,
         # Gradients are sums over tokens, divided at the end by the number of the whole step's tokens.
         "calculate_per_token_loss": True,
@@ -182,10 +188,6 @@ def _experts(keys: Any, shape: Shape, fused: Mapping[str, bool]) -> dict[str, An
     experts = shape.experts
     if experts is None:
         return {}
-    default = "alltoall" if torch.cuda.is_available() else "allgather"
-    dispatcher = keys.moe_token_dispatcher_type or default
-    if dispatcher == "alltoall" and not torch.cuda.is_available():
-        raise ConfigError("moe_token_dispatcher_type: alltoall needs a CUDA device; allgather is there without")
     return {
         "num_moe_experts": experts.count,
         "moe_router_topk": experts.top_k,
@@ -195,7 +197,7 @@ def _experts(keys: Any, shape: Shape, fused: Mapping[str, bool]) -> dict[str, An
         "moe_router_dtype": keys.moe_router_dtype or "fp32",
         "moe_router_load_balancing_type": "aux_loss" if keys.moe_aux_loss_coeff else "none",
         "moe_aux_loss_coeff": keys.moe_aux_loss_coeff,
-        "moe_token_dispatcher_type": dispatcher,
+        "moe_token_dispatcher_type": _dispatcher(keys.moe_token_dispatcher_type),
         "moe_grouped_gemm": fused["moe_grouped_gemm"],
         "moe_expert_capacity_factor": keys.moe_expert_capacity_factor,
         "moe_pad_expert_input_to_capacity": keys.moe_pad_expert_input_to_capacity,
@@ -205,11 +207,31 @@ def _experts(keys: Any, shape: Shape, fused: Mapping[str, bool]) -> dict[str, An
     }
 
 
-def _add_further(keys: Any, targets: Mapping[type, dict[str, Any]]) -> None:
+def _dispatcher(wanted: str | None) -> str:
+    """How tokens reach experts; the result is the same, and without a CUDA device megatron-core has one way only."""
+    if not torch.cuda.is_available():
+        return "allgather"
+    return wanted or "alltoall"
+
+
+def _check_messages(model: Mapping[str, Any], layout: Layout) -> None:
+    if layout.interleaved > 1 and layout.pipeline == 2 and (model["batch_p2p_comm"] or not model["overlap_p2p_comm"]):
+        raise ConfigError(
+            "additional_configs: batch_p2p_comm with two interleaved stages gives wrong numbers without an error; leave it "
+            "and overlap_p2p_comm out"
+        )
+
+
+def _add_further(keys: Any, targets: Mapping[type, dict[str, Any]], shape: Shape) -> None:
     """Put additional_configs and extra_config, which come last, where a field has their name."""
+    own, sizes = {f.name for f in fields(keys)}, _sizes(shape).keys() - FREE
     for source in ("additional_configs", "extra_config"):
         for name, value in _mapping(source, getattr(keys, source)).items():
             plain = str(name).rpartition(".")[2]  # Megatron-Bridge writes model.name
+            if plain in own:
+                raise ConfigError(f"{source}: {plain} is a key of its own; write {plain}: {value}")
+            if plain in sizes:
+                raise ConfigError(f"{source}: {plain} follows from the model's configuration, which is converted by it")
             owners = [cls for cls in targets if plain in {f.name for f in fields(cls)}]
             if not owners:
                 known = [f.name for cls in targets for f in fields(cls)]

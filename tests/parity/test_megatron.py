@@ -1,0 +1,210 @@
+"""The Megatron engine gives the FSDP engine's answers in every layout, and megatron-core's own loop's where nothing is
+weighed. `python -m tests.parity.megatron` prints the same comparison over 20 steps and more layouts."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.parity import megatron
+from tests.support import corpus, runs
+
+pytest.importorskip("megatron.core")
+STEPS = 6
+BY_NAME = {(layout[1], layout[0]): layout for layout in megatron.LAYOUTS}
+FIRST = {"dense": BY_NAME["dense", "FSDP engine"], "experts": BY_NAME["experts", "FSDP engine"]}
+NAMES = [
+    ("dense", "TP2"), ("dense", "TP2 + SP"), ("dense", "PP2"), ("dense", "PP2 x VPP2"),
+    ("dense", "DP2, sharded optimizer, overlaps"), ("dense", "TP2 x PP2"), ("experts", "EP2 (DP2)"),
+]  # fmt: skip
+NO_ROLES = {
+    "selector": None, "mixer": None, "weighter": None, "warmup_step": None, "update_step": None, "update_times": None,
+    "lookahead": None,
+}  # fmt: skip
+DOREMI = {**NO_ROLES, "mixer": {"name": "doremi"}, "update_step": 2, "update_times": -1}
+RHO1 = {**NO_ROLES, "weighter": {"name": "rho1", "keep": 0.6}, "init_mixture_proportions": None}
+# Name -> (keys, the layout that is compared with the FSDP engine)
+REFERENCES = {
+    "doremi": (DOREMI, BY_NAME["dense", "TP2 x PP2"]),
+    "doremi, domains alike": (
+        {**DOREMI, "mixer": {"name": "doremi", "loss_norm": "per_domain"}}, BY_NAME["dense", "PP2 x VPP2"],
+    ),
+    "rho1": (RHO1, BY_NAME["dense", "PP2"]),
+    "rho1, whole step": ({**RHO1, "lookahead": "exact"}, BY_NAME["dense", "TP2 x PP2"]),
+}  # fmt: skip
+EVEN = {
+    **NO_ROLES, "mixer": "static", "weighter": "custom", "lr_scheduler_type": "constant",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return megatron.prepare(tmp_path_factory.mktemp("engines"))
+
+
+def jobs_of(folder):
+    """(what it is, layout, configuration) of every run; those of one number of processes share them."""
+    made = [(name, BY_NAME[name], config(folder, BY_NAME[name])) for name in NAMES]
+    made += [((model, "FSDP engine"), layout, config(folder, layout)) for model, layout in FIRST.items()]
+    for name, (keys, layout) in REFERENCES.items():
+        for where in (FIRST["dense"], layout):
+            # The FSDP engine compares over a whole step, as rho1 does with micro-batches only where they are the same.
+            split = {} if name != "rho1" else {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+            more = {**keys, **split, "reference_model": str(folder / "model")}
+            made.append(((name, where[0]), where, config(folder, where, name, **more)))
+    layout = BY_NAME["dense", "TP2 x PP2"]
+    for kind in ("engine", "bare loop", "bare loop, megatron-core's own layers"):
+        keys = {**EVEN, "sequence_parallel": False}
+        made.append((("even", kind), layout, config(folder, layout, kind, **keys) | {"run": kind}))
+    return made
+
+
+def config(folder, layout, name="", **keys):
+    made = megatron.config_of(folder, layout, STEPS, **keys)
+    return {**made, "output_dir": f"{made['output_dir']}-{name}".replace(" ", "-").replace("'", "")}
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """What it is -> its configuration."""
+    jobs = jobs_of(folder)
+    for world in (1, 2, 4):
+        mine = [(name, made) for name, layout, made in jobs if layout[2] == world]
+        for (name, _), (status, heard) in zip(mine, runs.forked_many(world, [m for _, m in mine], run), strict=True):
+            assert status == 0, f"{name}: {heard}"
+    return {name: made for name, _, made in jobs}
+
+
+def run(config):
+    """A training run, or megatron-core's own loop on the same data."""
+    keys = {key: value for key, value in config.items() if key != "run"}
+    if config.get("run", "engine") == "engine":
+        return runs.train_here(keys)
+    return bare_run(keys, own_layers="own layers" in config["run"])
+
+
+def bare_run(keys, own_layers):
+    """Write losses and norms as a run does -> (0, nothing said)."""
+    from dataflex_mega.config.split import split
+    from dataflex_mega.engines.megatron import cpu, weights
+    from dataflex_mega.engines.megatron.build import chunks_of
+    from dataflex_mega.lf.args import keys as lf_keys
+    from dataflex_mega.wiring.run import Build
+
+    built = Build(split(keys, lf_keys()))
+    backend = built.backend
+    with cpu.redirected():
+        if own_layers:
+            chunks = core_chunks()
+            hf = backend.shape.hf
+            weights.load(chunks, hf, weights.HFFolder(Path(keys["model_name_or_path"]), hf))
+        else:
+            chunks = chunks_of(backend.shape, backend.settings, built.args.training.seed)
+            backend.fill(chunks)
+        loop = corpus.tool("bench/megatron_overhead").BareLoop(chunks, *configs_of_bare(keys))
+        trained = [loop.step([batch.tensors() for batch in micros]) for micros in batches_of(built)]
+    if built.mesh.is_main:
+        lines = [json.dumps({"loss": loss, "grad_norm": norm}) + "\n" for loss, norm in trained]
+        (Path(keys["output_dir"]) / "metrics.jsonl").write_text("".join(lines))
+    return 0, ""
+
+
+def batches_of(built):
+    """The micro-batches of every step, as the run with that configuration has them."""
+    plan = built.sampler.next_plan(None, 0, built.domains.initial)
+    for step in range(STEPS):
+        ids = built.split.share(built.sampler.global_batch(plan, step))
+        yield [built.collate(built.pool.fetch(part)) for part in ids]
+
+
+def core_chunks():
+    """megatron-core's model as its examples build it, with its own norms and attention."""
+    import torch.nn.functional as F
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    config = TransformerConfig(
+        num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2,
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=2, pipeline_dtype=torch.float32,
+        normalization="RMSNorm", layernorm_epsilon=1e-6, add_bias_linear=False, gated_linear_unit=True,
+        activation_func=F.silu, hidden_dropout=0.0, attention_dropout=0.0, calculate_per_token_loss=True,
+        bias_activation_fusion=False, masked_softmax_fusion=False, gradient_accumulation_fusion=False,
+    )  # fmt: skip
+    return [
+        GPTModel(
+            config, get_gpt_layer_local_spec(normalization="RMSNorm"), vocab_size=512, max_sequence_length=256,
+            pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
+            share_embeddings_and_output_weights=True, position_embedding_type="rope", parallel_output=True,
+        )
+    ]  # fmt: skip
+
+
+def configs_of_bare(keys):
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    optimizer = OptimizerConfig(
+        optimizer="adam", lr=keys["learning_rate"], weight_decay=0.0, clip_grad=1.0, use_distributed_optimizer=True,
+        params_dtype=torch.float32,
+    )  # fmt: skip
+    return ddp, optimizer
+
+
+# -- tests ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES, ids=" ".join)
+def test_losses_norms_mixtures_draws_selections_and_weights_are_those_of_the_fsdp_engine(finished, name):
+    found, expected = (megatron.outcome(finished[key]) for key in (name, (name[0], "FSDP engine")))
+    assert len(found[0]) == len(expected[0]) == STEPS
+    assert list(found[1]) == ["step_2.json", "step_4.json"]
+    for key, difference in megatron.differences(found[0], expected[0]).items():
+        assert difference < 1e-5, key
+    assert megatron.same_data(found, expected)
+
+
+def test_the_roles_did_something(finished):
+    log, _ = megatron.outcome(finished["dense", "TP2 x PP2"])
+    assert len({tuple(row["proportions"].values()) for row in log}) == 3, "the mixture moved twice"
+    assert log[-1]["weights"]["max"] > 1.02 > 0.98 > log[-1]["weights"]["min"]
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_runs_against_a_reference_model_are_those_of_the_fsdp_engine(finished, name):
+    found, expected = (finished[name, key] for key in (REFERENCES[name][1][0], "FSDP engine"))
+    for row, row0 in zip(runs.rows(found), runs.rows(expected), strict=True):
+        assert row["drawn"] == row0["drawn"]
+        for key in ("loss", "objective", "grad_norm"):
+            assert row[key] == pytest.approx(row0[key], rel=1e-5), (row["step"], key)
+        assert row["weights"] == pytest.approx(row0["weights"], rel=1e-5)
+    if name.startswith("doremi"):
+        mine, theirs = (runs.rows(made, "doremi_weights.jsonl") for made in (found, expected))
+        assert len(mine) == STEPS // 2 and mine[0]["domain_weights"] != mine[-1]["domain_weights"]
+        for row, row0 in zip(mine, theirs, strict=True):
+            assert row["domain_weights"] == pytest.approx(row0["domain_weights"], rel=1e-5)
+    blocks = [sorted((Path(made["output_dir"]) / "reference").glob("block-*.bin")) for made in (found, expected)]
+    assert len(blocks[0]) > 0 and [b.read_bytes() for b in blocks[0]] == [b.read_bytes() for b in blocks[1]]
+
+
+def test_kept_tokens_make_another_objective_than_all(finished):
+    rows = runs.rows(finished["rho1", "PP2"])
+    assert all(abs(row["objective"] - row["loss"]) > 1e-3 for row in rows)
+
+
+def test_weights_of_one_train_as_megatron_cores_own_loop_does(finished):
+    """The same layers: gradients are bit-equal. Its own layers compute attention and norms in another order."""
+    ours, bare, core = (runs.rows(finished["even", kind]) for kind in (
+        "engine", "bare loop", "bare loop, megatron-core's own layers",
+    ))  # fmt: skip
+    assert [row["grad_norm"] for row in ours] == [row["grad_norm"] for row in bare]
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in bare], rel=1e-6)
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in ours] == pytest.approx([row[key] for row in core], rel=1e-5)
+    assert ours[0]["loss"] > ours[-1]["loss"]
+    assert SimpleNamespace(**ours[0]["weights"]).max == 1.0

@@ -1,0 +1,279 @@
+"""What our step costs beside megatron-core's own loop, and what the roles cost, as paired ratios in one set of processes.
+
+Five loops of one model on one data set take their steps in turn, in an order that changes each round and is the same on
+every rank: a bare loop (below: megatron-core's schedule, gradient buckets, `finalize_model_grads` and optimizer, and
+nothing of ours but the data loader), ours without a role, and ours with ODM re-mixing at every step, loss weighting, and
+both. Ratios are taken within each round; the median over rounds is printed with its quartiles. The budget of each is 1.01.
+
+    make demo-data
+    python tools/bench/megatron_overhead.py --rounds 60
+    torchrun --nproc_per_node 2 tools/bench/megatron_overhead.py --pipeline 2 --rounds 60
+
+On a GPU, `--bf16` and `--model FOLDER` measure a model of one's own; tokens a second and, with `--peak-tflops`, the model-FLOPs
+utilisation are printed too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROLES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "mix": {"mixer": "odm", "update_step": 1, "update_times": -1},
+    "weight": {"weighter": "loss"},
+    "mix+weight": {"mixer": "odm", "update_step": 1, "update_times": -1, "weighter": "loss"},
+}
+
+
+class BareLoop:
+    """megatron-core's pre-training loop with nothing around it. `chunks` are bare and filled.
+
+    Its learning rate is constant. It follows Megatron-LM's train_step with --calculate-per-token-loss: gradients are sums over
+    target tokens, divided by their number in `finalize_model_grads`; the loss is reduced from the last stage to all ranks.
+    """
+
+    def __init__(self, chunks: Sequence[Any], ddp_config: Any, optimizer_config: Any) -> None:
+        from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+        from megatron.core.optimizer import get_megatron_optimizer
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+        from megatron.core.transformer.module import Float16Module
+
+        self.config = chunks[0].config
+        self.config.finalize_model_grads_func = finalize_model_grads
+        mixed = self.config.bf16 or self.config.fp16
+        inner = [Float16Module(self.config, chunk) if mixed else chunk for chunk in chunks]
+        self.chunks = [
+            DistributedDataParallel(self.config, ddp_config, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(inner)
+        ]
+        self.optimizer = get_megatron_optimizer(optimizer_config, self.chunks)
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.schedule = get_forward_backward_func()
+
+    def step(self, micros: Sequence[dict[str, Tensor]]) -> tuple[float, float]:
+        """Micro-batches of input_ids, labels, position_ids [b, S] -> (mean token loss, gradient norm before clipping)."""
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sources = [iter(micros) for _ in self.chunks]
+        found = self.schedule(
+            forward_step_func=forward_step,
+            data_iterator=sources if len(sources) > 1 else sources[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(micros),
+            seq_length=micros[0]["input_ids"].shape[1],
+            micro_batch_size=len(micros[0]["input_ids"]),
+            forward_only=False,
+        )
+        _, grad_norm, _ = self.optimizer.step()
+        return self._mean_loss(found), float(grad_norm)
+
+    @staticmethod
+    def _mean_loss(found: Sequence[dict[str, Tensor]]) -> float:
+        from megatron.core import parallel_state
+
+        device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+        sums = torch.stack([part["sums"] for part in found]).sum(0) if found else torch.zeros(2, device=device)
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        torch.distributed.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
+        total, count = sums.tolist()
+        return total / count
+
+
+def forward_step(source: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """What megatron-core's schedules call for each micro-batch and chunk."""
+    batch = next(source)
+    losses = model(batch["input_ids"], batch["position_ids"], None, labels=batch["labels"].clamp(min=0))
+    return losses, partial(loss_of, batch["labels"])
+
+
+def loss_of(labels: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """[b, S] token losses -> (their sum, the number of target tokens, both for the report)."""
+    mask = labels >= 0
+    total, count = (losses.float() * mask).sum(), mask.sum()
+    return total, count.int(), {"sums": torch.stack([total.detach(), count.float()])}
+
+
+# -- what is measured ----------------------------------------------------------------------------------------------------
+
+
+def keys_of(options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    """A pre-training run on the demo's four domains."""
+    return {
+        "engine": "megatron",
+        "tensor_model_parallel_size": options.tensor,
+        "pipeline_model_parallel_size": options.pipeline,
+        "sequence_parallel": options.tensor > 1,
+        "use_distributed_optimizer": True,
+        "model_name_or_path": str(options.model or options.demo / "model"),
+        "train_from_scratch": True,
+        "stage": "pt",
+        "do_train": True,
+        "dataset_dir": str(options.demo / "data"),
+        "dataset": "demo_c4,demo_wiki,demo_alpaca_text,demo_python",
+        "cutoff_len": options.length,
+        "finetuning_type": "full",
+        "output_dir": str(output),
+        "max_steps": 1_000_000,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": options.micro,
+        "gradient_accumulation_steps": options.accumulation,
+        "learning_rate": 1.0e-4,
+        "bf16": options.bf16,
+        "logging_steps": 1_000_000,
+        "save_strategy": "no",
+        "disable_gradient_checkpointing": True,
+        "disable_tqdm": True,
+    }
+
+
+def our_trainer(keys: dict[str, Any], roles: dict[str, Any]) -> tuple[Any, Any]:
+    """(trainer, state) ready to advance."""
+    from dataflex_mega.config.split import split
+    from dataflex_mega.lf.args import keys as lf_keys
+    from dataflex_mega.types import TrainState
+    from dataflex_mega.wiring.run import Build
+
+    train_type = "dynamic" if roles else "static"
+    built = Build(split({**keys, **roles, "train_type": train_type, "tensorboard": False}, lf_keys()))
+    trainer = built.trainer()
+    return trainer, TrainState(0, trainer.controller.first_plan())
+
+
+def bare_of(keys: dict[str, Any]) -> Callable[[], Any]:
+    """A step of the bare loop on the model, the layout and the data that `keys` describe."""
+    from dataflex_mega.config.split import split
+    from dataflex_mega.data.loader import Loader
+    from dataflex_mega.engines.megatron import cpu
+    from dataflex_mega.engines.megatron.build import chunks_of
+    from dataflex_mega.lf.args import keys as lf_keys
+    from dataflex_mega.wiring.run import Build
+
+    built = Build(split({**keys, "train_type": "static", "tensorboard": False}, lf_keys()))
+    backend: Any = built.backend
+    with cpu.redirected():
+        chunks = chunks_of(backend.shape, backend.settings, built.args.training.seed)
+        backend.fill(chunks)
+        loop = BareLoop(chunks, backend.settings.ddp, backend.settings.optimizer)
+    loader = Loader(built.pool, built.sampler, built.split, built.collate, built.ours.prefetch, 1)
+    plan = built.sampler.next_plan(None, 0, built.domains.initial)
+    numbers = itertools.count()
+
+    def step() -> tuple[float, float]:
+        micros = loader.micro_batches(plan, next(numbers), built.max_steps)
+        with cpu.redirected():
+            return loop.step([batch.to(built.mesh.device).tensors() for batch in micros])
+
+    return step
+
+
+def lap(work: Callable[[], Any]) -> float:
+    """Seconds of a call, from all ranks' start to this rank's end."""
+    torch.distributed.barrier()
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def show(options: argparse.Namespace, spent: dict[str, list[float]], pairs: Sequence[tuple[str, str]]) -> None:
+    """A line for each ratio."""
+    print(f"\nTP{options.tensor} x PP{options.pipeline}, {options.rounds} rounds")
+    print(f"{'':30}{'median':>9}{'quartiles':>20}{'budget':>9}")
+    for above, below in pairs:
+        values = [a / b for a, b in zip(spent[above], spent[below], strict=True)]
+        low, middle, high = statistics.quantiles(values, n=4)
+        print(f"{f'{above} / {below}':30}{middle:9.4f}{f'{low:.4f} - {high:.4f}':>20}{1.01:9.2f}")
+
+
+def throughput(options: argparse.Namespace, seconds: float, engine: Any) -> None:
+    """Tokens a second of a step of ours without a role, and on one process the share of the peak when that is given."""
+    tokens = options.micro * options.accumulation * options.length * engine.mesh.dp_size
+    print(f"\nnone: {seconds * 1000:.1f} ms a step of {tokens} tokens, {tokens / seconds:,.0f} tokens/s")
+    if engine.mesh.world > 1:
+        return
+    # 6 operations a parameter and token, and attention's two products: 12 x layers x hidden x length a token, halved by
+    # causality, which leaves 6.
+    config, size = engine.config, sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
+    operations = (6 * size + 6 * config.num_layers * config.hidden_size * options.length) * tokens
+    print(f"{size / 1e6:.0f}M parameters, {operations / seconds / 1e12:.2f} TFLOP/s")
+    if options.peak_tflops:
+        print(f"{operations / seconds / 1e12 / options.peak_tflops:.1%} of {options.peak_tflops:g} TFLOP/s")
+
+
+def compare(options: argparse.Namespace, folder: Path) -> None:
+    """All loops in turn."""
+    steps: dict[str, Callable[[], Any]] = {}
+    engine = None
+    for name in options.loops.split(","):
+        keys = keys_of(options, folder / name.replace("+", "-"))
+        if name == "bare":
+            steps[name] = bare_of(keys)
+            continue
+        trainer, state = our_trainer(keys, ROLES[name])
+        steps[name] = partial(trainer.advance, state)
+        engine = engine or trainer.engine
+    for step in steps.values():
+        for _ in range(3):
+            step()
+    order, spent = list(steps), {name: [] for name in steps}
+    for number in range(options.rounds):
+        random.Random(number).shuffle(order)
+        for name in order:
+            spent[name].append(lap(steps[name]))
+    if torch.distributed.get_rank() == 0:
+        pairs = [(name, "bare" if name == "none" else "none") for name in steps if name != "bare"]
+        show(options, spent, [(above, below) for above, below in pairs if below in spent])
+        if "none" in spent:
+            throughput(options, statistics.median(spent["none"]), engine)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, default=ROOT / ".demo", help="folder with data/ and model/ (.demo)")
+    parser.add_argument("--model", type=Path, help="a folder with another config.json and tokenizer")
+    parser.add_argument("--rounds", type=int, default=60, help="rounds (60)")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor_model_parallel_size (1)")
+    parser.add_argument("--pipeline", type=int, default=1, help="pipeline_model_parallel_size (1)")
+    parser.add_argument("--micro", type=int, default=4, help="samples a micro-batch (4)")
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches a step (2)")
+    parser.add_argument("--length", type=int, default=256, help="tokens a sample (256)")
+    parser.add_argument("--bf16", action="store_true", help="train in bf16")
+    parser.add_argument("--peak-tflops", type=float, default=0.0, help="of the device, for its utilisation")
+    parser.add_argument("--loops", default="bare,none,mix,weight,mix+weight", help="which of them")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    from dataflex_mega.distributed import mesh
+
+    joined = mesh.start()
+    with tempfile.TemporaryDirectory() as folder:  # every rank has its own; only the first writes
+        compare(options, Path(folder))
+        if joined.world > 1:
+            torch.distributed.barrier()
+    mesh.stop(orderly=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
