@@ -23,6 +23,8 @@ PACKAGE = "dataflex_mega"
 IMPORT_FAULTS = (ImportError, OSError, RuntimeError, AttributeError)
 OK, ABSENT, BROKEN, UNFIT = "ok", "absent", "broken", "unfit"
 
+MEGATRON = ">=0.16.1,<0.20"  # versions of megatron-core; engines/megatron/version.py refuses others
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -230,6 +232,8 @@ def check_megatron(probe: Probe) -> Finding:
     name, version = "megatron-core", probe.version("megatron-core")
     if version is None:
         return Finding(name, ABSENT)
+    if not fits(version, MEGATRON):
+        return Finding(name, UNFIT, f"{version}; {MEGATRON} is supported")
     try:
         probe.load("megatron.core")
     except IMPORT_FAULTS as error:
@@ -291,7 +295,7 @@ def abilities(findings: list[Finding], torch: Any) -> list[Ability]:
     result = [
         Ability("FSDP engine on CPU", True, "one process, DDP, FSDP2" if report.state("gloo") == OK else "one process"),
         Ability("FSDP engine on GPU", cuda, gpu_modes(report, torch) if cuda else "no usable CUDA device"),
-        Ability("Megatron engine", False, "not in this version of dataflex_mega"),
+        megatron(report, cuda),
         Ability("bf16", not cuda or torch.cuda.is_bf16_supported(), "" if cuda else "on CPU with use_cpu: true"),
         Ability("fp16", cuda, "" if cuda else "needs a CUDA device"),
     ]
@@ -302,6 +306,26 @@ def abilities(findings: list[Finding], torch: Any) -> list[Ability]:
     board = report.state("tensorboard") == OK
     result.append(Ability("TensorBoard curves", board, "" if board else "needs tensorboard"))
     return result
+
+
+def megatron(report: Report, cuda: bool) -> Ability:
+    """What `engine: megatron` can do here."""
+    name, state = "Megatron engine", report.state("megatron-core")
+    if state != OK:
+        return Ability(name, False, f"megatron-core is {state}; {MEGATRON} is supported")
+    if report.state("gloo") != OK and not cuda:
+        return Ability(name, True, "one process: this torch has no gloo")
+    parallel = "tensor, sequence, pipeline (interleaved too), expert, data parallel"
+    if not cuda:
+        return Ability(name, True, f"{parallel}; on CPUs through gloo, layers of its own, moe dispatcher allgather")
+    layers = "Transformer Engine's layers" if report.state("transformer-engine") == OK else "torch's attention"
+    optimizer = "Apex's or Transformer Engine's Adam" if fused_adam(report) else "torch's Adam"
+    return Ability(name, True, f"{parallel}; {layers}, {optimizer}")
+
+
+def fused_adam(report: Report) -> bool:
+    """Whether megatron-core has a fused optimizer to take."""
+    return OK in (report.state("nvidia-apex"), report.state("transformer-engine"))
 
 
 def gpu_modes(report: Report, torch: Any) -> str:

@@ -36,6 +36,7 @@ REFERENCES = {
 }  # fmt: skip
 EVEN = {
     **NO_ROLES, "mixer": "static", "weighter": "custom", "lr_scheduler_type": "constant",
+    "use_distributed_optimizer": True,
 }  # fmt: skip
 
 

@@ -206,7 +206,27 @@ def test_megatron_core_and_transformer_engine() -> None:
     report = doctor.find(probe)
     assert finding(report, "megatron-core") == Finding("megatron-core", OK, "0.16.1")
     assert finding(report, "transformer-engine").detail == "2.1: undefined symbol"
-    assert ability(report, "Megatron engine").why == "not in this version of dataflex_mega"
+    engine = ability(report, "Megatron engine")
+    assert engine.possible and "on CPUs through gloo" in engine.why
+    assert ability(doctor.find(FakeProbe()), "Megatron").why == "megatron-core is absent; >=0.16.1,<0.20 is supported"
+
+
+@pytest.mark.parametrize("version", ["0.15.3", "0.20.0"])
+def test_a_megatron_core_that_the_engine_refuses_is_unfit(version: str) -> None:
+    from dataflex_mega.engines.megatron.version import NEWEST, OLDEST
+
+    probe = FakeProbe(megatron_core=version)
+    probe.modules["megatron.core"] = SimpleNamespace()
+    report = doctor.find(probe)
+    assert finding(report, "megatron-core").detail == f"{version}; >=0.16.1,<0.20 is supported"
+    assert not ability(report, "Megatron").possible
+    assert f">={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, NEWEST))}" == doctor.MEGATRON
+
+
+def test_megatron_on_gpus_says_whose_layers_and_optimizer() -> None:
+    probe = FakeProbe(fake_torch(devices=2, cuda="12.8", nccl=True), torch="2.13.0", megatron_core="0.16.1")
+    probe.modules["megatron.core"] = SimpleNamespace()
+    assert ability(doctor.find(probe), "Megatron").why.endswith("torch's attention, torch's Adam")
 
 
 @pytest.mark.parametrize(

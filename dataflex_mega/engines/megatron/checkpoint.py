@@ -102,12 +102,12 @@ def _fill(optimizer: Any, found: dict[Any, Any]) -> None:
         if tensors is None:
             continue
         # megatron-core copies every entry of the optimizer's state, but the one that torch's Adam counts steps with is not
-        # among the tensors.
+        # among the tensors; and it has made one such entry for all parameters, each of which would count it up.
         inner = part.optimizer.state
         steps = {parameter: entries.pop("step") for parameter, entries in inner.items() if "step" in entries}
         part.load_parameter_state_from_fully_reshardable(tensors)
         for parameter, step in steps.items():
-            inner[parameter]["step"] = step
+            inner[parameter]["step"] = step.clone()
 
 
 def _nothing_to_make(_optimizer: nn.Module, _config: Any = None) -> None:
