@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dataflex_mega.config import checks, components, legacy, megatron, ours
+from dataflex_mega.config import checks, components, legacy, megatron, megatron_checks, ours
 from dataflex_mega.config.values import kinds
 from dataflex_mega.registry import CONTRACTS, Parameter, available, load_class, parameters
 
@@ -148,6 +148,8 @@ def document() -> str:
     renamed += [["`group_by_length`", "`train_sampling_strategy`"]]
     renamed += [[f"`{old}`", f"dropped: {why}"] for old, (_, why) in sorted(legacy.DROPPED.items())]
     refused = [[f"`{key}`", instead] for key, instead in sorted(checks.REFUSED.items())]
+    without = {**megatron.REFUSED, **megatron_checks.REFUSED}
+    without_megatron = [[f"`{key}`", instead] for key, instead in sorted(without.items())]
     allowed = [[f"`{key}`", ", ".join(f"`{v}`" for v in values), why] for key, (values, why) in checks.ALLOWED.items()]
     names = [f.name for f in dataclasses.fields(megatron.MegatronArguments)]
     parts = [
@@ -169,9 +171,11 @@ def document() -> str:
         "Keys that the installed transformers has dropped are translated, with a note.",
         table(("old", "new"), renamed),
         "## Megatron's keys",
-        "Known by their names in LLaMA-Factory. The Megatron engine is not available yet, so any value but the default "
-        "is refused.",
+        "Known by their names in LLaMA-Factory. `engine: megatron`, `USE_MCA=1`, or any of them with another value than the "
+        "default asks for the [Megatron engine](megatron.md).",
         table(head, field_rows(megatron.MegatronArguments, names)),
+        "What the Megatron engine does not do is refused by name:",
+        table(("key", "instead"), without_megatron),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -1,4 +1,5 @@
-"""Make a random Llama, or a Mixtral with `--experts`, and a byte-level BPE tokenizer trained on the demo data, in Hugging Face layout.
+"""Make a random Llama (with `--experts` a Mixtral) and a byte-level BPE tokenizer trained on the demo data, in Hugging
+Face layout.
 
 The same text and options give the same files. For tests: `make_tokenizer` and `make_model` need no files at all.
 """

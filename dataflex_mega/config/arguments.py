@@ -90,8 +90,8 @@ class RunArguments:
         default="auto",
         metadata={
             "help": (
-                "what trains: `fsdp` Hugging Face models, `megatron` models of megatron-core. `auto`: `megatron` when one of "
-                "its keys or USE_MCA=1 asks for it, else `fsdp`"
+                "what trains: `fsdp` Hugging Face models, `megatron` models of megatron-core. `auto`: `megatron` when one "
+                "of its keys or USE_MCA=1 asks for it, else `fsdp`"
             )
         },
     )

@@ -1,5 +1,5 @@
-"""Every YAML of examples/megatron trains on the layout it names, and so do the keys of LLaMA-Factory's own Megatron examples;
-sizes, lengths and paths are overridden."""
+"""Every YAML of examples/megatron trains on the layout it names, and so do the keys of LLaMA-Factory's own Megatron
+examples; sizes, lengths and paths are overridden."""
 
 import json
 from pathlib import Path
@@ -18,8 +18,8 @@ EXAMPLES = {path.stem: path for path in sorted((corpus.ROOT / "examples" / "mega
 RECIPE = "slimpajama_1b5_64gpus"
 WORLDS = {"pretrain_odm_tp2_pp2": 4, "sft_select_tp2": 2, "weight_dp2": 2, "moe_ep2": 2, RECIPE: 2}
 STEPS = 3
-# The keys of examples/megatron/qwen2_vl_full.yaml and qwen3_moe_full.yaml of LLaMA-Factory 0.9.5, without the names of models,
-# data, template and folder. Its sizes of 8 processes are halved here.
+# The keys of examples/megatron/qwen2_vl_full.yaml and qwen3_moe_full.yaml of LLaMA-Factory 0.9.5, without the names of
+# models, data, template and folder. A size of 4 is halved below, for half as many processes.
 QWEN2_VL = {
     "image_max_pixels": 262144, "video_max_pixels": 16384, "do_train": True, "stage": "sft", "finetuning_type": "full",
     "preprocessing_num_workers": 8, "cutoff_len": 4096, "per_device_train_batch_size": 1,

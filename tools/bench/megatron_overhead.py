@@ -9,8 +9,8 @@ both. Ratios are taken within each round; the median over rounds is printed with
     python tools/bench/megatron_overhead.py --rounds 60
     torchrun --nproc_per_node 2 tools/bench/megatron_overhead.py --pipeline 2 --rounds 60
 
-On a GPU, `--bf16` and `--model FOLDER` measure a model of one's own; tokens a second and, with `--peak-tflops`, the model-FLOPs
-utilisation are printed too.
+On a GPU, `--bf16` and `--model FOLDER` measure a model of one's own; tokens a second and, with `--peak-tflops`, the
+model-FLOPs utilisation are printed too.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ ROLES: dict[str, dict[str, Any]] = {
 class BareLoop:
     """megatron-core's pre-training loop with nothing around it. `chunks` are bare and filled.
 
-    Its learning rate is constant. It follows Megatron-LM's train_step with --calculate-per-token-loss: gradients are sums over
-    target tokens, divided by their number in `finalize_model_grads`; the loss is reduced from the last stage to all ranks.
+    Its learning rate is constant. It follows Megatron-LM's train_step with --calculate-per-token-loss: gradients are sums
+    over target tokens, divided by their number in `finalize_model_grads`; the loss is reduced from the last stage to all.
     """
 
     def __init__(self, chunks: Sequence[Any], ddp_config: Any, optimizer_config: Any) -> None:
@@ -60,13 +60,13 @@ class BareLoop:
         self.config.finalize_model_grads_func = finalize_model_grads
         mixed = self.config.bf16 or self.config.fp16
         inner = [Float16Module(self.config, chunk) if mixed else chunk for chunk in chunks]
-        self.chunks = [
+        self.chunks: list[Any] = [
             DistributedDataParallel(self.config, ddp_config, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(inner)
         ]
         self.optimizer = get_megatron_optimizer(optimizer_config, self.chunks)
         self.config.grad_scale_func = self.optimizer.scale_loss
-        self.schedule = get_forward_backward_func()
+        self.schedule: Any = get_forward_backward_func()
 
     def step(self, micros: Sequence[dict[str, Tensor]]) -> tuple[float, float]:
         """Micro-batches of input_ids, labels, position_ids [b, S] -> (mean token loss, gradient norm before clipping)."""

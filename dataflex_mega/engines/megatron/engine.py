@@ -300,7 +300,9 @@ class _Step:
         self.sums.add(obs, batch, total.detach() / self.counts.sum().clamp(min=1), weights)
         return total, objective.local_count(batch, self.options.normalization).int(), {}
 
-    def _weights(self, number: int, obs: SampleObs, batch: Batch, losses: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _weights(
+        self, number: int, obs: SampleObs, batch: Batch, losses: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
         """([n] weights of samples, [b, S] weights of tokens) of one micro-batch; None where all weigh the same."""
         if self.ahead is not None:
             return self.ahead[number]

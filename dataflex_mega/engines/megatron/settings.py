@@ -96,7 +96,9 @@ def settings(keys: Any, layout: Layout, shape: Shape, training: Training) -> Set
     }
     if fused["optimizer_cpu_offload"]:
         optimizer.update(optimizer_cpu_offload=True, optimizer_offload_fraction=keys.optimizer_offload_fraction or 1.0)
-    _add_further(keys, {TransformerConfig: model, DistributedDataParallelConfig: ddp, OptimizerConfig: optimizer}, shape)
+    _add_further(
+        keys, {TransformerConfig: model, DistributedDataParallelConfig: ddp, OptimizerConfig: optimizer}, shape
+    )
     _check_messages(model, layout)
     try:
         made = TransformerConfig(**model), DistributedDataParallelConfig(**ddp), OptimizerConfig(**optimizer)
@@ -126,7 +128,9 @@ def _fusions(keys: Any, transformer_engine: bool) -> tuple[dict[str, bool], list
         if getattr(keys, key) and not on[key]:
             notes.append(f"{key}: needs a CUDA device, which is not here; communication waits its turn")
     if keys.moe_token_dispatcher_type == "alltoall" and not torch.cuda.is_available():
-        notes.append("moe_token_dispatcher_type: alltoall needs a CUDA device, which is not here; allgather does the same")
+        notes.append(
+            "moe_token_dispatcher_type: alltoall needs a CUDA device, which is not here; allgather does the same"
+        )
     return on, notes
 
 

@@ -26,7 +26,9 @@ COVERED = {
     "torch.cuda.empty_cache": lambda: torch.cuda.empty_cache() is None,
     "torch.cuda.get_rng_state": lambda: torch.equal(torch.cuda.get_rng_state(), torch.get_rng_state()),
     "Tensor.cuda": lambda: torch.ones(2).cuda().device == CPU,
-    "Tensor.to(device)": lambda: torch.ones(2).to("cuda").device == torch.ones(2).to(torch.device("cuda", 0)).device == CPU,
+    "Tensor.to(device)": lambda: (
+        torch.ones(2).to("cuda").device == torch.ones(2).to(torch.device("cuda", 0)).device == CPU
+    ),
     "factory on the current device": lambda: torch.empty(2, device=torch.cuda.current_device()).device == CPU,
     "factory on cuda": lambda: torch.tensor([0.0], dtype=torch.float, device="cuda").device == CPU,
     "factory on cuda:1": lambda: torch.zeros(1, device=torch.device("cuda:1")).device == CPU,

@@ -67,7 +67,13 @@ SPARSE = MixtralConfig(**SIZES, num_local_experts=4)
     [
         (DENSE, {T: 4}, 4, 1, f"{T}: 4 does not divide the model's 6 attention heads"),
         (DENSE, {T: 2}, 2, 1, f"{T}: 2 does not divide the model's 3 key-value heads"),
-        (LlamaConfig(**{**SIZES, "intermediate_size": 97}), {T: 3}, 3, 1, f"{T}: 3 does not divide the model's 97 units"),
+        (
+            LlamaConfig(**{**SIZES, "intermediate_size": 97}),
+            {T: 3},
+            3,
+            1,
+            f"{T}: 3 does not divide the model's 97 units",
+        ),
         (DENSE, {P: 4}, 4, 4, f"{P}: 4 stages of 1 chunks do not divide the model's 6 layers"),
         (DENSE, {P: 2, V: 2}, 2, 4, f"{P}: 2 stages of 2 chunks do not divide the model's 6 layers"),
         (DENSE, {V: 2}, 1, 4, f"{V}: needs {P} > 1, found 1"),
