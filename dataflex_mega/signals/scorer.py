@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +21,18 @@ class GradientScorer(Protocol):
 
     def directions(self, groups: Sequence[Sequence[Batch]]) -> Any: ...
     def score(self, batch: Batch, directions: Any) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+class Provider(Protocol):
+    """Makes further signals; wiring.providers says who makes which."""
+
+    def __call__(self, scorer: Scorer, ids: np.ndarray) -> dict[str, torch.Tensor]:
+        """[n] global ids of this rank's candidates -> signals by name, n rows each, on the CPU.
+
+        Called on every rank at the same time, also on one without candidates. A provider that runs the model does so over
+        `scorer.batches(ids)`, which is equally long everywhere.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,7 @@ class Scorer:
     ranks: int
     progress: Callable[[int, int], None] | None = None  # (batches done, batches in all)
     targets: Targets | None = None
+    providers: Mapping[str, Provider] = field(default_factory=dict)  # by what a selector's `needs` calls the signal
 
     def shares(self) -> list[int]:
         """Candidates of each rank: whole batches, the remainder to the first ranks."""
@@ -66,12 +79,14 @@ class Scorer:
             signals["reference_loss"] = self._references(ids)
         for name in sorted(needs & set(GRADIENTS)):
             signals.update(self._gradients(ids, steps, GRADIENTS[name]))
+        for name in sorted(needs & set(self.providers)):
+            signals.update(self.providers[name](self, ids))
         domain, _ = self.pool.locate(ids)
         return SignalTable(torch.from_numpy(ids), torch.from_numpy(domain.astype(np.int64)), signals)
 
     def _losses(self, ids: np.ndarray, steps: int) -> torch.Tensor:
         """[n] ids -> [n] float32 mean losses."""
-        found = [self.forward(self.collate(samples)).loss.float().cpu() for samples, _ in self._batches(ids, steps)]
+        found = [self.forward(self.collate(samples)).loss.float().cpu() for samples, _ in self.batches(ids, steps)]
         return torch.cat(found)[: len(ids)]
 
     def _references(self, ids: np.ndarray) -> torch.Tensor:
@@ -91,15 +106,18 @@ class Scorer:
         scorer = self.targets.scorer(adam)
         directions = scorer.directions([self._target_batches(group) for group in self.targets.groups])
         dots, norms = [], []
-        for samples, _ in self._batches(ids, steps):
+        for samples, _ in self.batches(ids, steps):
             dot, norm2 = scorer.score(self.targets.collate(samples), directions)
             dots.append(dot.cpu())
             norms.append(norm2.cpu())
         return {"dot": torch.cat(dots)[: len(ids)], "norm2": torch.cat(norms)[: len(ids)]}
 
-    def _batches(self, ids: np.ndarray, steps: int) -> Iterator[tuple[list[Sample], int]]:
-        """`steps` batches on every rank, since sharded layers are called together: a rank whose share is used up repeats
-        its first sample, and the caller drops what lies beyond its share."""
+    def batches(self, ids: np.ndarray, steps: int | None = None) -> Iterator[tuple[list[Sample], int]]:
+        """(samples of a batch, how many of them count) over [n] ids; equally many batches on every rank, since sharded
+        layers are called together: a rank whose share is used up repeats its first sample, and the caller drops what lies
+        beyond its share. `steps`: of the rank with the most; None: of the shares."""
+        if steps is None:
+            steps = -(-max(self.shares()) // self.batch_size)
         for step in range(steps):
             mine = ids[step * self.batch_size : (step + 1) * self.batch_size]
             filler = ids[:1] if len(ids) else np.zeros(1, dtype=np.int64)

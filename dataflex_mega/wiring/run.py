@@ -19,11 +19,12 @@ class Opened:
         from dataflex_mega.distributed.collectives import Collectives
         from dataflex_mega.lf import args as lf_args
         from dataflex_mega.lf.callbacks import load_callbacks
-        from dataflex_mega.wiring import corpus
+        from dataflex_mega.wiring import corpus, providers
         from dataflex_mega.wiring.backend import backend_of
 
         self.config, self.ours = config, config.ours
         self.roles = self._roles()
+        providers.check(config.engine, self.roles.selector)
         self.backend = backend_of(config)
         self.args = lf_args.parse(lf_args.prepare(corpus.lf_keys(config)))
         self.callbacks = load_callbacks(list(self.ours.callbacks))
@@ -51,8 +52,7 @@ class Opened:
         from dataflex_mega.data.pool import Domain, Pool
         from dataflex_mega.lf.data import load_data
         from dataflex_mega.lf.model import load_tokenizer
-        from dataflex_mega.signals.scorer import GRADIENTS
-        from dataflex_mega.wiring import corpus
+        from dataflex_mega.wiring import corpus, providers
 
         self.tokenizer_module, template = load_tokenizer(self.args)
         if self.ours.corpus_dir is not None:
@@ -62,8 +62,7 @@ class Opened:
             bundle = load_data(self.args, self.tokenizer_module, template)
         self.pool = Pool(bundle.domains)
         self.evaluation = {name: Pool([Domain(name or "eval", rows)]) for name, rows in bundle.evaluation.items()}
-        wanted = self.roles.selector.needs if self.roles.selector is not None else frozenset()
-        if wanted & set(GRADIENTS) and not self.evaluation:
+        if providers.wants_targets(self.roles.selector) and not self.evaluation:
             raise UserError(
                 f"eval_dataset: selector {self.specs['selector']['name']} needs target samples there (or val_size)"
             )
@@ -243,14 +242,17 @@ class Build(Opened):
 
     def _controller(self, engine: Any) -> Any:
         from dataflex_mega.controller import Controller
+        from dataflex_mega.wiring.providers import providers
 
+        scorer = self._scorer(engine, self.pool, self.bar and self.bar.scoring, self._targets(engine))
+        scorer.providers = providers(self, engine)
         return Controller(
             self.roles,
             self.domains,
             self.schedule,
             self.sampler,
             self.ranks,
-            self._scorer(engine, self.pool, self.bar and self.bar.scoring, self._targets(engine)),
+            scorer,
             self.split.global_batch,
             self.max_steps,
             self.data_seed,

@@ -1,0 +1,77 @@
+"""Signals from providers: who is asked, with which candidates, and in how many batches."""
+
+import numpy as np
+import pytest
+import torch
+
+from dataflex_mega.algorithms.base import Selector
+from dataflex_mega.data.collate import collate
+from dataflex_mega.data.pool import Domain, Pool
+from dataflex_mega.errors import ConfigError
+from dataflex_mega.signals.scorer import Scorer
+from dataflex_mega.wiring.providers import Entry, check, wants_targets
+
+
+class Rows:
+    def __init__(self, count, first):
+        self.count, self.first = count, first
+
+    def __len__(self):
+        return self.count
+
+    def fetch(self, rows):
+        return [(np.full(3, self.first + r), np.full(3, self.first + r)) for r in rows.tolist()]
+
+
+def scorer_of(rank, ranks, providers):
+    def forward(batch):
+        raise AssertionError("nobody asked for losses")
+
+    pool = Pool([Domain("a", Rows(7, 10)), Domain("b", Rows(4, 50))])
+    return Scorer(pool, lambda samples: collate(samples, 0), forward, 2, rank, ranks, providers=providers)
+
+
+class Asks(Selector):
+    def __init__(self, *needs):
+        self.needs = frozenset(needs)
+
+    def score(self, table):
+        return table["length"]
+
+    def choose(self, scores, count, clock, rng):
+        return torch.arange(count)
+
+
+def test_a_provider_sees_each_ranks_candidates_in_equally_many_batches():
+    seen = []
+
+    def first_token(scorer, ids):
+        batches = list(scorer.batches(ids))
+        seen.append(len(batches))
+        kept = [int(sample.input_ids[0]) for samples, count in batches for sample in samples[:count]]
+        return {"first": torch.tensor(kept), "twice": torch.tensor(kept) * 2}
+
+    found = [scorer_of(rank, 3, {"first": first_token}).table(frozenset({"first"})) for rank in range(3)]
+    assert len(set(seen)) == 1
+    assert torch.cat([t["first"] for t in found]).tolist() == [*range(10, 17), *range(50, 54)]
+    assert torch.cat([t["twice"] for t in found])[3] == 26
+    assert [len(t["first"]) for t in found] == scorer_of(0, 3, {}).shares()
+
+
+def test_a_provider_that_nobody_asks_for_is_not_called():
+    def never(scorer, ids):
+        raise AssertionError("called")
+
+    assert scorer_of(0, 1, {"dear": never}).table(frozenset()).signals == {}
+
+
+def test_unknown_signals_and_engines_without_one_are_named():
+    entries = {"length": Entry(lambda run, engine: lambda scorer, ids: {}, engines=("fsdp",), targets=True)}
+    check("fsdp", Asks("length", "loss"), entries)
+    check("megatron", None, entries)
+    with pytest.raises(ConfigError, match=r"Asks needs a signal 'lenght', which nobody makes.*length"):
+        check("fsdp", Asks("lenght"), entries)
+    with pytest.raises(ConfigError, match=r"'length', which engine: megatron does not have; engine: fsdp has"):
+        check("megatron", Asks("length"), entries)
+    assert wants_targets(Asks("length"), entries) and wants_targets(Asks("gradient_sgd"), entries)
+    assert not wants_targets(Asks("loss"), entries) and not wants_targets(None, entries)
