@@ -71,8 +71,10 @@ class Metrics:
         if not self.writes:
             return
         self.plan_digest = state.plan.digest()[:16]
-        for path in [self.folder / STEPS_FILE, *self.folder.glob("*_weights.jsonl")]:
-            truncate_log(path, state.step)
+        truncate_log(self.folder / STEPS_FILE, state.step)
+        for path in self.folder.glob("*_weights.jsonl"):
+            # Its line "step" s is written before step s + 1, so an interrupted run may have left the one of state.step.
+            truncate_log(path, state.step - 1)
         truncate_log(self.folder / "trainer_log.jsonl", state.step, key="current_steps")
         if self.bar is not None:
             self.bar.begin(state.step, self.max_steps)
