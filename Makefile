@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 EXTRAS ?= dev,megatron,offline
 RANKS  ?= 2
+# Processes that run tests, whole files each; a test with process groups starts more.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 # One thread a process: the ranks of a test or of the demo share the cores. Nothing may look for a hub.
@@ -37,10 +39,10 @@ demo: demo-data  ## train a small model on four domains with dynamic mixing, on 
 	@echo "or at all curves with: $(BIN)/tensorboard --logdir .demo/output"
 
 test: env  ## run all tests
-	@$(OFFLINE) $(BIN)/python -m pytest tests
+	@$(OFFLINE) $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile
 
 test-fast: env  ## run the unit tests only, no process groups and no training
-	@$(OFFLINE) $(BIN)/python -m pytest tests/unit -m "not slow"
+	@$(OFFLINE) $(BIN)/python -m pytest tests/unit -m "not slow" -n $(WORKERS) --dist loadfile
 
 checks: env  ## lint, format, types, layer and size rules
 	@status=0; \

@@ -137,10 +137,10 @@ def describe_role(role: str) -> str:
     """`mixer:` and, for every algorithm, its first docstring line and its parameters with type and default."""
     from dataclasses import MISSING
 
-    from dataflex_mega.registry import available, load_class, parameters
+    from dataflex_mega.registry import all_names, load_class, parameters
 
     lines = [f"{role}:"]
-    for name in available(role):
+    for name in all_names(role):
         first = (load_class(role, name).__doc__ or "").strip().splitlines()[:1]
         lines.append(f"  {name:<12} {''.join(first)}".rstrip())
         for key, parameter in parameters(role, name).items():

@@ -1,5 +1,5 @@
 """(kind, name) -> algorithm. A file `algorithms/mixers/odm.py` is the mixer `odm`; `package.module:Class` names a
-plug-in.
+plug-in, and so does a name that `dataflex_mega.plugins` knows.
 
 A spec is what the configuration says: `odm`, `{name: odm, alpha: 0.8}` or `{name: odm, params: {alpha: 0.8}}`.
 Parameters are the fields of the algorithm's dataclass; a field whose name a method of the contract has taken is spelt
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Union
 
+from dataflex_mega import plugins
 from dataflex_mega.algorithms.base import Algorithm, Mixer, Selector, Weighter
 from dataflex_mega.errors import ConfigError, did_you_mean
 
@@ -47,14 +48,26 @@ def available(kind: str) -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
 
 
+def all_names(kind: str) -> list[str]:
+    """The names of `available`, and those that plug-ins have registered, sorted. Raises ConfigError for a taken name."""
+    own, others = available(kind), plugins.registered(kind)
+    for name in set(own) & set(others):
+        raise ConfigError(
+            f"{kind}: {name!r}, registered by {others[name].__module__}, comes with the package; rename it"
+        )
+    return sorted([*own, *others])
+
+
 def load_class(kind: str, name: str) -> type[Algorithm]:
     """The class a name stands for. Raises ConfigError when there is none or it breaks the contract of its kind."""
     if ":" in name:
         found: type = _plug_in(kind, name)
     elif name in available(kind):
         found = _only_class(kind, name)
+    elif name in all_names(kind):
+        found = plugins.registered(kind)[name]
     else:
-        names = available(kind)
+        names = all_names(kind)
         near = did_you_mean(name, names)
         hint = f"{near}; available: {', '.join(names)}, or a plug-in as package.module:Class"
         raise ConfigError(f"{kind}: no {kind} is called {name!r}{hint}")
@@ -124,7 +137,7 @@ def _read(kind: str, spec: Spec) -> tuple[str, dict[str, Any]]:
     rest = dict(spec)
     name = rest.pop("name", None)
     if not isinstance(name, str):
-        raise ConfigError(f"{kind}.name: expected one of {', '.join(available(kind))}, found {name!r}")
+        raise ConfigError(f"{kind}.name: expected one of {', '.join(all_names(kind))}, found {name!r}")
     if "params" not in rest:
         return name, rest
     inner = rest.pop("params")
@@ -172,7 +185,8 @@ def _plug_in(kind: str, name: str) -> type:
 def _checked(kind: str, name: str, cls: type) -> type[Algorithm]:
     contract = CONTRACTS[kind]
     if not issubclass(cls, contract):
-        raise ConfigError(f"{kind}: {name} must be a subclass of {contract.__module__}.{contract.__name__}")
+        moved = "; docs/coming-from.md shows how a class written for DataFlex is moved over"
+        raise ConfigError(f"{kind}: {name} must be a subclass of {contract.__module__}.{contract.__name__}{moved}")
     if "__dataclass_fields__" not in vars(cls):
         raise ConfigError(f"{kind}: {name} must be decorated with @dataclass; its fields are its parameters")
     if inspect.isabstract(cls):

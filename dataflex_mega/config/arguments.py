@@ -137,6 +137,10 @@ class RunArguments:
     reference_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "of the token losses in `reference_cache`"}
     )
+    plugins: list[str] = field(
+        default_factory=list,
+        metadata={"help": "modules to import, whose decorators register algorithms under names of their own"},
+    )
     callbacks: list[str] = field(
         default_factory=list, metadata={"help": "transformers.TrainerCallback classes, as `package.module:Class`"}
     )

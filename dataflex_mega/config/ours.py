@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from dataflex_mega import plugins
 from dataflex_mega.config import components, proportions
 from dataflex_mega.config.arguments import MOST, ROLES, RunArguments, check_proportions
 from dataflex_mega.config.components import ROLE_OF_TYPE, Spec
@@ -20,7 +21,7 @@ LATER_TYPES = ("dynamic_reorder", "dynamic_lego")
 ROLE_KEYS = (
     "component_name", "warmup_step", "update_step", "update_times", "static_mix", "train_step", "freeze_gate",
     "early_stopping_min_delta", "mixture_sample_rule", "init_mixture_proportions", "init_mixture_proportions_file",
-    "mixer_eval_dataset", *MOST, "reference_model", "reference_cache", "reference_dtype", *ROLES,
+    "mixer_eval_dataset", *MOST, "reference_model", "reference_cache", "reference_dtype", "plugins", *ROLES,
 )  # fmt: skip
 ENGINE_OPTIONS = (
     "lookahead", "loss_normalization", "nan_loss", "resume_ignore", "score_batch_size", "prefetch", "tensorboard"
@@ -64,6 +65,7 @@ def parse(values: Mapping[str, Any]) -> tuple[RunArguments, list[str]]:
         typed["update_step"] = 0  # so that the length of the run is train_step or epochs, as in DataFlex
     if typed.get("mixer_eval_dataset") is not None:
         notes.append("mixer_eval_dataset: no mixer reads it yet")
+    plugins.load(typed.get("plugins", []))
     arguments = RunArguments(**typed)
     _check_roles(arguments)
     return arguments, notes

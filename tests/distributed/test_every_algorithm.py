@@ -16,6 +16,7 @@ PARAMETERS = {
     ("selector", "tsds"): {"probs_path": "TSDS"},
     ("mixer", "ado"): {"start_step": 2, "refit_every": 1, "ignore_steps": 0},
 }
+REFERENCE = {("selector", "rho_loss"), ("mixer", "doremi"), ("weighter", "rho1")}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,8 @@ def configs(folder):
             given = PARAMETERS.get((kind, name), {})
             spec = {"name": name, **{key: files.get(value, value) for key, value in given.items()}}
             keys = {"selector": SELECT, "mixer": MIX, "weighter": {}}[kind]
+            if (kind, name) in REFERENCE:
+                keys = {**keys, "reference_model": str(folder / "model")}
             made[kind, name] = runs.base(
                 folder, output_dir=str(folder / f"{kind}-{name}"), eval_dataset="tables", **keys, **{kind: spec}
             )
