@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -13,7 +14,9 @@ from dataflex_mega.algorithms.base import Domains, Mixer, Selector, Weighter
 from dataflex_mega.errors import CheckpointError, TrainingFault
 from dataflex_mega.types import (
     Clock,
+    HiddenSpec,
     LossNorm,
+    NeedsHidden,
     Plan,
     SampleObs,
     SignalTable,
@@ -117,6 +120,7 @@ class Controller:
     total_steps: int
     seed: int
     limits: Limited | None = None  # of what a mixer may ask for
+    target_mean: Callable[[HiddenSpec, int], Tensor] | None = None  # see signals.hidden.TargetMean
     last_selection: Selection | None = field(default=None, init=False)
     _previous: Tensor | None = field(default=None, init=False)
     _spent: frozenset[int] = field(default=frozenset(), init=False)  # domains that have been drawn max_epochs often
@@ -244,6 +248,9 @@ class Controller:
     def weigher(self, state: TrainState) -> Weigh | None:
         """The function that weighs the samples of the next step, or None when all weigh the same."""
         weighter = self.roles.weighter if not self.schedule.warming(state.step) else None
+        if isinstance(weighter, NeedsHidden) and weighter.stale(state.step):
+            assert self.target_mean is not None, "checked when the run was built"
+            weighter.learn(self.target_mean(weighter.hidden, weighter.target_samples), state.step)
         by_sample = self._by_sample(weighter, state)
         if isinstance(weighter, TokenChoice):
             return TokenWeigh(by_sample or _all_alike, weighter)
@@ -265,8 +272,11 @@ class Controller:
         """The product of a weighter's weights and those of domains: [k] factors, or a function of samples."""
 
         def weigh(obs: SampleObs) -> Tensor:
-            names = ("sample_id", "domain", "loss_sum", "tokens")
-            whole = SampleObs(*(self.ranks.gather(getattr(obs, name)) for name in names))
+            if isinstance(weighter, NeedsHidden):
+                if obs.hidden is None:
+                    raise TrainingFault("weights by hidden states need SampleObs.hidden, which the engine did not give")
+                obs = replace(obs, hidden=weighter.compare(obs.hidden))
+            whole = SampleObs(**{name: self.ranks.gather(rows) for name, rows in obs.weighed().items()})
             weights = torch.ones_like(whole.loss_sum)
             if weighter is not None:
                 weights = weighter.weights(whole, state.step, self.total_steps).to(weights)

@@ -46,18 +46,22 @@ def sample_sums(values: Tensor, batch: Batch) -> Tensor:
 
 
 def observe(
-    loss_sum: Tensor, batch: Batch, token_loss: Tensor | None = None, step_count: Tensor | None = None
+    loss_sum: Tensor,
+    batch: Batch,
+    token_loss: Tensor | None = None,
+    step_count: Tensor | None = None,
+    hidden: Tensor | None = None,
 ) -> SampleObs:
     """[n] loss sums -> what algorithms may see of the samples.
 
     With `token_loss` [b, S] and a batch that has reference losses, their excess too. `step_count`: see `domain_counts`,
-    reduced over all ranks.
+    reduced over all ranks. `hidden`: [n, h], the samples' vectors.
     """
     tokens = sample_sums((batch.labels != IGNORED).long(), batch)
     excess = None
     if token_loss is not None and batch.reference is not None:
         excess = sample_sums(clipped_excess(token_loss.detach(), batch), batch)
-    return SampleObs(batch.sample_id, batch.domain, loss_sum.detach(), tokens, excess, step_count)
+    return SampleObs(batch.sample_id, batch.domain, loss_sum.detach(), tokens, excess, step_count, hidden)
 
 
 def clipped_excess(token_loss: Tensor, batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -53,6 +53,20 @@ class SampleObs:
     tokens: Tensor  # [n] int64, number of target tokens
     excess_sum: Tensor | None = None  # [n] float32, sum over target tokens of max(loss - reference loss, 0)
     step_count: Tensor | None = None  # [k] float64, each domain's part of the loss denominator of the whole step
+    hidden: Tensor | None = (
+        None  # [n, h] float32, see HiddenSpec; for `weights`, [n, m] what NeedsHidden.compare made of it
+    )
+
+    def weighed(self) -> dict[str, Tensor]:
+        """The fields by which samples are weighed, one row a sample; those that are there."""
+        names = ("sample_id", "domain", "loss_sum", "tokens", "hidden")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @classmethod
+    def joined(cls, parts: Sequence[SampleObs], step_count: Tensor) -> SampleObs:
+        """Micro-batches of a step as one."""
+        fields = [part.weighed() for part in parts]
+        return cls(**{name: torch.cat([f[name] for f in fields]) for name in fields[0]}, step_count=step_count)
 
     @property
     def loss(self) -> Tensor:
@@ -69,6 +83,43 @@ LossNorm = Literal["token", "per_domain"]
 
 class NeedsReference:
     """Marks an algorithm that compares token losses with those of a reference model."""
+
+
+@dataclass(frozen=True)
+class HiddenSpec:
+    """How one vector is made of a sample's hidden states; see signals.hidden."""
+
+    pooling: Literal["mean", "late", "last"] = (
+        "mean"  # over positions: equal weights, position t weighs t, the last alone
+    )
+    layer: int = -1  # as transformers counts hidden states: 0 the embeddings, -1 what the output layer gets
+    unit: bool = True  # whether a vector is divided by its length
+
+
+class NeedsHidden(ABC):
+    """A weighter that compares the hidden states of samples, from the training forward, with those of target samples."""
+
+    @property
+    @abstractmethod
+    def hidden(self) -> HiddenSpec:
+        """The vectors it wants."""
+
+    @property
+    def target_samples(self) -> int:
+        """How many target samples are looked at, spread evenly over the evaluation sets; 0: all of them."""
+        return 0
+
+    @abstractmethod
+    def stale(self, step: int) -> bool:
+        """Whether it wants the targets' vectors anew before the step after `step` steps."""
+
+    @abstractmethod
+    def learn(self, target: Tensor, step: int) -> None:
+        """[h] float64, the mean vector of the target samples under the model of now."""
+
+    @abstractmethod
+    def compare(self, hidden: Tensor) -> Tensor:
+        """[n, h] vectors of one rank's samples -> [n, m] what travels to all ranks of it, and reaches `weights`."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from dataflex_mega.types import Batch, SampleObs, StepStats, Weigh
+from torch import Tensor
+
+from dataflex_mega.types import Batch, HiddenSpec, SampleObs, StepStats, Weigh
 
 
 class Engine(Protocol):
@@ -21,6 +23,10 @@ class Engine(Protocol):
 
     def sample_losses(self, batch: Batch) -> SampleObs:
         """Forward only, in evaluation mode: losses of this rank's samples. Every rank must call it equally often."""
+        ...
+
+    def embed(self, batch: Batch, spec: HiddenSpec) -> Tensor:
+        """[n, h] float32: forward only, in evaluation mode, one vector a sample. Every rank must call it equally often."""
         ...
 
     def learning_rate(self) -> float:

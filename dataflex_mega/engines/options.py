@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dataflex_mega.objective import Normalization
+from dataflex_mega.types import HiddenSpec
 
 
 @dataclass(frozen=True)
@@ -16,3 +17,4 @@ class Options:
     lookahead: str = "micro"  # whose losses a weighter compares: of a micro-batch, or "exact" of the whole step
     normalization: Normalization = "token"
     on_nan: str = "stop"  # or "continue": skip the step
+    hidden: HiddenSpec | None = None  # what a weighter wants of the training forward, besides losses

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from dataflex_mega.config.split import RunConfig
 from dataflex_mega.distributed.mesh import Mesh
+from dataflex_mega.types import HiddenSpec
 
 
 class Backend(Protocol):
@@ -18,8 +19,8 @@ class Backend(Protocol):
         """Join the processes. `args`: what lf.args.parse returned. Raises ConfigError."""
         ...
 
-    def engine(self, tokenizer: Any, domains: int, steps: int) -> Any:
-        """The engine for a run of `steps` optimizer steps over `domains` domains."""
+    def engine(self, tokenizer: Any, domains: int, steps: int, hidden: HiddenSpec | None = None) -> Any:
+        """The engine for a run of `steps` optimizer steps over `domains` domains; `hidden`: what its weighter compares."""
         ...
 
     def gradient_scorer(self, engine: Any, adam: bool) -> Any:

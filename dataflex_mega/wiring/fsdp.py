@@ -6,9 +6,11 @@ from typing import Any
 
 from dataflex_mega.config.split import RunConfig
 from dataflex_mega.distributed import mesh as meshes
-from dataflex_mega.engines.fsdp.engine import FSDPEngine, Options
+from dataflex_mega.engines.fsdp.engine import FSDPEngine
 from dataflex_mega.engines.fsdp.gradients import GradientScorer
 from dataflex_mega.engines.fsdp.parallel import parallelize, read_layout, unwrap
+from dataflex_mega.engines.options import Options
+from dataflex_mega.types import HiddenSpec
 
 
 class FSDPBackend:
@@ -24,7 +26,7 @@ class FSDPBackend:
         self.layout = read_layout(self.config.lf, self.mesh)
         self.notes = self.layout.notes
 
-    def engine(self, tokenizer: Any, domains: int, steps: int) -> FSDPEngine:
+    def engine(self, tokenizer: Any, domains: int, steps: int, hidden: HiddenSpec | None = None) -> FSDPEngine:
         """See Backend."""
         from dataflex_mega.lf.model import build_model, freeze_gates
         from dataflex_mega.lf.optim import build_optimizer, build_scheduler
@@ -49,6 +51,7 @@ class FSDPBackend:
                 lookahead=self.ours.lookahead,
                 normalization=self.ours.loss_normalization,
                 on_nan=self.ours.nan_loss,
+                hidden=hidden,
             ),
         )
 

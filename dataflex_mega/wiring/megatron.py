@@ -13,6 +13,7 @@ from dataflex_mega.distributed import mesh as meshes
 from dataflex_mega.engines.megatron import cpu, layout, shape, version
 from dataflex_mega.engines.options import Options
 from dataflex_mega.errors import ConfigError
+from dataflex_mega.types import HiddenSpec
 
 VOCAB_MULTIPLE = 128  # the padded vocabulary is the same for all usual tensor sizes, so that checkpoints may move
 
@@ -59,11 +60,14 @@ class MegatronBackend:
             precision=precision,
         )
 
-    def engine(self, tokenizer: Any, domains: int, steps: int) -> Any:
+    def engine(self, tokenizer: Any, domains: int, steps: int, hidden: HiddenSpec | None = None) -> Any:
         """See Backend."""
         from dataflex_mega.engines.megatron.build import assemble, chunks_of
+        from dataflex_mega.engines.megatron.hidden import check
         from dataflex_mega.lf.optim import build_scheduler
 
+        if hidden is not None:
+            check(hidden)
         if len(tokenizer) > self.shape.vocab:
             raise ConfigError(
                 f"model_name_or_path: the tokenizer has {len(tokenizer)} tokens, the model {self.shape.vocab}; "
@@ -75,6 +79,7 @@ class MegatronBackend:
             lookahead=self.ours.lookahead,
             normalization=self.ours.loss_normalization,
             on_nan=self.ours.nan_loss,
+            hidden=hidden,
         )
         with cpu.redirected():
             chunks = chunks_of(self.shape, self.settings, self.args.training.seed)

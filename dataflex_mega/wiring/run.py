@@ -52,6 +52,7 @@ class Opened:
         from dataflex_mega.data.pool import Domain, Pool
         from dataflex_mega.lf.data import load_data
         from dataflex_mega.lf.model import load_tokenizer
+        from dataflex_mega.types import NeedsHidden
         from dataflex_mega.wiring import corpus, providers
 
         self.tokenizer_module, template = load_tokenizer(self.args)
@@ -65,6 +66,10 @@ class Opened:
         if providers.wants_targets(self.roles.selector) and not self.evaluation:
             raise UserError(
                 f"eval_dataset: selector {self.specs['selector']['name']} needs target samples there (or val_size)"
+            )
+        if isinstance(self.roles.weighter, NeedsHidden) and not self.evaluation:
+            raise UserError(
+                f"eval_dataset: weighter {self.specs['weighter']['name']} needs target samples there (or val_size)"
             )
         tokenizer = self.tokenizer_module["tokenizer"]
         packs = self.args.finetuning.stage == "sft" and (self.args.data.packing or self.args.data.neat_packing)
@@ -210,7 +215,9 @@ class Build(Opened):
 
         shown = self.mesh.is_main and not self.args.training.disable_tqdm
         self.bar = Bar(every=max(1, int(self.args.training.logging_steps))) if shown else None
-        engine = self.backend.engine(self.tokenizer_module["tokenizer"], len(self.pool.sizes), self.max_steps)
+        engine = self.backend.engine(
+            self.tokenizer_module["tokenizer"], len(self.pool.sizes), self.max_steps, self._hidden()
+        )
         parts = {
             "model": engine.model,
             "processing_class": self.tokenizer_module["tokenizer"],
@@ -257,7 +264,24 @@ class Build(Opened):
             self.max_steps,
             self.data_seed,
             self.limits,
+            self._target_mean(engine),
         )
+
+    def _hidden(self) -> Any:
+        """What the weighter compares of hidden states, or None."""
+        from dataflex_mega.types import NeedsHidden
+
+        weighter = self.roles.weighter
+        return weighter.hidden if isinstance(weighter, NeedsHidden) else None
+
+    def _target_mean(self, engine: Any) -> Any:
+        """What hidden states are compared with: those of the evaluation sets."""
+        from dataflex_mega.signals.hidden import TargetMean
+
+        size = self.ours.score_batch_size or self.args.training.per_device_eval_batch_size
+        rank, ranks = self.mesh.dp_rank, self.mesh.dp_size
+        groups = list(self.evaluation.values())
+        return TargetMean(groups, self.collate, engine.embed, size, rank, ranks, self.ranks.sum) if groups else None
 
     def _targets(self, engine: Any) -> Any:
         """What gradient scores compare with: the evaluation sets."""

@@ -21,6 +21,13 @@ ROLES = {
         "init_mixture_proportions": [0.5, 0.3, 0.2],
     },
     "weight": {"weighter": {"name": "loss"}, "lookahead": "exact", "warmup_step": 1},
+    "joint": {
+        "weighter": {"name": "joint_update_aware", "tau": 0.2, "target_update_step": 2}, "lookahead": "exact",
+        "eval_dataset": "tables", "warmup_step": 1,
+    },
+    "adapt": {
+        "weighter": {"name": "adapt", "tau": 0.1, "refresh_interval": 2}, "lookahead": "exact", "eval_dataset": "tables",
+    },
     "all": {
         "selector": {"name": "loss"}, "mixer": {"name": "odm", "reward_scale": 5.0}, "weighter": {"name": "loss"},
         "lookahead": "exact", "warmup_step": 2, "update_step": 2, "update_times": 2,

@@ -34,6 +34,21 @@ REFERENCES = {
     "rho1": (RHO1, BY_NAME["dense", "PP2"]),
     "rho1, whole step": ({**RHO1, "lookahead": "exact"}, BY_NAME["dense", "TP2 x PP2"]),
 }  # fmt: skip
+# Weights by hidden states, with the layout in which each is compared with the FSDP engine.
+HIDDEN = {
+    "adapt": (
+        {**NO_ROLES, "weighter": {"name": "adapt", "tau": 0.1, "refresh_interval": 2}, "lookahead": "exact"},
+        BY_NAME["dense", "TP2 x PP2"],
+    ),
+    "joint": (
+        {**NO_ROLES, "weighter": {"name": "joint_update_aware", "tau": 0.2, "target_num_batches": 5}, "lookahead": "exact"},
+        BY_NAME["dense", "PP2 x VPP2"],
+    ),
+    "joint, micro-batch by micro-batch": (
+        {**NO_ROLES, "weighter": {"name": "joint_update_aware", "tau": 0.2, "pooling": "mean_pool"}},
+        BY_NAME["dense", "TP2 + SP"],
+    ),
+}  # fmt: skip
 EVEN = {
     **NO_ROLES, "mixer": "static", "weighter": "custom", "lr_scheduler_type": "constant",
     "use_distributed_optimizer": True,
@@ -54,6 +69,12 @@ def jobs_of(folder):
             # The FSDP engine compares over a whole step, as rho1 does with micro-batches only where they are the same.
             split = {} if name != "rho1" else {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
             more = {**keys, **split, "reference_model": str(folder / "model")}
+            made.append(((name, where[0]), where, config(folder, where, name, **more)))
+    for name, (keys, layout) in HIDDEN.items():
+        for where in (FIRST["dense"], layout):
+            # Where micro-batches are compared one by one they have to be the same.
+            split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2} if "micro" in name else {}
+            more = {**keys, **split, "eval_dataset": "tables", "max_samples": 4}
             made.append(((name, where[0]), where, config(folder, where, name, **more)))
     layout = BY_NAME["dense", "TP2 x PP2"]
     for kind in ("engine", "bare loop", "bare loop, megatron-core's own layers"):
@@ -191,6 +212,17 @@ def test_runs_against_a_reference_model_are_those_of_the_fsdp_engine(finished, n
             assert row["domain_weights"] == pytest.approx(row0["domain_weights"], rel=1e-5)
     blocks = [sorted((Path(made["output_dir"]) / "reference").glob("block-*.bin")) for made in (found, expected)]
     assert len(blocks[0]) > 0 and [b.read_bytes() for b in blocks[0]] == [b.read_bytes() for b in blocks[1]]
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_weights_by_hidden_states_are_those_of_the_fsdp_engine(finished, name):
+    found, expected = (runs.rows(finished[name, key]) for key in (HIDDEN[name][1][0], "FSDP engine"))
+    assert len(found) == STEPS
+    for row, row0 in zip(found, expected, strict=True):
+        for key in ("loss", "objective", "grad_norm"):
+            assert row[key] == pytest.approx(row0[key], rel=2e-5), (row["step"], key)
+        assert row["weights"] == pytest.approx(row0["weights"], rel=1e-3)
+        assert row["weights"]["max"] > 1.01 > 0.99 > row["weights"]["min"]
 
 
 def test_kept_tokens_make_another_objective_than_all(finished):

@@ -16,22 +16,14 @@ from dataflex_mega import objective
 from dataflex_mega.distributed.collectives import Collectives
 from dataflex_mega.distributed.mesh import Mesh
 from dataflex_mega.engines.fsdp import state as disk
+from dataflex_mega.engines.fsdp.hidden import listening
 from dataflex_mega.engines.fsdp.parallel import Layout, set_gradient_sync, unwrap
 from dataflex_mega.engines.fsdp.precision import LossScale
+from dataflex_mega.engines.options import Options
 from dataflex_mega.engines.stats import StepSums
 from dataflex_mega.errors import NotFinite
-from dataflex_mega.types import Batch, SampleObs, StepStats, Weigh
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a step does besides forward and backward."""
-
-    domains: int
-    max_grad_norm: float = 1.0  # 0 turns clipping off
-    lookahead: str = "micro"  # whose losses a weighter compares: of a micro-batch, or "exact" of the whole step
-    normalization: objective.Normalization = "token"
-    on_nan: str = "stop"  # or "continue": skip the step
+from dataflex_mega.signals import hidden
+from dataflex_mega.types import Batch, HiddenSpec, SampleObs, StepStats, Weigh
 
 
 @dataclass
@@ -63,8 +55,8 @@ class FSDPEngine:
         ahead = self._weights_of_step(micros, weigh, counts) if weigh and self._looks_ahead(micros) else None
         for number, batch in enumerate(micros):
             set_gradient_sync(self.module, last=number == len(micros) - 1)
-            token_loss = self.token_losses(batch)
-            obs = objective.observe(objective.sample_sums(token_loss, batch), batch, token_loss, counts)
+            token_loss, vectors = self._forward(batch, self.options.hidden if weigh and ahead is None else None)
+            obs = objective.observe(objective.sample_sums(token_loss, batch), batch, token_loss, counts, vectors)
             if ahead is not None:
                 weights, by_token = ahead[number]
             else:
@@ -93,15 +85,25 @@ class FSDPEngine:
         training will draw."""
         state = self.rng_state()
         with torch.no_grad():
-            losses = [self.token_losses(batch) for batch in micros]
+            passed = [self._forward(batch, self.options.hidden) for batch in micros]
         self.set_rng_state(state)
-        parts = list(zip(losses, micros, strict=True))
-        seen = [objective.observe(objective.sample_sums(loss, batch), batch) for loss, batch in parts]
-        names = ("sample_id", "domain", "loss_sum", "tokens")
-        whole = SampleObs(*(torch.cat([getattr(obs, name) for obs in seen]) for name in names), step_count=counts)
-        by_sample = weigh(whole).split([len(obs.sample_id) for obs in seen])
+        parts = [(loss, batch) for (loss, _), batch in zip(passed, micros, strict=True)]
+        seen = [
+            objective.observe(objective.sample_sums(loss, batch), batch, hidden=vectors)
+            for (loss, vectors), batch in zip(passed, micros, strict=True)
+        ]
+        by_sample = weigh(SampleObs.joined(seen, counts)).split([len(obs.sample_id) for obs in seen])
         by_token = objective.token_weights(parts, weigh, self.collectives.sum) or [None] * len(micros)
         return list(zip(by_sample, by_token, strict=True))
+
+    def _forward(self, batch: Batch, spec: HiddenSpec | None) -> tuple[Tensor, Tensor | None]:
+        """(token losses [b, S], differentiable; the samples' vectors [n, h] when `spec` asks for them, without gradient)."""
+        if spec is None:
+            return self.token_losses(batch), None
+        with listening(self.model, spec.layer) as heard:
+            losses = self.token_losses(batch)
+        vectors = hidden.pool(heard[0], batch, spec.pooling)
+        return losses, hidden.unit(vectors) if spec.unit else vectors
 
     def token_losses(self, batch: Batch) -> Tensor:
         """[b, S] float32, differentiable."""
@@ -162,6 +164,15 @@ class FSDPEngine:
             obs = objective.observe(objective.sample_sums(self.token_losses(batch), batch), batch)
         self.module.train()
         return obs
+
+    def embed(self, batch: Batch, spec: HiddenSpec) -> Tensor:
+        """See engines.base.Engine."""
+        self.module.eval()
+        with torch.no_grad():
+            _, vectors = self._forward(batch.to(self.mesh.device), spec)
+        self.module.train()
+        assert vectors is not None
+        return vectors
 
     # -- state ---------------------------------------------------------------------------------------------------
 

@@ -20,12 +20,13 @@ from dataflex_mega import objective
 from dataflex_mega.distributed.collectives import Collectives
 from dataflex_mega.distributed.mesh import Mesh
 from dataflex_mega.engines.megatron import batches, checkpoint, cpu, processes
+from dataflex_mega.engines.megatron.hidden import Listener
 from dataflex_mega.engines.megatron.layout import Layout
 from dataflex_mega.engines.megatron.rates import Rates
 from dataflex_mega.engines.options import Options
 from dataflex_mega.engines.stats import StepSums
 from dataflex_mega.errors import NotFinite
-from dataflex_mega.types import IGNORED, Batch, SampleObs, StepStats, Weigh
+from dataflex_mega.types import IGNORED, Batch, HiddenSpec, SampleObs, StepStats, Weigh
 
 
 @dataclass
@@ -46,6 +47,7 @@ class MegatronEngine:
         self.collectives = Collectives(self.mesh)
         self.config = self.chunks[0].config
         self.last = processes.is_last_stage()
+        self.listener = Listener(self.chunks, self.layout)
         self._gathers = False  # whether parameters are gathered by hooks of the forward pass
         self._connect()
         self._mode(training=True)
@@ -77,7 +79,7 @@ class MegatronEngine:
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            self._run(micros, step.loss, forward_only=False)
+            self._run(micros, step.loss, False, self.options.hidden if weigh and step.ahead is None else None)
             grad_norm = self._update(sums)
             return sums.reduce(self.collectives, grad_norm, weigh is not None)
 
@@ -98,14 +100,16 @@ class MegatronEngine:
         rows, width = size.tolist()
         return batches.level(micros, rows, -(-width // multiple) * multiple)
 
-    def _run(self, micros: Sequence[Batch], loss: Any, forward_only: bool) -> None:
-        """One pass of megatron-core's schedule. `loss(number, batch, [b, S] token losses)` is called on the last stage."""
+    def _run(self, micros: Sequence[Batch], loss: Any, forward_only: bool, spec: HiddenSpec | None = None) -> None:
+        """One pass of megatron-core's schedule. On the last stage `loss(number, batch, vectors, [b, S] token losses)` is
+        called; vectors are the samples' [n, h] when `spec` asks for them."""
 
         def forward(source: Iterator[tuple[int, Batch]], model: Any) -> tuple[Tensor, Any]:
             number, batch = next(source)
             mask = batches.closed(batch.segment) if batch.packed else None
-            output = model(batch.input_ids, batch.position_ids, mask, labels=batch.labels.clamp(min=0))
-            return output, partial(loss, number, batch)
+            with self.listener.listening(model, spec) as heard:
+                output = model(batch.input_ids, batch.position_ids, mask, labels=batch.labels.clamp(min=0))
+            return output, partial(loss, number, batch, self.listener.vectors(heard, batch, spec))
 
         sources = [iter(list(enumerate(micros))) for _ in self.chunks]
         get_forward_backward_func()(
@@ -124,28 +128,31 @@ class MegatronEngine:
         """Weights of samples, and of tokens if any, from a forward pass over all micro-batches with the dropout masks that
         training will draw. None on stages that see no losses."""
         state = self.rng_state()
-        losses = self._token_losses(micros)
+        passed = self._passed(micros, self.options.hidden)
         self.set_rng_state(state)
         if not self.last:
             return None
-        parts = list(zip(losses, micros, strict=True))
-        seen = [objective.observe(objective.sample_sums(loss, batch), batch) for loss, batch in parts]
-        names = ("sample_id", "domain", "loss_sum", "tokens")
-        whole = SampleObs(*(torch.cat([getattr(obs, name) for obs in seen]) for name in names), step_count=counts)
-        by_sample = weigh(whole).split([len(obs.sample_id) for obs in seen])
+        parts = [(loss, batch) for (loss, _), batch in zip(passed, micros, strict=True)]
+        seen = [
+            objective.observe(objective.sample_sums(loss, batch), batch, hidden=vectors)
+            for (loss, vectors), batch in zip(passed, micros, strict=True)
+        ]
+        by_sample = weigh(SampleObs.joined(seen, counts)).split([len(obs.sample_id) for obs in seen])
         by_token = objective.token_weights(parts, weigh, self.collectives.sum) or [None] * len(micros)
         return list(zip(by_sample, by_token, strict=True))
 
-    def _token_losses(self, micros: Sequence[Batch]) -> list[Tensor]:
-        """[b, S] token losses of each micro-batch, on the last stage; elsewhere nothing."""
-        found: list[Tensor] = []
+    def _passed(self, micros: Sequence[Batch], spec: HiddenSpec | None) -> list[tuple[Tensor, Tensor | None]]:
+        """([b, S] token losses, [n, h] vectors if asked for) of each micro-batch, on the last stage; elsewhere nothing."""
+        found: list[tuple[Tensor, Tensor | None]] = []
 
-        def keep(_number: int, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-            found.append(targets_only(losses, batch.labels))
+        def keep(
+            _number: int, batch: Batch, vectors: Tensor | None, losses: Tensor
+        ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            found.append((targets_only(losses, batch.labels), vectors))
             return losses.sum(), torch.ones((), dtype=torch.int, device=losses.device), {}
 
         with torch.no_grad(), self._parameters_whole():
-            self._run(micros, keep, forward_only=True)
+            self._run(micros, keep, True, spec)
         return found
 
     # -- the update ----------------------------------------------------------------------------------------------
@@ -207,17 +214,33 @@ class MegatronEngine:
         """See engines.base.Engine. Where there is a pipeline, the batch goes through it in micro-batches."""
         batch = batch.to(self.mesh.device)
         with cpu.redirected():
-            self._mode(training=False)
-            whole = self._same_shape([batch])[0]
-            rows = self.micro_rows if self.layout.pipeline > 1 else len(whole.input_ids)
-            micros = batches.cut(whole, rows, self.layout.pipeline if self.layout.interleaved > 1 else 1)
-            found = self._token_losses(micros)
-            self._mode(training=True)
+            found = self._evaluated(batch, None)
             loss_sum = torch.zeros(len(batch.sample_id), device=self.mesh.device)
             if self.last:
                 rows, width = batch.input_ids.shape
-                loss_sum = objective.sample_sums(torch.cat(found)[:rows, :width], batch)
+                loss_sum = objective.sample_sums(torch.cat([loss for loss, _ in found])[:rows, :width], batch)
             return objective.observe(self._from_last_stage(loss_sum), batch)
+
+    def embed(self, batch: Batch, spec: HiddenSpec) -> Tensor:
+        """See engines.base.Engine. Where there is a pipeline, the batch goes through it in micro-batches."""
+        batch = batch.to(self.mesh.device)
+        with cpu.redirected():
+            found = self._evaluated(batch, spec)
+            vectors = torch.zeros(len(batch.sample_id), self.config.hidden_size, device=self.mesh.device)
+            # Each micro-batch knows all samples of the batch, and adds what it has of them.
+            for _, part in found if self.last else ():
+                assert part is not None
+                vectors += part
+            return self._from_last_stage(vectors)
+
+    def _evaluated(self, batch: Batch, spec: HiddenSpec | None) -> list[tuple[Tensor, Tensor | None]]:
+        """`_passed` of a batch in evaluation mode, cut into micro-batches where there is a pipeline."""
+        self._mode(training=False)
+        whole = self._same_shape([batch])[0]
+        rows = self.micro_rows if self.layout.pipeline > 1 else len(whole.input_ids)
+        found = self._passed(batches.cut(whole, rows, self.layout.pipeline if self.layout.interleaved > 1 else 1), spec)
+        self._mode(training=True)
+        return found
 
     def _from_last_stage(self, values: Tensor) -> Tensor:
         """What the last stage has, on every stage of this rank's pipeline."""
@@ -287,13 +310,15 @@ class _Step:
     collectives: Collectives
     ahead: list[tuple[Tensor, Tensor | None]] | None = None  # weights from a look-ahead pass, a micro-batch each
 
-    def loss(self, number: int, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def loss(
+        self, number: int, batch: Batch, vectors: Tensor | None, losses: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Token losses -> (weighted sum to differentiate, what it is a sum over, nothing to log).
 
         megatron-core divides gradients by the total of the second at the end of the step.
         """
         losses = targets_only(losses, batch.labels)
-        obs = objective.observe(objective.sample_sums(losses, batch), batch, losses, self.counts)
+        obs = objective.observe(objective.sample_sums(losses, batch), batch, losses, self.counts, vectors)
         weights, by_token = self._weights(number, obs, batch, losses)
         loss_sum = objective.sample_sums(losses if by_token is None else losses * by_token, batch)
         total = objective.weighted_loss(loss_sum, obs.tokens, weights, 1.0, self.options.normalization)

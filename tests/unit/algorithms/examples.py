@@ -22,11 +22,12 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def observed(losses: list[float] | torch.Tensor, tokens: int = 4) -> SampleObs:
-    """Samples with these mean losses over `tokens` tokens each."""
+    """Samples with these mean losses over `tokens` tokens each, and some vector."""
     losses = torch.as_tensor(losses, dtype=torch.float32)
     count = torch.full((len(losses),), tokens)
     ids = torch.arange(len(losses))
-    return SampleObs(sample_id=ids, domain=ids % 3, loss_sum=losses * tokens, tokens=count)
+    hidden = torch.nn.functional.normalize(torch.randn(len(losses), 5, generator=generator(4)))
+    return SampleObs(sample_id=ids, domain=ids % 3, loss_sum=losses * tokens, tokens=count, hidden=hidden)
 
 
 def stats(mean_losses: Mapping[int, float], domains: int = 3, tokens: float = 8.0) -> StepStats:
