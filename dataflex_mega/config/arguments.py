@@ -72,7 +72,8 @@ class RunArguments:
         metadata={
             "help": (
                 "a file with those numbers in place of the list, such as the `doremi_average_weights.json` or "
-                "`doremi_step3_proportions.txt` of a DoReMi run"
+                "`doremi_step3_proportions.txt` of a DoReMi run; or the `manifest.json` of a corpus, for its shares of "
+                "tokens, found by name"
             )
         },
     )
@@ -211,8 +212,11 @@ class RunArguments:
 
         Raises ConfigError for another length, and when a file that has names has not these `names` in this order.
         """
-        if names is not None and self.init_mixture_proportions_file is not None:
-            proportions.check_names(self.init_mixture_proportions_file, names)
+        file = self.init_mixture_proportions_file
+        if names is not None and file is not None:
+            if self.init_mixture_proportions is None:
+                return tuple(proportions.natural(file, names))
+            proportions.check_names(file, names)
         mixer = self.roles()["mixer"]
         key, given = _given_proportions(self, mixer)
         if given is None:

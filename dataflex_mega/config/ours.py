@@ -53,7 +53,8 @@ def parse(values: Mapping[str, Any]) -> tuple[RunArguments, list[str]]:
     if typed.get("init_mixture_proportions_file") is not None and typed["train_type"] != "static":
         if typed.get("init_mixture_proportions") is not None:
             raise ConfigError("init_mixture_proportions_file: init_mixture_proportions is set too; drop one")
-        typed["init_mixture_proportions"] = proportions.read(typed["init_mixture_proportions_file"])
+        if not proportions.is_manifest(typed["init_mixture_proportions_file"]):  # a corpus needs the datasets' names
+            typed["init_mixture_proportions"] = proportions.read(typed["init_mixture_proportions_file"])
     if typed.get("init_mixture_proportions") is not None:
         total = math.fsum(typed["init_mixture_proportions"])
         typed["init_mixture_proportions"] = [x / total for x in typed["init_mixture_proportions"]]
@@ -152,8 +153,9 @@ def _check_mixture(arguments: RunArguments, mixer: Spec | None) -> None:
     """Initial proportions, the sampling rule and the mixer do not contradict each other."""
     rule, initial = arguments.mixture_sample_rule, arguments.init_mixture_proportions
     if rule in ("stratified", "uniform"):
-        if initial is not None:
-            raise ConfigError(f"init_mixture_proportions: has no effect with mixture_sample_rule: {rule}; use mixture")
+        if initial is not None or arguments.init_mixture_proportions_file is not None:
+            key = "init_mixture_proportions" if initial is not None else proportions.KEY
+            raise ConfigError(f"{key}: has no effect with mixture_sample_rule: {rule}; use mixture")
         if mixer is not None and (mixer["name"] != "static" or mixer.get("proportions") is not None):
             raise ConfigError(
                 f"mixture_sample_rule: {rule} fixes the proportions, mixer {mixer['name']} could not set them; use mixture"

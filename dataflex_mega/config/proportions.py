@@ -1,4 +1,5 @@
-"""Domain proportions in a file, such as the averages that a run with `mixer: doremi` leaves behind, and their limits."""
+"""Domain proportions in a file: the averages that a run with `mixer: doremi` leaves behind, or the tokens of a corpus; and
+the limits of proportions."""
 
 from __future__ import annotations
 
@@ -8,9 +9,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dataflex_mega.errors import ConfigError
+from dataflex_mega.data import manifest
+from dataflex_mega.errors import ConfigError, did_you_mean
 
 KEY = "init_mixture_proportions_file"
+
+
+def is_manifest(path: str) -> bool:
+    """Whether the file is the `manifest.json` of a corpus. Raises ConfigError when it cannot be read."""
+    content = _load(path)
+    return isinstance(content, dict) and content.get("format") == manifest.FORMAT
+
+
+def natural(path: str, names: Sequence[str]) -> list[float]:
+    """The natural proportions of the domains `names` of a corpus: their tokens over the tokens of all of them.
+
+    `path` is its manifest. Raises ConfigError for a domain it does not have.
+    """
+    tokens = {domain["name"]: int(domain["tokens"]) for domain in _load(path)["domains"]}
+    for name in names:
+        if name not in tokens:
+            hint = did_you_mean(name, tokens) or f"; it has {', '.join(tokens)}"
+            raise ConfigError(f"{KEY}: {path} has no domain {name!r}{hint}")
+    total = sum(tokens[name] for name in names)
+    return [tokens[name] / total for name in names]
 
 
 def read(path: str) -> list[float]:

@@ -11,21 +11,21 @@ proportions and h the moving average (0.9) of the shares that were drawn:
 
 t is the step of the run; pbar begins as mu. Before `start_step`, and until some domain has a fit, mu is drawn.
 
-A fit minimises the Huber loss (delta 1e-3) between logarithms of losses, with penalties that keep the parameters in their
-range. Its points are means over equally many steps, at most MAX_POINTS of them: when there are more, neighbours are
-joined, so memory and the time of a fit stay bounded however long a run is. The official code filters the losses and
-takes every tenth step instead.
+A fit minimises the Huber loss (delta 1e-3) between logarithms of losses, with the parameters in their range. (The official
+code adds the distance from that range to the loss and, where points are many, leaves it.) Its points are means over
+equally many steps, at most MAX_POINTS of them: when there are more, neighbours are joined, so memory and the time of a
+fit stay bounded however long a run is. The official code filters the losses and takes every tenth step instead.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dataflex_mega.algorithms.base import Domains, Mixer
 from dataflex_mega.errors import CheckpointError, ConfigError
@@ -39,8 +39,14 @@ HUBER = 1e-3
 STEPS_A_POINT = 10  # a point weighs the steps it stands for over this: the official code keeps every tenth step
 LARGEST_A, LARGEST_ALPHA, SMALLEST_ALPHA = 6.5, 0.8, 1e-3
 SMALLEST_EXPONENT = 0.05  # of the speed
-NEAR_EDGE = 0.02  # of where a penalty sets in
-INSIDE = 0.1  # the smallest alpha to start from
+INSIDE = 0.1  # the smallest alpha to start from: with a flat law a and e cannot be told apart
+FIRST_DAMPING, SMALLEST_DAMPING, LARGEST_DAMPING = 1e-3, 1e-12, 1e8
+MOST_STEPS, CONVERGED, PATIENCE = (
+    2000,
+    1e-12,
+    12,
+)  # of a fit; a law is found after PATIENCE steps that gain less than that
+TINY = 1e-18  # keeps the equations of a step solvable
 MIN_POINTS = 16  # a domain with fewer is not fitted: three parameters would follow the noise, to the last bit of it
 MAX_POINTS = 256
 KEPT_SHARE, KEPT_POLICY = 0.9, 0.9
@@ -63,67 +69,97 @@ def mismatch(laws: Tensor, log_n: Tensor, log_loss: Tensor, weight: Tensor, floo
     return (weight * huber).sum(-1) + outside
 
 
-def descend(start: Tensor, free: list[bool], middle: float, value_of: Callable[[Tensor], Tensor]) -> Tensor:
-    """[3] the law that L-BFGS reaches from [3] `start`; parameters that are not free stay as they are.
+def descend(start: Tensor, points: tuple[Tensor, Tensor, Tensor], floor: float) -> tuple[Tensor, Tensor]:
+    """[m, 3] laws to start from -> ([m, 3] laws that minimise the Huber sum inside their range, [m] that sum).
 
-    What moves in place of a is the law's height at log n = `middle`: a and alpha would pull at one another.
+    All m problems take their steps at once. A step is Levenberg and Marquardt's on squares that are weighted anew so that
+    they touch the Huber loss from above; a parameter on an edge of its range stays there while its slope points outwards.
+
+    Args:
+        points: [m, T] each: log n, log loss, weight. A weight of 0 is no point.
+        floor: the smallest e.
     """
-    origin = torch.stack([start[0] - start[2] * middle, start[1], start[2]])
-    moves = torch.tensor(free)
-    point = origin.clone().requires_grad_()
-    solver = torch.optim.LBFGS(
-        [point], max_iter=200, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe"
-    )
+    x, y, weight = points
+    low, high = (torch.tensor(edge, dtype=torch.float64) for edge in _edges(floor))
+    laws = start.clamp(min=low, max=high)
+    damping = torch.full(start.shape[:1], FIRST_DAMPING, dtype=torch.float64)
+    error, rise = _errors(laws, x, y)
+    value, quiet = _huber(error, weight), torch.zeros(len(start), dtype=torch.int64)
+    for _ in range(MOST_STEPS):
+        new = (laws - _step(laws, (x, error, rise, weight), damping, (low, high))).clamp(min=low, max=high)
+        new_error, new_rise = _errors(new, x, y)
+        new_value = _huber(new_error, weight)
+        taken = new_value <= value
+        quiet = torch.where(taken & (value - new_value > CONVERGED * value), 0, quiet + 1)
+        damping = torch.where(taken, damping / 5, damping * 5).clamp(SMALLEST_DAMPING, LARGEST_DAMPING)
+        laws, value = torch.where(taken.unsqueeze(1), new, laws), torch.where(taken, new_value, value)
+        kept = taken.unsqueeze(1)
+        error, rise = torch.where(kept, new_error, error), torch.where(kept, new_rise, rise)
+        if bool((quiet >= PATIENCE).all()):
+            break
+    return laws, value
 
-    def law() -> Tensor:
-        height, e, alpha = torch.where(moves, point, origin)
-        return torch.stack([height + alpha * middle, e, alpha])
 
-    def closure() -> Tensor:
-        solver.zero_grad()
-        value = value_of(law()) / HUBER
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        solver.step(closure)  # type: ignore[arg-type]  # a tensor is what its closure returns
-    return law().detach()
+def _edges(floor: float) -> tuple[list[float], list[float]]:
+    """The range of (a, e, alpha), in which there is no penalty."""
+    return [-math.inf, floor, SMALLEST_ALPHA], [LARGEST_A, math.inf, LARGEST_ALPHA]
 
 
-def settle(start: Tensor, middle: float, floor: float, value_of: Callable[[Tensor], Tensor]) -> Tensor:
-    """[3] the law that is reached from [3] `start`, also where a penalty sets in.
+def _errors(laws: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """([m, T] log of the law less log of the loss, [m, T] share of the falling part in the law, its slope in a)."""
+    a, e, alpha = laws.unsqueeze(-2).unbind(-1)
+    falling = a - alpha * x
+    return torch.logaddexp(falling, e) - y, torch.sigmoid(falling - e)
 
-    L-BFGS stalls near such an edge, at a place that depends on the last bits of the losses, which differ with the number
-    of processes. So a parameter near an edge is put on it and the others descend again.
+
+def _huber(error: Tensor, weight: Tensor) -> Tensor:
+    size = error.abs()
+    return (weight * torch.where(size > HUBER, HUBER * (size - HUBER / 2), size**2 / 2)).sum(-1)
+
+
+def _step(
+    laws: Tensor, at: tuple[Tensor, Tensor, Tensor, Tensor], damping: Tensor, edges: tuple[Tensor, Tensor]
+) -> Tensor:
+    """[m, 3] what to take off the laws; `at`: log n, error, rise, weight, [m, T] each."""
+    x, error, rise, weight = at
+    slopes = torch.stack([rise, 1 - rise, -rise * x], dim=-1)  # [m, T, 3] of the error in a, e, alpha
+    squares = weight * HUBER / error.abs().clamp(min=HUBER)
+    weighted = (slopes * squares.unsqueeze(-1)).transpose(1, 2)
+    gradient = (weighted @ error.unsqueeze(-1)).squeeze(-1)
+    low, high = edges
+    held = ((laws <= low) & (gradient > 0)) | ((laws >= high) & (gradient < 0))
+    free = (~held).double()
+    normal = (weighted @ slopes) * free.unsqueeze(1) * free.unsqueeze(2)
+    diagonal = damping.unsqueeze(1) * normal.diagonal(dim1=1, dim2=2) + held.double() + TINY
+    return torch.linalg.solve_ex(normal + torch.diag_embed(diagonal), gradient * free)[0]
+
+
+def fit(n: Tensor, losses: Tensor, weight: Tensor, floor: float) -> Tensor:
+    """Fit d domains at once.
+
+    Args:
+        n: [d, T] float64 samples seen, > 0.
+        losses: [d, T] mean losses, > 0.
+        weight: [d, T]; 0 where a domain has no such point.
+        floor: the smallest e.
+
+    Returns:
+        [d, 3] float64 (a, e, alpha); NaN for a domain for which nothing finite is found.
     """
-    found = descend(start, [True] * 3, middle, value_of)
-    held, free = found.clone(), [True] * 3
-    for place, edge in ((0, LARGEST_A), (1, floor), (2, LARGEST_ALPHA), (2, SMALLEST_ALPHA)):
-        if abs(float(found[place]) - edge) < NEAR_EDGE:
-            held[place], free[place] = edge, False
-    if all(free):
-        return found
-    held = descend(held, free, middle if free[0] else 0.0, value_of)
-    return held if float(value_of(held)) <= float(value_of(found)) else found
-
-
-def fit(n: Tensor, losses: Tensor, weight: Tensor, floor: float) -> Tensor | None:
-    """[T] float64 samples seen, losses > 0, weights -> [3] float64 (a, e, alpha); None when nothing finite is found."""
-    log_n, log_loss = n.log(), losses.log()
-
-    def value_of(laws: Tensor) -> Tensor:
-        return mismatch(laws, log_n, log_loss, weight, floor)
-
-    axes = [torch.tensor(x, dtype=torch.float64) for x in (GRID_A, GRID_E, GRID_ALPHA)]
-    grid = torch.cartesian_prod(*axes)
-    best_of_alpha = value_of(grid).view(-1, len(GRID_ALPHA)).argmin(dim=0)  # the best of all would lie in one valley
-    starts = grid.view(-1, len(GRID_ALPHA), 3)[best_of_alpha, torch.arange(len(GRID_ALPHA))]
-    starts[:, 2].clamp_(min=INSIDE)  # at alpha = 0, on an edge of the penalties, L-BFGS would hardly move
-    found = torch.stack([settle(start, float(log_n.mean()), floor, value_of) for start in starts])
-    values = value_of(found)
-    values = torch.where(torch.isfinite(values) & torch.isfinite(found).all(1), values, math.inf)
-    best = int(values.argmin())
-    return found[best] if math.isfinite(float(values[best])) else None
+    x, y = n.log(), losses.log()
+    axes = [torch.tensor(values, dtype=torch.float64) for values in (GRID_A, GRID_E, GRID_ALPHA)]
+    grid, alphas = torch.cartesian_prod(*axes), len(GRID_ALPHA)
+    at = [mismatch(grid, x_d, y_d, w_d, floor).view(-1, alphas) for x_d, y_d, w_d in zip(x, y, weight, strict=True)]
+    best_of_alpha = torch.stack(at).argmin(dim=1)  # [d, alphas]: the best of all would lie in one valley
+    starts = grid.view(-1, alphas, 3)[best_of_alpha, torch.arange(alphas)]  # [d, alphas, 3]
+    starts[..., 2].clamp_(min=INSIDE)
+    points = [part.repeat_interleave(alphas, dim=0) for part in (x, y, weight)]
+    found, value = descend(starts.flatten(0, 1), (points[0], points[1], points[2]), floor)
+    found, value = found.view(-1, alphas, 3), value.view(-1, alphas)
+    value = torch.where(torch.isfinite(value) & torch.isfinite(found).all(-1), value, math.inf)
+    best, number = value.min(dim=1)
+    laws = found[torch.arange(len(found)), number]
+    return torch.where(torch.isfinite(best).unsqueeze(1), laws, math.nan)
 
 
 # -- the policy --------------------------------------------------------------------------------------------------------
@@ -284,10 +320,14 @@ class Ado(Mixer):
 
     def _refit(self) -> None:
         """Fit every domain with enough points; one that cannot be fitted keeps its law."""
-        for domain in range(len(self._laws)):
-            n, losses, weight = self._history.of(domain)
-            law = fit(n, losses, weight, self.min_irreducible) if len(n) >= MIN_POINTS else None
-            self._laws[domain] = self._laws[domain] if law is None else law.tolist()
+        fitted = {d: rows for d in range(len(self._laws)) if len((rows := self._history.of(d))[0]) >= MIN_POINTS}
+        if not fitted:
+            return
+        padded = [pad_sequence([rows[i] for rows in fitted.values()], True, fill) for i, fill in enumerate((1, 1, 0))]
+        laws = fit(padded[0], padded[1], padded[2], self.min_irreducible)
+        for domain, law in zip(fitted, laws, strict=True):
+            if bool(torch.isfinite(law).all()):
+                self._laws[domain] = law.tolist()
 
     def _move(self, step: int) -> None:
         """One step of the policy. A domain without a law has no speed: it keeps min_share of rho."""

@@ -97,3 +97,16 @@ def test_limits_that_cannot_be_meant_name_their_key(keys: dict[str, Any], messag
 def test_numbers_and_lists_are_taken() -> None:
     arguments, _ = parse({"mixer": "static", "min_proportion": 0.1, "max_epochs": [2, 3.5]})
     assert arguments.min_proportion == 0.1 and arguments.max_epochs == [2, 3.5]
+
+
+def test_natural_proportions_of_a_corpus_are_found_by_name(tmp_path: Path) -> None:
+    domains = [{"name": name, "tokens": tokens} for name, tokens in (("a", 100), ("b", 300), ("c", 600))]
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({"format": "dataflex_mega corpus", "version": 1, "domains": domains}))
+    arguments, _ = parse({"mixer": "odm", "update_step": 1, "init_mixture_proportions_file": str(path)})
+    assert arguments.initial_proportions((9, 9, 9), ("c", "a", "b")) == pytest.approx((0.6, 0.1, 0.3))
+    assert arguments.initial_proportions((9, 9), ("b", "a")) == pytest.approx((0.75, 0.25)), "of those that are drawn"
+    with pytest.raises(ConfigError, match=r"manifest.json has no domain 'aa' \(did you mean 'a'"):
+        arguments.initial_proportions((9, 9), ("aa", "b"))
+    with pytest.raises(ConfigError, match="init_mixture_proportions_file: has no effect with mixture_sample_rule"):
+        parse({"mixer": "static", "mixture_sample_rule": "uniform", "init_mixture_proportions_file": str(path)})

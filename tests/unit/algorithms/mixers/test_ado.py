@@ -12,7 +12,7 @@ import torch
 
 from dataflex_mega.algorithms.base import Domains
 from dataflex_mega.algorithms.mixers import ado
-from dataflex_mega.algorithms.mixers.ado import Ado, History, fit, mismatch, preference, speeds
+from dataflex_mega.algorithms.mixers.ado import Ado, History, mismatch, preference, speeds
 from dataflex_mega.errors import CheckpointError, ConfigError
 from dataflex_mega.types import StepStats
 from tests.unit.algorithms.examples import DOMAINS, clock, generator, stats
@@ -47,6 +47,12 @@ def with_laws(mixer: Ado, seen: float, laws: list[Any] = LAWS) -> Ado:
 
 def loss_of(law: list[float], n: float) -> float:
     return math.exp(law[1]) + math.exp(law[0]) * n ** -law[2]
+
+
+def fit(n: torch.Tensor, losses: torch.Tensor, weight: torch.Tensor, floor: float) -> torch.Tensor | None:
+    """One domain."""
+    found = ado.fit(n.unsqueeze(0), losses.unsqueeze(0), weight.unsqueeze(0), floor)[0]
+    return found if bool(torch.isfinite(found).all()) else None
 
 
 # -- the policy --------------------------------------------------------------------------------------------------------
