@@ -1,7 +1,7 @@
 # `make` alone lists what there is. PYTHON builds the environment; everything else runs inside VENV.
 PYTHON ?= python3
 VENV   ?= .venv
-EXTRAS ?= dev,megatron,offline
+EXTRAS ?= dev,megatron,metrics,offline
 RANKS  ?= 2
 # Processes that run tests, whole files each; a test with process groups starts more.
 WORKERS ?= 2

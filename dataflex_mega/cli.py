@@ -195,6 +195,7 @@ def check(arguments: list[str]) -> None:
     from dataflex_mega.config.megatron import engine_of_environment
     from dataflex_mega.config.megatron_checks import check_megatron
     from dataflex_mega.config.split import split
+    from dataflex_mega.lf import predict
 
     given = load(arguments[0], arguments[1:])  # before LLaMA-Factory's keys are asked for, which takes seconds
     variable = engine_of_environment(os.environ)
@@ -203,6 +204,8 @@ def check(arguments: list[str]) -> None:
     config = split(given, keys(), variable)
     if config.ours.train_type != "static" or config.engine == "megatron":
         check_dynamic(config)
+        if predict.wanted(config.lf):
+            predict.check(config.lf)
     if config.engine == "megatron":
         check_megatron(config)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from dataflex_mega.config.checks import check_dynamic, listed
 from dataflex_mega.config.load import load
@@ -12,6 +13,7 @@ from dataflex_mega.config.megatron import engine_of_environment
 from dataflex_mega.config.megatron_checks import check_megatron
 from dataflex_mega.config.split import RunConfig, split
 from dataflex_mega.errors import TrainingFault, UserError
+from dataflex_mega.lf import predict
 
 HELP = """usage: python -m dataflex_mega.train CONFIG.yaml [key=value ...]
        torchrun --nproc_per_node N -m dataflex_mega.train CONFIG.yaml [key=value ...]
@@ -67,6 +69,8 @@ def run(path: str, overrides: Sequence[str] = ()) -> None:
         run_static(config.lf, list(config.ours.callbacks), datasets)
         return
     check_dynamic(config)
+    if predict.wanted(config.lf):
+        predict.check(config.lf)
     if config.engine == "megatron":
         check_megatron(config)
     run_dynamic(config)
@@ -80,6 +84,8 @@ def run_dynamic(config: RunConfig) -> None:
     finished = False
     try:
         Build(config).fit()
+        if predict.wanted(config.lf):
+            predict.predict(config.lf, Path(config.lf["output_dir"]))
         finished = True
     finally:
         meshes.stop(orderly=finished)

@@ -44,8 +44,6 @@ REFUSED = {
     "use_hyper_parallel": STATIC_DOES,
     "parallelism_config": "fsdp: full_shard is there",
     "accelerator_config": STATIC_DOES,
-    "predict_with_generate": "generate from the trained model afterwards",
-    "do_predict": "generate from the trained model afterwards",
     "load_best_model_at_end": "checkpoints are kept in output_dir",
     "neftune_noise_alpha": STATIC_DOES,
     "label_smoothing_factor": STATIC_DOES,

@@ -17,6 +17,12 @@ from dataflex_mega.errors import ConfigError, did_you_mean
 SECTIONS = {"selector": "selectors", "mixer": "mixers", "weighter": "weighters"}
 LATER_SECTIONS = ("reorders", "reorderers", "pipelines")  # DataFlex 1.1's; allowed in a file, not usable yet
 ROLE_OF_TYPE = {"dynamic_select": "selector", "dynamic_mix": "mixer", "dynamic_weight": "weighter"}
+# Parameters of DataFlex that are keys of the run here: (role, algorithm) -> parameter -> key. None: nothing is left to set.
+LIFTED: dict[tuple[str, str], dict[str, str | None]] = {
+    ("selector", "loss"): {"score_batch_size": "score_batch_size", "score_num_workers": None},
+    ("selector", "delta_loss"): {"score_batch_size": "score_batch_size", "score_num_workers": None},
+    ("mixer", "doremi"): {"reference_model_path": "reference_model"},
+}
 
 Spec = dict[str, Any]
 
@@ -62,7 +68,23 @@ def entries(path: str | None, role: str) -> list[str]:
 
 
 def pick(path: str | None, role: str, name: str) -> Spec:
-    """The specification of one entry. Raises ConfigError when there is none, with the nearest name and all names."""
+    """The specification of one entry, less what is LIFTED. Raises ConfigError as `entry` does."""
+    spec = entry(path, role, name)
+    moved = LIFTED.get((role, spec["name"]), {})
+    return {key: value for key, value in spec.items() if key not in moved}
+
+
+def lifted(path: str | None, role: str, name: str) -> tuple[dict[str, Any], list[str]]:
+    """Keys of the run that an entry sets, and notes on parameters of it that have nothing to set here."""
+    spec = entry(path, role, name)
+    moved = LIFTED.get((role, spec["name"]), {})
+    keys = {key: spec[old] for old, key in moved.items() if key is not None and spec.get(old) is not None}
+    idle = [old for old, key in moved.items() if key is None and spec.get(old) is not None]
+    return keys, [f"{role} {name}: {old} is not used; candidates are read by the loader of the run" for old in idle]
+
+
+def entry(path: str | None, role: str, name: str) -> Spec:
+    """One entry as written. Raises ConfigError when there is none, with the nearest name and all names."""
     data, section = read_components(path), SECTIONS[role]
     found = entries(path, role)
     where = path or "the packaged components file"
@@ -70,13 +92,13 @@ def pick(path: str | None, role: str, name: str) -> Spec:
         elsewhere = [s for s, inner in data.items() if s != section and isinstance(inner, Mapping) and name in inner]
         hint = did_you_mean(name, found) or (f" (it is one of {elsewhere[0]})" if elsewhere else "")
         raise ConfigError(f"component_name: no {role} {name!r} in {where}{hint}; there is {', '.join(found) or 'none'}")
-    entry = resolve(data, where)[section][name]
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
-        raise ConfigError(f"{where}: {section}.{name} must be a mapping with `name` and `params`, found {entry!r}")
-    rest = sorted(set(entry) - {"name", "params"})
+    given = resolve(data, where)[section][name]
+    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+        raise ConfigError(f"{where}: {section}.{name} must be a mapping with `name` and `params`, found {given!r}")
+    rest = sorted(set(given) - {"name", "params"})
     if rest:
         raise ConfigError(f"{where}: {section}.{name} has {', '.join(rest)} beside name and params")
-    return flat(role, entry)
+    return flat(role, given)
 
 
 def flat(role: str, spec: str | Mapping[str, Any]) -> Spec:

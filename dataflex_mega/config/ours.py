@@ -67,9 +67,25 @@ def parse(values: Mapping[str, Any]) -> tuple[RunArguments, list[str]]:
     if typed.get("mixer_eval_dataset") is not None:
         notes.append("mixer_eval_dataset: no mixer reads it yet")
     plugins.load(typed.get("plugins", []))
+    notes += _lift(typed)
     arguments = RunArguments(**typed)
     _check_roles(arguments)
     return arguments, notes
+
+
+def _lift(typed: dict[str, Any]) -> list[str]:
+    """Set the keys that the picked component carries as parameters, as DataFlex's files do. -> notes."""
+    role, name = ROLE_OF_TYPE.get(typed["train_type"]), typed.get("component_name")
+    if role is None or name is None or typed.get("static_mix"):
+        return []
+    keys, notes = components.lifted(typed.get("components_cfg_file"), role, name)
+    for key, value in keys.items():
+        if typed.get(key, value) != value:
+            raise ConfigError(
+                f"{key}: {typed[key]!r} contradicts component_name {name!r}, which says {value!r}; drop one"
+            )
+        typed[key] = value
+    return notes
 
 
 def _train_type(values: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from dataflex_mega.errors import ConfigError, UserError
 from dataflex_mega.lf.compat import ensure_importable
 
 ENGINE_KEYS = ("fsdp", "fsdp_config")  # ours to act on in dynamic runs, so accelerate must not see them
+AFTERWARDS = ("do_predict", "predict_with_generate")  # lf.predict acts on them when the training is over
 
 
 class LFArgs(NamedTuple):
@@ -51,7 +52,9 @@ def keys() -> dict[str, str]:
 def prepare(lf: dict[str, Any]) -> dict[str, Any]:
     """LLaMA-Factory's keys of a dynamic run, with the defaults under which our engine runs them."""
     ready = {key: value for key, value in lf.items() if key not in ENGINE_KEYS}
-    ready.setdefault("do_train", True)
+    if ready.setdefault("do_train", True):
+        for key in AFTERWARDS:
+            ready.pop(key, None)
     ready.setdefault("logging_steps", 10)
     ready.setdefault("use_reentrant_gc", False)  # re-entrant checkpointing does not compose with fully_shard
     ready["report_to"] = "none"  # our own metrics write TensorBoard; see metrics.py

@@ -24,7 +24,11 @@ CASES = {
         **MIX, "save_strategy": "steps", "save_steps": 3, "eval_dataset": "prose,code", "eval_on_each_dataset": True,
         "eval_strategy": "steps", "eval_steps": 3, "plot_loss": True, "tensorboard": True,
     },
-    "lora": {**SFT, **LORA, **WEIGHT, "eval_dataset": "sft", "eval_strategy": "steps", "eval_steps": 2},
+    "lora": {
+        **SFT, **LORA, **WEIGHT, "eval_dataset": "sft", "eval_strategy": "steps", "eval_steps": 2, "plot_loss": True,
+        "tensorboard": True, "do_predict": True, "predict_with_generate": True, "max_new_tokens": 3,
+        "do_sample": False,
+    },
     "lora+": {**SFT, **LORA, **WEIGHT, "loraplus_lr_ratio": 4.0},
     "freeze": {**SFT, **WEIGHT, "finetuning_type": "freeze", "freeze_trainable_layers": 1},
     "plain": {**SFT, **WEIGHT},
@@ -74,7 +78,51 @@ def test_a_full_model_loads_with_transformers(finished):
     assert before.keys() == after.keys() and all(not torch.equal(before[k], after[k]) for k in before)
 
 
-def test_an_adapter_loads_with_peft_and_merges_with_the_export_command(finished, tmp_path):
+@pytest.fixture(scope="module")
+def merged(finished, tmp_path_factory):
+    """The adapter of a dynamic run, merged by `dataflex-cli export`."""
+    folder = tmp_path_factory.mktemp("merged")
+    keys = {
+        "model_name_or_path": finished["lora"]["model_name_or_path"], "adapter_name_or_path": str(output(finished, "lora")),
+        "template": "default", "export_dir": str(folder / "merged"), "infer_dtype": "float32",
+    }  # fmt: skip
+    (folder / "export.yaml").write_text(yaml.safe_dump(keys))
+    done = cli("export", str(folder / "export.yaml"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "merged"
+
+
+def cli(*arguments, heard=None):
+    """`dataflex-cli` with these arguments and this standard input."""
+    command = [str(Path(sys.executable).parent / "dataflex-cli"), *arguments]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, input=heard, timeout=300)
+
+
+def test_chat_answers_from_the_merged_model(merged):
+    keys = {"model_name_or_path": str(merged), "template": "default", "max_new_tokens": 5, "do_sample": False}
+    path = merged.parent / "chat.yaml"
+    path.write_text(yaml.safe_dump({**keys, "infer_dtype": "float32"}))
+    done = cli("chat", str(path), heard="Explain assert in Python.\nexit\n")
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer = done.stdout.split("Assistant: ", 1)[1].split("\nUser:")[0]
+    assert len(answer) > 1, done.stdout  # five tokens, which a model this small may well spend on line ends
+
+
+def test_every_prompt_of_the_evaluation_set_is_answered_after_training(finished):
+    rows = [
+        json.loads(line) for line in (output(finished, "lora") / "generated_predictions.jsonl").read_text().splitlines()
+    ]
+    assert len(rows) == len(corpus.instructions())
+    assert [row["label"].strip()[:20] for row in rows] == [r["output"].strip()[:20] for r in corpus.instructions()]
+    assert any(row["predict"] for row in rows)
+    scores = json.loads((output(finished, "lora") / "predict_results.json").read_text())
+    assert "predict_rouge-l" in scores
+    assert (output(finished, "lora") / "training_loss.png").is_file()
+    assert list((output(finished, "lora") / "runs").rglob("events.*"))
+
+
+def test_an_adapter_loads_with_peft_and_is_what_was_merged(finished, merged):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -85,19 +133,9 @@ def test_an_adapter_loads_with_peft_and_merges_with_the_export_command(finished,
         adapted = model(ids).logits
         with model.disable_adapter():
             assert (model(ids).logits - adapted).abs().max() > 1e-6, "training changed the adapter"
-    path = tmp_path / "export.yaml"
-    keys = {
-        "model_name_or_path": finished["lora"]["model_name_or_path"], "adapter_name_or_path": str(output(finished, "lora")),
-        "template": "default", "export_dir": str(tmp_path / "merged"), "infer_dtype": "float32",
-    }  # fmt: skip
-    path.write_text(yaml.safe_dump(keys))
-    command = Path(sys.executable).parent / "llamafactory-cli"
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([command, "export", path], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(merged)
     with torch.no_grad():
-        torch.testing.assert_close(merged(ids).logits, adapted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(ids).logits, adapted, atol=1e-4, rtol=1e-4)
 
 
 def test_the_log_files_of_llamafactory_and_dataflex(finished):

@@ -38,6 +38,8 @@ def shrunk(path, folder, world):
         per_device_train_batch_size=2,
         max_steps=STEPS,
     )
+    if "reference_model" in config:
+        config["reference_model"] = str(folder / "model")
     if "train_step" in config:
         config["train_step"] = STEPS
     if "warmup_step" in config:

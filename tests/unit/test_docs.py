@@ -98,7 +98,7 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     index = ROOT / "docs" / "index.md"
     listed = re.search(r"^```{toctree}\n(.*?)^```", index.read_text(), re.MULTILINE | re.DOTALL)
     assert listed is not None
-    names = {line for line in listed.group(1).split() if not line.startswith(":")}
+    names = {line for line in listed.group(1).split() if not line.startswith(":")} - {"generated/index"}
     assert names == {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
 
 

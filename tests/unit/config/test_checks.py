@@ -67,7 +67,7 @@ def test_what_dynamic_training_does(check, keys):
     [
         ("deepspeed", "ds_z3.json"), ("deepspeed", {"zero_optimization": {"stage": 3}}), ("use_badam", True),
         ("use_galore", True), ("use_apollo", True), ("use_adam_mini", True), ("use_muon", True), ("streaming", True),
-        ("quantization_bit", 4), ("use_unsloth", True), ("predict_with_generate", True), ("do_predict", True),
+        ("quantization_bit", 4), ("use_unsloth", True),
         ("load_best_model_at_end", True), ("neftune_noise_alpha", 5.0), ("fp8", True),
         ("fp8_enable_fsdp_float8_all_gather", True), ("label_smoothing_factor", 0.1), ("compute_accuracy", True),
         ("torch_compile", True), ("interleave_probs", "0.5,0.5"), ("disable_shuffling", True), ("push_to_hub", True),
