@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from dataflex_mega import objective
 from dataflex_mega.engines.fsdp.parallel import set_gradient_sync
+from dataflex_mega.engines.kept import HELD, Held
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.signals.gradients import Adam, Layer, Taps, spans, trained_linears, wide
 from dataflex_mega.types import Batch
@@ -22,28 +23,6 @@ if TYPE_CHECKING:
     from dataflex_mega.engines.fsdp.engine import FSDPEngine
 
 ADAM_OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW)
-HELD = 4 << 30  # bytes that a rank keeps from one batch to the next, half for directions and half for moments
-
-
-@dataclass
-class Held:
-    """What has been gathered of layers, kept for later batches up to a number of bytes.
-
-    Every rank keeps the same layers, since all ask in one order for tensors of one size.
-    """
-
-    left: int
-    kept: dict[str, Any] = field(default_factory=dict)
-
-    def get(self, name: str, gather: Callable[[str], Any], size: int) -> Any:
-        """`gather(name)`, or what it gave before. `size`: its bytes."""
-        if name in self.kept:
-            return self.kept[name]
-        found = gather(name)
-        if size <= self.left:
-            self.left -= size
-            self.kept[name] = found
-        return found
 
 
 @dataclass

@@ -50,7 +50,7 @@ class MegatronEngine:
         self.listener = Listener(self.chunks, self.layout)
         self._gathers = False  # whether parameters are gathered by hooks of the forward pass
         self._connect()
-        self._mode(training=True)
+        self.mode(training=True)
 
     def _connect(self) -> None:
         """Tell megatron-core's schedules about reductions and the loss scale."""
@@ -71,7 +71,7 @@ class MegatronEngine:
     def train_step(self, micros: Sequence[Batch], weigh: Weigh | None) -> StepStats:
         """See engines.base.Engine."""
         with cpu.redirected():
-            micros = self._same_shape([batch.to(self.mesh.device) for batch in micros])
+            micros = self.same_shape([batch.to(self.mesh.device) for batch in micros])
             sums = StepSums(self.options.domains, self.mesh.device)
             step = _Step(self.options, sums, weigh, self._denominators(micros), self.collectives)
             if weigh is not None and self.options.lookahead == "exact" and len(micros) > 1:
@@ -79,7 +79,7 @@ class MegatronEngine:
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            self._run(micros, step.loss, False, self.options.hidden if weigh and step.ahead is None else None)
+            self.run(micros, step.loss, False, self.options.hidden if weigh and step.ahead is None else None)
             grad_norm = self._update(sums)
             return sums.reduce(self.collectives, grad_norm, weigh is not None)
 
@@ -88,7 +88,7 @@ class MegatronEngine:
         k, normalization = self.options.domains, self.options.normalization
         return self.collectives.sum(torch.stack([objective.domain_counts(b, k, normalization) for b in micros]).sum(0))
 
-    def _same_shape(self, micros: Sequence[Batch]) -> list[Batch]:
+    def same_shape(self, micros: Sequence[Batch]) -> list[Batch]:
         """One shape for all micro-batches of this step; with experts shared over data-parallel ranks, for theirs too."""
         multiple = self.layout.length_multiple
         size = torch.tensor([[len(batch.input_ids), batch.input_ids.shape[1]] for batch in micros]).amax(0)
@@ -100,15 +100,22 @@ class MegatronEngine:
         rows, width = size.tolist()
         return batches.level(micros, rows, -(-width // multiple) * multiple)
 
-    def _run(self, micros: Sequence[Batch], loss: Any, forward_only: bool, spec: HiddenSpec | None = None) -> None:
+    def run(
+        self, micros: Sequence[Batch], loss: Any, forward_only: bool, spec: HiddenSpec | None = None, watch: Any = None
+    ) -> None:
         """One pass of megatron-core's schedule. On the last stage `loss(number, batch, vectors, [b, S] token losses)` is
-        called; vectors are the samples' [n, h] when `spec` asks for them."""
+        called; vectors are the samples' [n, h] when `spec` asks for them. `watch` is told before and after each forward
+        pass of a micro-batch through a chunk; see taps.Taps."""
 
         def forward(source: Iterator[tuple[int, Batch]], model: Any) -> tuple[Tensor, Any]:
             number, batch = next(source)
             mask = batches.closed(batch.segment) if batch.packed else None
+            if watch is not None:
+                watch.begin(number)
             with self.listener.listening(model, spec) as heard:
                 output = model(batch.input_ids, batch.position_ids, mask, labels=batch.labels.clamp(min=0))
+            if watch is not None:
+                watch.end(number, output)
             return output, partial(loss, number, batch, self.listener.vectors(heard, batch, spec))
 
         sources = [iter(list(enumerate(micros))) for _ in self.chunks]
@@ -151,8 +158,8 @@ class MegatronEngine:
             found.append((targets_only(losses, batch.labels), vectors))
             return losses.sum(), torch.ones((), dtype=torch.int, device=losses.device), {}
 
-        with torch.no_grad(), self._parameters_whole():
-            self._run(micros, keep, True, spec)
+        with torch.no_grad(), self.parameters_whole():
+            self.run(micros, keep, True, spec)
         return found
 
     # -- the update ----------------------------------------------------------------------------------------------
@@ -195,7 +202,7 @@ class MegatronEngine:
             self._gathers = True
 
     @contextlib.contextmanager
-    def _parameters_whole(self) -> Iterator[None]:
+    def parameters_whole(self) -> Iterator[None]:
         """Gather updated parameters now, and leave the hooks off inside."""
         if not self._gathers:
             yield
@@ -235,11 +242,11 @@ class MegatronEngine:
 
     def _evaluated(self, batch: Batch, spec: HiddenSpec | None) -> list[tuple[Tensor, Tensor | None]]:
         """`_passed` of a batch in evaluation mode, cut into micro-batches where there is a pipeline."""
-        self._mode(training=False)
-        whole = self._same_shape([batch])[0]
+        self.mode(training=False)
+        whole = self.same_shape([batch])[0]
         rows = self.micro_rows if self.layout.pipeline > 1 else len(whole.input_ids)
         found = self._passed(batches.cut(whole, rows, self.layout.pipeline if self.layout.interleaved > 1 else 1), spec)
-        self._mode(training=True)
+        self.mode(training=True)
         return found
 
     def _from_last_stage(self, values: Tensor) -> Tensor:
@@ -248,7 +255,8 @@ class MegatronEngine:
             return values
         return processes.sum_over_pipeline(values)
 
-    def _mode(self, training: bool) -> None:
+    def mode(self, training: bool) -> None:
+        """Training or evaluation, of all chunks."""
         for chunk in self.chunks:
             chunk.train(training)
 
@@ -270,17 +278,17 @@ class MegatronEngine:
 
     def save_state(self, folder: Path) -> None:
         """See engines.base.Engine."""
-        with cpu.redirected(), self._parameters_whole():
+        with cpu.redirected(), self.parameters_whole():
             checkpoint.save(self, folder)
 
     def load_state(self, folder: Path) -> None:
         """See engines.base.Engine."""
-        with cpu.redirected(), self._parameters_whole():
+        with cpu.redirected(), self.parameters_whole():
             checkpoint.load(self, folder)
 
     def export(self, folder: Path) -> None:
         """See engines.base.Engine."""
-        with cpu.redirected(), self._parameters_whole():
+        with cpu.redirected(), self.parameters_whole():
             self.writer(self.chunks, folder)
 
     def rng_state(self) -> dict[str, Tensor]:
