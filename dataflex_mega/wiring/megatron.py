@@ -114,7 +114,9 @@ class MegatronBackend:
 
     def gradient_scorer(self, engine: Any, adam: bool) -> Any:
         """See Backend."""
-        raise ConfigError("selector: gradient scores are not there with engine: megatron; engine: fsdp has them")
+        from dataflex_mega.engines.megatron.gradients import GradientScorer
+
+        return GradientScorer(engine, adam)
 
 
 def _export(export: Any, hf_config: Any, chunks: list[Any], folder: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from dataflex_mega import objective
+from dataflex_mega.engines.fsdp.experts import WEIGHTS, ExpertTaps, trained_experts
 from dataflex_mega.engines.fsdp.parallel import set_gradient_sync
 from dataflex_mega.engines.kept import HELD, Held
 from dataflex_mega.errors import ConfigError
@@ -63,11 +64,12 @@ class GradientScorer:
         for module in engine.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # after a forward pass alone, FSDP2 leaves the outermost group gathered
-        self.linears = trained_linears(engine.model)
-        if not self.linears:
-            raise ConfigError("gradient scores need a linear layer that trains, and the model has none")
+        self.linears, self.experts = trained_linears(engine.model), trained_experts(engine.model)
         # The optimizer's parameters. Inside a pass, FSDP2 shows a module its gathered weight instead.
-        self.weights = {name: linear.weight for name, linear in self.linears.items()}
+        self.weights: dict[str, Tensor] = {name: linear.weight for name, linear in self.linears.items()}
+        self.weights.update({f"{n}.{weight}": getattr(m, weight) for n, m in self.experts.items() for weight in WEIGHTS})
+        if not self.weights:
+            raise ConfigError("gradient scores need a linear layer that trains, and the model has none")
         self.held = Held(HELD // 2)
 
     # -- directions ----------------------------------------------------------------------------------------------
@@ -77,10 +79,9 @@ class GradientScorer:
 
         Every rank passes equally many groups and batches; rows without a target token (fillers) count for nothing.
         """
-        norms = Taps(self.linears, {name: Layer(None) for name in self.linears})
-        found: dict[str, list[Tensor]] = {name: [] for name in self.linears}
+        found: dict[str, list[Tensor]] = {name: [] for name in self.weights}
         for batches in groups:
-            lengths = [self._pass(norms, batch, 0)[1].sqrt() for batch in batches]
+            lengths = [self._pass(_norms_only, batch, 0)[1].sqrt() for batch in batches]
             count = self._total(lengths)
             self._backward(batches, [torch.where(n > 0, 1 / (n * count), 0.0) for n in lengths])
             for name, weight in self.weights.items():
@@ -126,30 +127,34 @@ class GradientScorer:
 
     def score(self, batch: Batch, directions: Directions) -> tuple[Tensor, Tensor]:
         """A batch of n samples -> ([n, S] inner products with each direction, [n] squared norms)."""
-        layers = {
-            name: Layer(partial(directions.of, name), partial(self._moments, name) if self.adam else None)
-            for name in self.linears
-        }
-        return self._pass(Taps(self.linears, layers), batch, len(directions))
 
-    def _pass(self, taps: Taps, batch: Batch, count: int) -> tuple[Tensor, Tensor]:
+        def layer(name: str, expert: int | None = None) -> Layer:
+            moments = partial(self._moments, name, expert) if self.adam else None
+            return Layer(partial(_direction, directions, name, expert), moments)
+
+        return self._pass(layer, batch, len(directions))
+
+    def _pass(self, layer: Callable[..., Layer], batch: Batch, count: int) -> tuple[Tensor, Tensor]:
         """Forward and activation gradients only: autograd is asked for the embeddings' gradient, never a weight's."""
         engine = self.engine
         where = spans(batch.segment)
         batch = batch.to(engine.mesh.device)
         samples = len(batch.sample_id)
         dtype = torch.float64 if next(iter(self.weights.values())).dtype == torch.float64 else torch.float32
+        taps, experts = Taps(self.linears, {name: layer(name) for name in self.linears}), ExpertTaps(self.experts, layer)
         first: list[Tensor] = []
         with (
             self._evaluating(lambda _m, _a, output: _entered(first, output)),
             taps.listening(samples, count, engine.mesh.device, where, dtype) as sums,
+            experts.listening(batch.segment, sums),
         ):
             ones = torch.ones(samples, device=engine.mesh.device, dtype=dtype)
             torch.autograd.grad(self._weighted(batch, ones), first[:1])
         return sums.dot, sums.norm2
 
-    def _moments(self, name: str) -> Adam:
-        return self.held.get(name, self._gather_moments, 8 * self.weights[name].numel())
+    def _moments(self, name: str, expert: int | None) -> Adam:
+        found: Adam = self.held.get(name, self._gather_moments, 8 * self.weights[name].numel())
+        return found if expert is None else replace(found, first=found.first[expert], second=found.second[expert])
 
     def _gather_moments(self, name: str) -> Adam:
         """Adam's state of a weight, zero before the first step."""
@@ -161,6 +166,16 @@ class GradientScorer:
             return Adam(zeros, zeros, 0, group["betas"], group["eps"])
         first, second = wide(whole(state["exp_avg"])), wide(whole(state["exp_avg_sq"]))
         return Adam(first, second, int(whole(torch.as_tensor(state["step"]))), group["betas"], group["eps"])
+
+
+def _norms_only(_name: str, _expert: int | None = None) -> Layer:
+    return Layer(None)
+
+
+def _direction(directions: Directions, name: str, expert: int | None) -> Tensor:
+    """[S, d_out, d_in] of a linear layer, or of one of a layer's experts."""
+    whole_one = directions.of(name)
+    return whole_one if expert is None else whole_one[:, expert]
 
 
 def _joined(parts: list[Tensor]) -> Sequence[Tensor] | Tensor:

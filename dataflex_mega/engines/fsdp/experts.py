@@ -1,0 +1,87 @@
+"""Experts that transformers keeps in one parameter, seen one by one.
+
+`gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I] hold all experts of a layer, so there is no linear layer to hook. While
+gradient scores listen, such a module's forward is the plain loop over its experts, each product a layer of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dataflex_mega.signals.gradients import Layer, Sums, add_layer, spans
+
+WEIGHTS = ("gate_up_proj", "down_proj")
+
+
+def trained_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules of all experts of a layer whose weights train, by name: those with a gate and without biases."""
+    return {name: module for name, module in model.named_modules() if _is_experts(module)}
+
+
+def _is_experts(module: nn.Module) -> bool:
+    there = [getattr(module, name, None) for name in WEIGHTS]
+    if not all(isinstance(weight, nn.Parameter) and weight.dim() == 3 and weight.requires_grad for weight in there):
+        return False
+    plain = not getattr(module, "is_transposed", False) and not getattr(module, "has_bias", False)
+    return plain and hasattr(module, "act_fn")
+
+
+@dataclass
+class ExpertTaps:
+    """Adds the experts' part to the sums of a pass."""
+
+    modules: dict[str, nn.Module]
+    layer: Callable[[str, int], Layer]  # (parameter's name, expert) -> its side of the contraction
+    sums: Sums | None = field(default=None, init=False)
+    samples: Tensor | None = field(default=None, init=False)
+
+    @contextmanager
+    def listening(self, segment: Tensor, sums: Sums) -> Iterator[None]:
+        """Collect over one forward and backward pass of a batch with [b, S] `segment`."""
+        self.sums, self.samples = sums, segment.flatten()
+        for name, module in self.modules.items():
+            module.forward = self._loop(name, module)  # type: ignore[method-assign]  # of this instance
+        try:
+            yield
+        finally:
+            for module in self.modules.values():
+                del module.forward
+            self.sums = self.samples = None
+
+    def _loop(self, name: str, module: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def forward(hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+            """[tokens, H], [tokens, k] experts of each and their shares -> [tokens, H]. Experts without a token pass
+            too: their weights are gathered by all ranks alike."""
+            assert self.samples is not None
+            total = torch.zeros_like(hidden)
+            for expert in range(len(module.down_proj)):
+                token, place = torch.where(chosen == expert)
+                rows = self.samples[token]
+                both = self._linear(f"{name}.{WEIGHTS[0]}", expert, hidden[token], module.gate_up_proj, rows)
+                gate, up = both.chunk(2, dim=-1)
+                out = self._linear(f"{name}.{WEIGHTS[1]}", expert, module.act_fn(gate) * up, module.down_proj, rows)
+                total.index_add_(0, token, (out * shares[token, place, None]).to(total.dtype))
+            return total
+
+        return forward
+
+    def _linear(self, name: str, expert: int, inputs: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+        output = F.linear(inputs, weight[expert])
+        if output.requires_grad:
+            seen = inputs.detach()
+            output.register_hook(lambda grad: self._add(self.layer(name, expert), seen, grad.detach(), rows))
+        return output
+
+    @torch.no_grad()
+    def _add(self, layer: Layer, inputs: Tensor, grads: Tensor, rows: Tensor) -> None:
+        """[r, d_in], [r, d_out], [r] the sample of each row."""
+        assert self.sums is not None
+        order = torch.argsort(rows, stable=True)
+        add_layer(self.sums, layer, inputs[order].unsqueeze(0), grads[order].unsqueeze(0), spans(rows[order].unsqueeze(0)))

@@ -1,0 +1,69 @@
+"""Gradient scores are one set of numbers on both engines, in every layout and on 1, 2 and 4 processes."""
+
+import pytest
+import torch
+
+from dataflex_mega.distributed.testing import run_processes
+from tests.distributed.gradient_scores import scored_cases
+
+pytest.importorskip("megatron.core")
+TP, PP = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+SP, VPP = {"sequence_parallel": True}, {"virtual_pipeline_model_parallel_size": 2}
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+SHARDED, EP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}, {"expert_model_parallel_size": 2}
+ONE, MANY, DENSE, EXPERTS = "llama-tied", 4, "qwen3", "mixtral"
+
+# (model, processes, name) -> the case; each is compared with the first of its model
+CASES = {
+    (ONE, 1, "one process"): {"mode": "single", "rows": 8},
+    (ONE, 1, "Megatron"): {"keys": {}},
+    (ONE, 1, "Megatron, packed rows"): {"keys": {}, "pack": 64},
+    (ONE, 2, "FSDP2"): {"mode": "fsdp2"},
+    (ONE, 2, "TP2"): {"keys": TP},
+    (ONE, 2, "TP2 + SP"): {"keys": {**TP, **SP}},
+    (ONE, 2, "PP2"): {"keys": PP},
+    (ONE, 2, "PP2, everything recomputed"): {"keys": {**PP, **RECOMPUTE}},
+    (ONE, 2, "PP2 x VPP2"): {"keys": {**PP, **VPP}},
+    (ONE, 2, "DP2"): {"keys": {}},
+    (ONE, 2, "DP2, sharded optimizer"): {"keys": SHARDED},
+    (ONE, 4, "FSDP2"): {"mode": "fsdp2"},
+    (ONE, 4, "TP2 x PP2 + SP"): {"keys": {**TP, **SP, **PP}},
+    (ONE, 4, "PP2 x DP2, sharded optimizer"): {"keys": {**PP, **SHARDED}},
+    (DENSE, 1, "one process"): {"mode": "single", "rows": 8, "adam": False},
+    (DENSE, 4, "TP2 x PP2"): {"keys": {**TP, **PP}, "adam": False},
+    (EXPERTS, 1, "one process"): {"mode": "single", "rows": 8},
+    (EXPERTS, 1, "Megatron"): {"keys": {}},
+    (EXPERTS, 2, "FSDP2"): {"mode": "fsdp2"},
+    (EXPERTS, 2, "EP2"): {"keys": {**EP, **SHARDED}},
+    (EXPERTS, 2, "TP2 + SP"): {"keys": {**TP, **SP}},
+    (EXPERTS, 2, "TP2 + SP x EP2"): {"keys": {**TP, **SP, **EP}},
+    (EXPERTS, 4, "EP2 x PP2"): {"keys": {**EP, **PP}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Case -> what each rank found."""
+    results = {}
+    for world in (1, 2, 4):
+        keys = [key for key in CASES if key[1] == world]
+        by_rank = run_processes(scored_cases, world, [{"model": key[0], **CASES[key]} for key in keys])
+        results.update(zip(keys, zip(*by_rank, strict=True), strict=True))
+    return results
+
+
+@pytest.mark.parametrize("key", CASES, ids=lambda key: f"{key[0]} {key[2]} on {key[1]}")
+def test_every_layout_gives_the_scores_of_one_process(found, key):
+    dot, norm2, *_ = found[key[0], 1, "one process"][0]
+    assert norm2.min() > 0 and (dot[:, 0] - dot[:, 1]).abs().max() > 0.1 * dot.abs().max(), "two unlike directions"
+    for rank_dot, rank_norm2, *_ in found[key]:
+        torch.testing.assert_close(rank_norm2, norm2, rtol=2e-5, atol=0)
+        torch.testing.assert_close(rank_dot, dot, rtol=0, atol=1e-4 * float(dot.abs().max()))
+
+
+@pytest.mark.parametrize("key", CASES, ids=lambda key: f"{key[0]} {key[2]} on {key[1]}")
+def test_scoring_changes_no_bit_and_training_goes_on_as_before(found, key):
+    expected = found[key[0], 1, "one process"][0][3]
+    for *_, changed, later in found[key]:
+        assert changed == []
+        assert later == pytest.approx(expected, rel=1e-4)
