@@ -61,8 +61,18 @@ class Ranks(Protocol):
 class Scores(Protocol):
     """What the controller needs of signals.Scorer."""
 
+    def consider(self, ids: np.ndarray) -> None: ...
     def shares(self) -> list[int]: ...
     def table(self, needs: frozenset[str]) -> SignalTable: ...
+
+
+class Parts(Protocol):
+    """What the controller needs of data.Candidates."""
+
+    def ids(self, update: int, least: Any = None) -> np.ndarray: ...
+    def merge(self, ids: np.ndarray, scores: Tensor) -> tuple[Tensor, Tensor]: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: dict[str, Any]) -> None: ...
 
 
 class When(Protocol):
@@ -102,7 +112,7 @@ class Selection:
     step: int
     chosen: Tensor  # [m] ids
     scores: Tensor  # [m] of the chosen
-    quantiles: list[float]  # 0, 25, 50, 75, 100 % of the finite scores of all candidates
+    quantiles: list[float]  # 0, 25, 50, 75, 100 % of the finite scores of all that could be chosen
     overlap: float  # share of the chosen that the selection before had chosen
 
 
@@ -121,6 +131,7 @@ class Controller:
     seed: int
     limits: Limited | None = None  # of what a mixer may ask for
     target_mean: Callable[[HiddenSpec, int], Tensor] | None = None  # see signals.hidden.TargetMean
+    candidates: Parts | None = None  # None: a selection considers the whole pool
     last_selection: Selection | None = field(default=None, init=False)
     _previous: Tensor | None = field(default=None, init=False)
     _spent: frozenset[int] = field(default=frozenset(), init=False)  # domains that have been drawn max_epochs often
@@ -202,17 +213,23 @@ class Controller:
         return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
 
     def _select(self, selector: Selector, clock: Clock, old: Plan, proportions: tuple[float, ...] | None) -> Tensor:
-        table = self.scores.table(selector.needs)
-        mine = selector.score(table).float()
+        quota = None if proportions is None else self._quota(old, clock.step, proportions)
+        ids = None if self.candidates is None else self.candidates.ids(clock.update, quota)
+        if ids is not None:
+            self.scores.consider(ids)
+        mine = selector.score(self.scores.table(selector.needs)).float()
         scores = self.ranks.gather_uneven(mine, self.scores.shares())
+        there = torch.arange(len(scores))  # ids of what may be chosen
+        if self.candidates is not None and ids is not None:
+            there, scores = self.candidates.merge(ids, scores)
         rng = self._rng(clock.step, SELECT)
-        wanted = self.global_batch * self.schedule.every
-        if proportions is None:
-            chosen = selector.choose(scores, wanted, clock, rng)
+        if quota is None:
+            places = selector.choose(scores, self.global_batch * self.schedule.every, clock, rng)
         else:
-            chosen = self._select_by_domain(selector, scores, clock, rng, self._quota(old, clock.step, proportions))
-        self._note(clock.step, chosen.sort().values, scores)
-        return chosen.sort().values
+            places = self._select_by_domain(selector, (there, scores), clock, rng, quota)
+        places = places.sort().values
+        self._note(clock.step, there[places], scores[places], scores)
+        return there[places]
 
     def _quota(self, old: Plan, step: int, proportions: tuple[float, ...]) -> np.ndarray:
         """[k] how many samples of each domain the coming window draws."""
@@ -220,27 +237,29 @@ class Controller:
         return self.sampler.drawn(plan, step + self.schedule.every)
 
     def _select_by_domain(
-        self, selector: Selector, scores: Tensor, clock: Clock, rng: torch.Generator, quota: np.ndarray
+        self, selector: Selector, scored: tuple[Tensor, Tensor], clock: Clock, rng: torch.Generator, quota: np.ndarray
     ) -> Tensor:
-        """The mixer says how many of each domain, the selector which. A domain smaller than its quota is taken whole and
-        drawn again and again."""
+        """The mixer says how many of each domain, the selector which -> places in `scored` (ids, scores). A domain smaller
+        than its quota is taken whole and drawn again and again."""
+        ids, scores = scored
+        ends = torch.searchsorted(ids, torch.tensor(self.domains.sizes).cumsum(0)).tolist()
         parts, first = [], 0
-        for size, count in zip(self.domains.sizes, quota.tolist(), strict=True):
-            here = scores[first : first + size]
-            if count >= size:
-                parts.append(torch.arange(first, first + size))
+        for end, count in zip(ends, quota.tolist(), strict=True):
+            if count >= end - first:
+                parts.append(torch.arange(first, end))
             elif count > 0:
-                parts.append(selector.choose(here, count, clock, rng) + first)
-            first += size
+                parts.append(selector.choose(scores[first:end], count, clock, rng) + first)
+            first = end
         return torch.cat(parts)
 
-    def _note(self, step: int, chosen: Tensor, scores: Tensor) -> None:
+    def _note(self, step: int, chosen: Tensor, own: Tensor, scores: Tensor) -> None:
+        """`own`: scores of the [m] chosen ids. `scores`: of all that could be chosen."""
         finite = scores[torch.isfinite(scores)].sort().values
         places = [round(q * (len(finite) - 1)) for q in (0, 0.25, 0.5, 0.75, 1)] if len(finite) else []
         overlap = 0.0
         if self._previous is not None and len(chosen):
             overlap = float(torch.isin(chosen, self._previous).double().mean())
-        self.last_selection = Selection(step, chosen, scores[chosen], finite[places].tolist(), overlap)
+        self.last_selection = Selection(step, chosen, own, finite[places].tolist(), overlap)
         self._previous = chosen
 
     # -- weights -------------------------------------------------------------------------------------------------
@@ -300,6 +319,8 @@ class Controller:
         saved: dict[str, Any] = {name: algorithm.state() for name, algorithm in self._algorithms().items()}
         if self._previous is not None:
             saved["previous_selection"] = self._previous
+        if self.candidates is not None and (known := self.candidates.state()):
+            saved["candidates"] = known
         if self._spent:
             saved["spent_domains"] = sorted(self._spent)
         return saved
@@ -307,11 +328,13 @@ class Controller:
     def restore(self, saved: dict[str, Any]) -> None:
         """The inverse of `state`. Raises CheckpointError when another set of roles was on."""
         algorithms = self._algorithms()
-        there = set(saved) - {"previous_selection", "spent_domains"}
+        there = set(saved) - {"previous_selection", "spent_domains", "candidates"}
         if there != set(algorithms):
             raise CheckpointError(f"the checkpoint has state of {sorted(there)}, this run needs {sorted(algorithms)}")
         for name, algorithm in algorithms.items():
             algorithm.restore(saved[name])
+        if self.candidates is not None:
+            self.candidates.restore(saved.get("candidates", {}))
         self._previous = saved.get("previous_selection")
         self._spent = frozenset(saved.get("spent_domains", ()))
 

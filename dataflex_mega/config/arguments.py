@@ -164,6 +164,24 @@ class RunArguments:
         default_factory=list,
         metadata={"help": "differences from the checkpoint to accept, such as `global_batch_size`"},
     )
+    candidates: float = field(
+        default=1.0,
+        metadata={
+            "help": (
+                "share of each dataset that a selector considers at an update, 0 < share <= 1. Every update considers "
+                "another part, until all samples have had their turn"
+            )
+        },
+    )
+    rescore: Literal["full", "incremental"] = field(
+        default="full",
+        metadata={
+            "help": (
+                "what may be chosen where `candidates` is below 1. `full`: what this update has scored. `incremental`: "
+                "that, and what earlier updates have scored, by the latest score of each"
+            )
+        },
+    )
     score_batch_size: int | None = field(
         default=None, metadata={"help": "samples scored at once on a rank; None: `per_device_eval_batch_size`"}
     )

@@ -21,7 +21,8 @@ LATER_TYPES = ("dynamic_reorder", "dynamic_lego")
 ROLE_KEYS = (
     "component_name", "warmup_step", "update_step", "update_times", "static_mix", "train_step", "freeze_gate",
     "early_stopping_min_delta", "mixture_sample_rule", "init_mixture_proportions", "init_mixture_proportions_file",
-    "mixer_eval_dataset", *MOST, "reference_model", "reference_cache", "reference_dtype", "plugins", *ROLES,
+    "mixer_eval_dataset", "candidates", "rescore", *MOST, "reference_model", "reference_cache", "reference_dtype",
+    "plugins", *ROLES,
 )  # fmt: skip
 ENGINE_OPTIONS = (
     "lookahead", "loss_normalization", "nan_loss", "resume_ignore", "score_batch_size", "prefetch", "tensorboard"
@@ -150,6 +151,7 @@ def _check_roles(arguments: RunArguments) -> None:
     mixer = roles["mixer"]
     _check_mixture(arguments, mixer)
     _check_limits(arguments, roles)
+    _check_candidates(arguments, roles["selector"])
     moving = "selector" if roles["selector"] else "mixer" if mixer and mixer["name"] != "static" else None
     if moving and arguments.update_step < 1:
         name = (roles[moving] or {})["name"]
@@ -163,6 +165,21 @@ def _check_limits(arguments: RunArguments, roles: Mapping[str, Spec | None]) -> 
             raise ConfigError(f"{key}: has no effect without a mixer; mixer: static draws in fixed proportions")
     if arguments.max_epochs is not None and roles["selector"] is not None:
         raise ConfigError("max_epochs: does not go with a selector, which draws its choice once each; drop one")
+
+
+def _check_candidates(arguments: RunArguments, selector: Spec | None) -> None:
+    """A part of the pool can be considered, and is by a selector."""
+    share = arguments.candidates
+    if not 0 < share <= 1:
+        raise ConfigError(f"candidates: must be > 0 and <= 1, found {share}")
+    if share == 1 and arguments.rescore == "incremental":
+        raise ConfigError(
+            "rescore: incremental has no effect with candidates: 1, where every update scores all samples"
+        )
+    if share < 1 and selector is None:
+        raise ConfigError("candidates: has no effect without a selector")
+    if share < 1 and selector is not None and selector["name"] == "delta_loss":
+        raise ConfigError("candidates: below 1 does not go with selector delta_loss, which compares the whole pool")
 
 
 def _check_mixture(arguments: RunArguments, mixer: Spec | None) -> None:

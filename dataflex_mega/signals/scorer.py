@@ -58,12 +58,19 @@ class Scorer:
     targets: Targets | None = None
     providers: Mapping[str, Provider] = field(default_factory=dict)  # by what a selector's `needs` calls the signal
 
+    candidates: np.ndarray | None = field(default=None, init=False)  # sorted ids, or None for the whole pool
+
+    def consider(self, ids: np.ndarray) -> None:
+        """Score these samples of the pool from now on."""
+        self.candidates = ids
+
     def shares(self) -> list[int]:
         """Candidates of each rank: whole batches, the remainder to the first ranks."""
-        batches = -(-len(self.pool) // self.batch_size)
+        total = len(self.pool) if self.candidates is None else len(self.candidates)
+        batches = -(-total // self.batch_size)
         ends = [batches * (r + 1) // self.ranks * self.batch_size for r in range(self.ranks)]
-        ends[-1] = len(self.pool)
-        ends = [min(end, len(self.pool)) for end in ends]
+        ends[-1] = total
+        ends = [min(end, total) for end in ends]
         return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
     def table(self, needs: frozenset[str]) -> SignalTable:
@@ -71,6 +78,8 @@ class Scorer:
         shares = self.shares()
         first = sum(shares[: self.rank])
         ids = np.arange(first, first + shares[self.rank], dtype=np.int64)
+        if self.candidates is not None:
+            ids = self.candidates[ids]
         signals: dict[str, torch.Tensor] = {}
         steps = -(-max(shares) // self.batch_size)
         if "loss" in needs:

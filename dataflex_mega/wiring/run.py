@@ -128,6 +128,22 @@ class Build(Opened):
                 f"update_step: {ours.update_step} steps of {self.split.global_batch} samples need {window} chosen samples, "
                 f"the datasets have {len(self.pool)}; at most {len(self.pool) // self.split.global_batch} steps are possible"
             )
+        self.candidates = self._candidates(window)
+
+    def _candidates(self, window: int) -> Any:
+        """The parts of the pool that selections consider, or None for all of it. `window`: samples that one chooses."""
+        from dataflex_mega.data.candidates import Candidates
+
+        share = self.ours.candidates
+        if share == 1:
+            return None
+        made = Candidates(self.pool.sizes, share, self.data_seed, keeps=self.ours.rescore == "incremental")
+        if self.roles.mixer is None and window > made.total():  # with a mixer, parts are as large as its quotas
+            raise UserError(
+                f"candidates: {share} of {len(self.pool)} samples are {made.total()}, but {self.ours.update_step} steps of "
+                f"{self.split.global_batch} samples need {window}; at least {window / len(self.pool):.3g} is needed"
+            )
+        return made
 
     def _limits(self) -> Any:
         """Floors, caps and epochs of the domains, or None without them. Raises ConfigError for ones that cannot hold."""
@@ -265,6 +281,7 @@ class Build(Opened):
             self.data_seed,
             self.limits,
             self._target_mean(engine),
+            self.candidates,
         )
 
     def _hidden(self) -> Any:

@@ -10,6 +10,7 @@ import torch
 
 from dataflex_mega.algorithms.base import Domains, Mixer, Selector, Weighter
 from dataflex_mega.controller import MAX_PLAN_STEPS, Controller, Roles
+from dataflex_mega.data.candidates import Candidates
 from dataflex_mega.data.sampler import Sampler
 from dataflex_mega.distributed.collectives import Collectives
 from dataflex_mega.errors import CheckpointError
@@ -190,3 +191,58 @@ def test_state_goes_round_and_other_roles_are_refused():
     assert torch.equal(again.state()["previous_selection"], made.state()["previous_selection"])
     with pytest.raises(CheckpointError, match="mixer"):
         controller(schedule, selector=Highest()).restore(made.state())
+
+
+class PartScores(FakeScores):
+    """Losses of what is asked for; remembers what that was."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def consider(self, ids):
+        self.asked.append(ids)
+
+    def shares(self):
+        return [len(self.asked[-1])]
+
+    def table(self, needs):
+        ids = torch.from_numpy(self.asked[-1])
+        return SignalTable(ids, torch.bucketize(ids, torch.tensor([39, 56])), {"loss": self.losses[ids]})
+
+
+def of_parts(keeps, **roles):
+    made = controller(Schedule(2, 2, 6, repeats=True), selector=Highest(), **roles)
+    made.scores, made.candidates = PartScores(), Candidates(SIZES, 0.3, 5, keeps=keeps)
+    return made
+
+
+def test_a_selection_from_a_part_chooses_the_best_of_that_part():
+    made = of_parts(keeps=False)
+    batches, _ = drive(made, 14)
+    assert len(made.scores.asked) == 6
+    for update, asked in enumerate(made.scores.asked):
+        asked = torch.from_numpy(asked)
+        best = asked[made.scores.losses[asked].topk(2 * G).indices]
+        assert sorted(np.concatenate(batches[2 + 2 * update : 4 + 2 * update])) == sorted(best.tolist())
+
+
+def test_kept_scores_make_it_the_best_of_all_parts_so_far_and_survive_a_restart():
+    made = of_parts(keeps=True)
+    batches, _ = drive(made, 14)
+    for update in range(6):
+        asked = torch.from_numpy(np.unique(np.concatenate(made.scores.asked[: update + 1])))
+        best = asked[made.scores.losses[asked].topk(2 * G).indices]
+        assert sorted(np.concatenate(batches[2 + 2 * update : 4 + 2 * update])) == sorted(best.tolist())
+    again = of_parts(keeps=True)
+    again.restore(made.state())
+    assert torch.equal(again.state()["candidates"]["scores"], made.state()["candidates"]["scores"])
+
+
+def test_parts_beside_a_mixer_hold_what_it_draws_of_every_domain():
+    made = of_parts(keeps=False, mixer=Turning())
+    batches, plans = drive(made, 14)
+    for plan, window in zip(plans[1:], (batches[2 + 2 * u : 4 + 2 * u] for u in range(6)), strict=True):
+        drawn = np.concatenate(window)
+        assert len(set(drawn)) == len(drawn) == 2 * G, "no sample twice"
+        assert set(drawn) == set(plan.chosen.tolist())

@@ -84,4 +84,6 @@ class ExpertTaps:
         """[r, d_in], [r, d_out], [r] the sample of each row."""
         assert self.sums is not None
         order = torch.argsort(rows, stable=True)
-        add_layer(self.sums, layer, inputs[order].unsqueeze(0), grads[order].unsqueeze(0), spans(rows[order].unsqueeze(0)))
+        add_layer(
+            self.sums, layer, inputs[order].unsqueeze(0), grads[order].unsqueeze(0), spans(rows[order].unsqueeze(0))
+        )

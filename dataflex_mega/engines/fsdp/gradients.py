@@ -67,7 +67,9 @@ class GradientScorer:
         self.linears, self.experts = trained_linears(engine.model), trained_experts(engine.model)
         # The optimizer's parameters. Inside a pass, FSDP2 shows a module its gathered weight instead.
         self.weights: dict[str, Tensor] = {name: linear.weight for name, linear in self.linears.items()}
-        self.weights.update({f"{n}.{weight}": getattr(m, weight) for n, m in self.experts.items() for weight in WEIGHTS})
+        self.weights.update(
+            {f"{n}.{weight}": getattr(m, weight) for n, m in self.experts.items() for weight in WEIGHTS}
+        )
         if not self.weights:
             raise ConfigError("gradient scores need a linear layer that trains, and the model has none")
         self.held = Held(HELD // 2)
@@ -141,7 +143,10 @@ class GradientScorer:
         batch = batch.to(engine.mesh.device)
         samples = len(batch.sample_id)
         dtype = torch.float64 if next(iter(self.weights.values())).dtype == torch.float64 else torch.float32
-        taps, experts = Taps(self.linears, {name: layer(name) for name in self.linears}), ExpertTaps(self.experts, layer)
+        taps, experts = (
+            Taps(self.linears, {name: layer(name) for name in self.linears}),
+            ExpertTaps(self.experts, layer),
+        )
         first: list[Tensor] = []
         with (
             self._evaluating(lambda _m, _a, output: _entered(first, output)),

@@ -1,10 +1,10 @@
 """Gradient scores on the Megatron engine: megatron-core's schedules with frozen weights, and taps on its linear layers.
 
-    directions   an ordinary backward pass of the weighted targets into megatron-core's own gradient buffers, without its
-                 reductions; then each weight's part is summed over data-parallel ranks and shared out among them
-    candidates   forward and backward with every weight frozen, so that only gradients of activations are computed
-    afterwards   one all-reduce of [n, S + 1]: inner products and squared norms of the parts of a weight, of stages and of
-                 experts add up
+directions   an ordinary backward pass of the weighted targets into megatron-core's own gradient buffers, without its
+             reductions; then each weight's part is summed over data-parallel ranks and shared out among them
+candidates   forward and backward with every weight frozen, so that only gradients of activations are computed
+afterwards   one all-reduce of [n, S + 1]: inner products and squared norms of the parts of a weight, of stages and of
+             experts add up
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ def _frozen(chunks: Sequence[Any]) -> Iterator[None]:
 def _loss(by_token: Sequence[Tensor]) -> Any:
     """For `MegatronEngine.run`: the sum of weighted token losses."""
 
-    def loss(number: int, batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def loss(number: int, batch: Batch, _vectors: Any, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
         weighed = torch.where(batch.labels == IGNORED, 0.0, losses.float()) * by_token[number]
         return weighed.sum(), torch.ones((), dtype=torch.int, device=losses.device), {}
 

@@ -31,7 +31,7 @@ class Moments:
 
     @staticmethod
     def of(optimizer: Any, device: torch.device) -> Moments:
-        """Of an optimizer chain, after the steps it has done. Every rank calls it. Raises ConfigError when it is not Adam."""
+        """Of an optimizer chain, after the steps done. Every rank calls it. Raises ConfigError for another than Adam."""
         parts = list(optimizer.chained_optimizers)
         kind = parts[0].config.optimizer
         if kind != "adam":

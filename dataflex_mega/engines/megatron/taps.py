@@ -85,7 +85,9 @@ class Taps:
     micros: Sequence[Micro]
     sums: Sums
     _now: int = field(default=0, init=False)
-    _rows: dict[int, Sequence[Tensor]] = field(default_factory=dict, init=False)  # of an MoELayer's experts: their samples
+    _rows: dict[int, Sequence[Tensor]] = field(
+        default_factory=dict, init=False
+    )  # of an MoELayer's experts: their samples
     _hooks: ExitStack = field(default_factory=ExitStack, init=False)
 
     def __enter__(self) -> Taps:

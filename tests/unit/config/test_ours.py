@@ -359,3 +359,17 @@ def test_an_evaluation_set_that_no_mixer_reads_is_noted():
     assert parse({"mixer": "odm", "mixer_eval_dataset": "a_eval", **MOVING})[1] == [
         "mixer_eval_dataset: no mixer reads it yet"
     ]
+
+
+def test_candidates_are_a_share_of_the_pool_for_a_selector():
+    made, _ = parse({"selector": "less", "update_step": 2, "candidates": 0.1, "rescore": "incremental"})
+    assert (made.candidates, made.rescore) == (0.1, "incremental")
+    for keys, message in (
+        ({"selector": "less", "candidates": 0}, r"candidates: must be > 0 and <= 1, found 0"),
+        ({"selector": "less", "candidates": 1.5}, r"candidates: must be > 0 and <= 1, found 1.5"),
+        ({"selector": "less", "rescore": "incremental"}, r"rescore: incremental has no effect with candidates: 1"),
+        ({"mixer": "odm", "candidates": 0.5}, r"candidates: has no effect without a selector"),
+        ({"selector": "delta_loss", "candidates": 0.5}, r"candidates: below 1 does not go with selector delta_loss"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse({"update_step": 2, **keys})
