@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataflex_mega.algorithms.base import Domains, Mixer, Selector, Weighter
+from dataflex_mega.algorithms.base import Domains, Mixer, Reorder, Selector, Weighter
 from dataflex_mega.errors import CheckpointError, TrainingFault
 from dataflex_mega.types import (
     Clock,
@@ -102,6 +102,7 @@ class Roles:
 
     selector: Selector | None = None
     mixer: Mixer | None = None
+    reorder: Reorder | None = None  # needs a staged.Staged controller
     weighter: Weighter | None = None
 
 
@@ -133,6 +134,7 @@ class Controller:
     target_mean: Callable[[HiddenSpec, int], Tensor] | None = None  # see signals.hidden.TargetMean
     candidates: Parts | None = None  # None: a selection considers the whole pool
     last_selection: Selection | None = field(default=None, init=False)
+    last_order: Any = field(default=None, init=False)  # a staged.Window
     _previous: Tensor | None = field(default=None, init=False)
     _spent: frozenset[int] = field(default=frozenset(), init=False)  # domains that have been drawn max_epochs often
 
@@ -141,7 +143,7 @@ class Controller:
             algorithm.setup(self.domains)
 
     def _algorithms(self) -> dict[str, Any]:
-        named = {"selector": self.roles.selector, "mixer": self.roles.mixer, "weighter": self.roles.weighter}
+        named = {name: getattr(self.roles, name) for name in ("selector", "mixer", "reorder", "weighter")}
         return {name: algorithm for name, algorithm in named.items() if algorithm is not None}
 
     # -- plans ---------------------------------------------------------------------------------------------------
@@ -266,7 +268,7 @@ class Controller:
 
     def weigher(self, state: TrainState) -> Weigh | None:
         """The function that weighs the samples of the next step, or None when all weigh the same."""
-        weighter = self.roles.weighter if not self.schedule.warming(state.step) else None
+        weighter = self.roles.weighter if self._weighs(state.step) else None
         if isinstance(weighter, NeedsHidden) and weighter.stale(state.step):
             assert self.target_mean is not None, "checked when the run was built"
             weighter.learn(self.target_mean(weighter.hidden, weighter.target_samples), state.step)
@@ -274,6 +276,9 @@ class Controller:
         if isinstance(weighter, TokenChoice):
             return TokenWeigh(by_sample or _all_alike, weighter)
         return by_sample
+
+    def _weighs(self, step: int) -> bool:
+        return not self.schedule.warming(step)
 
     def _by_sample(self, weighter: Weighter | None, state: TrainState) -> Weigh | None:
         mixer = self.roles.mixer

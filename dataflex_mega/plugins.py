@@ -55,6 +55,11 @@ def register_mixer(name: str) -> Callable[[T], T]:
     return register("mixer", name)
 
 
+def register_reorder(name: str) -> Callable[[T], T]:
+    """`@register_reorder("mine")`: the class is `reorder: mine`."""
+    return register("reorder", name)
+
+
 def register_weighter(name: str) -> Callable[[T], T]:
     """`@register_weighter("mine")`: the class is `weighter: mine`."""
     return register("weighter", name)

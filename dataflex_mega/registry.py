@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, Union
 
 from dataflex_mega import plugins
-from dataflex_mega.algorithms.base import Algorithm, Mixer, Selector, Weighter
+from dataflex_mega.algorithms.base import Algorithm, Mixer, Reorder, Selector, Weighter
 from dataflex_mega.errors import ConfigError, did_you_mean
 
-CONTRACTS: dict[str, type[Algorithm]] = {"selector": Selector, "mixer": Mixer, "weighter": Weighter}
+CONTRACTS: dict[str, type[Algorithm]] = {"selector": Selector, "mixer": Mixer, "reorder": Reorder, "weighter": Weighter}
 
 Spec = str | Mapping[str, Any]
 

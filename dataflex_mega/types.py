@@ -209,6 +209,7 @@ class Plan:
 
     `cursor` counts what each domain has given before `start` (of the pool, or of `chosen` when that is set) and `credit`
     is what the proportions still owe it (target minus drawn, in samples), so a plan continues the one before it exactly.
+    With `order` the samples are those and no others; proportions and credit say how they were come by.
     """
 
     start: int
@@ -219,6 +220,7 @@ class Plan:
     pool_cursor: tuple[int, ...] = ()  # [k], kept while `chosen` is served
     loss_weights: tuple[float, ...] | None = None  # [k], optional domain weights of the loss, from the mixer
     phase: str = "train"  # "warmup" before the first update of a cycle, for the log
+    order: Tensor | None = None  # [m] int64 global ids in the order in which the steps from `start` on take them
 
     def digest(self) -> str:
         """A hash of everything that decides what is drawn; ranks compare it."""
@@ -226,8 +228,9 @@ class Plan:
         floats = (self.proportions, self.credit, self.loss_weights or ())
         sha.update(repr((self.start, self.cursor, self.pool_cursor)).encode())
         sha.update(repr([[float(x).hex() for x in group] for group in floats]).encode())
-        if self.chosen is not None:
-            sha.update(self.chosen.contiguous().numpy().tobytes())
+        for name, ids in (("chosen", self.chosen), ("order", self.order)):
+            if ids is not None:
+                sha.update(name.encode() + ids.contiguous().numpy().tobytes())
         return sha.hexdigest()
 
 

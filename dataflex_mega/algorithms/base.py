@@ -1,4 +1,4 @@
-"""The three contracts. An algorithm is one dataclass in one file: its fields are its parameters, its methods are pure.
+"""The four contracts. An algorithm is one dataclass in one file: its fields are its parameters, its methods are pure.
 
 A file `algorithms/mixers/my_mixer.py` with one subclass of `Mixer` is known as `mixer: my_mixer`; a class elsewhere as
 `mixer: package.module:Class`. An algorithm sees data of the whole job, already reduced over ranks, and never asks which
@@ -34,7 +34,7 @@ class Domains:
 
 @dataclass
 class Algorithm(ABC):
-    """What the three roles share."""
+    """What all roles share."""
 
     def setup(self, domains: Domains) -> None:
         """Called once, before training, with the pool's domains. Check parameters against them here (ConfigError)."""
@@ -95,3 +95,36 @@ class Weighter(Algorithm):
     @abstractmethod
     def weights(self, obs: SampleObs, step: int, total_steps: int) -> Tensor:
         """All n samples of the data-parallel batch, in an order that is the same on all ranks -> [n] weights, mean 1."""
+
+
+class Reorder(Algorithm):
+    """Orders samples: says which rank by score stands at which place of a pass over them.
+
+    A pattern knows only how many samples there are, so the same pass can go on after they were scored anew.
+    """
+
+    reads_scores: ClassVar[bool] = True
+    """Whether ranks are by score; False: by sample id, and nothing is scored."""
+
+    @abstractmethod
+    def ranks(self, count: int, seed: int) -> Tensor:
+        """[count] int64, each of 0..count-1 once: the rank of the sample at every place, 0 for the lowest score."""
+
+
+def layered(ranks: Tensor, layers: int, turning: bool) -> Tensor:
+    """[n] -> [n]: every `layers`-th entry from the first on, then from the second on, ...; `turning`: every other of
+    these layers backwards, so that one begins where the layer before it ended."""
+    parts = [ranks[layer::layers] for layer in range(layers)]
+    return torch.cat([part.flip(0) if turning and number % 2 else part for number, part in enumerate(parts)])
+
+
+def layered_at_borders(count: int, sections: int, ratio: float, layers: int, turning: bool) -> Tensor:
+    """[count] int64: 0, 1, 2, ... but `layered` within round(count * ratio) places of each border of `sections` equal
+    sections. The stretches do not overlap while 2 * ratio < 1 / sections."""
+    ranks = torch.arange(count)
+    radius = round(count * ratio)
+    for number in range(1, sections):
+        border = round(count * number / sections)
+        here = slice(max(border - radius, 0), min(border + radius, count))
+        ranks[here] = layered(ranks[here], layers, turning)
+    return ranks

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dataflex_mega.config import components, proportions
+from dataflex_mega.config import components, orders, proportions
 from dataflex_mega.config.components import ROLE_OF_TYPE, SECTIONS, Spec
 from dataflex_mega.errors import ConfigError
 
@@ -23,8 +23,8 @@ class RunArguments:
         default="static",
         metadata={
             "help": (
-                "`static`: LLaMA-Factory's own training. `dynamic_select`, `dynamic_mix`, `dynamic_weight`: one role, "
-                "named by `component_name` or by the role's key. `dynamic`: the roles whose keys are set, which is also "
+                "`static`: LLaMA-Factory's own training. `dynamic_select`, `dynamic_mix`, `dynamic_reorder`, "
+                "`dynamic_weight`: one role, named by `component_name` or by the role's key. `dynamic`: the roles whose keys are set, which is also "
                 "what leaving `train_type` out means when one is"
             )
         },
@@ -101,6 +101,10 @@ class RunArguments:
     )
     mixer: str | dict[str, Any] | None = field(
         default=None, metadata={"help": "sets domain proportions: a name, or `name` with parameters"}
+    )
+    reorder: str | dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "orders samples by score: a pattern, or `name` with its parameters and those of any order"},
     )
     weighter: str | dict[str, Any] | None = field(
         default=None, metadata={"help": "weighs samples in the loss: a name, or `name` with parameters"}
@@ -204,7 +208,19 @@ class RunArguments:
                 raise ConfigError(f"callbacks: expected package.module:Class, found {name!r}")
 
     def roles(self) -> dict[str, Spec | None]:
-        """selector, mixer, weighter -> the flat specification of the one that is on, or None. Raises ConfigError."""
+        """selector, mixer, reorder, weighter -> the flat specification of the one that is on, or None. That of a reorder is
+        its pattern's alone; see `order`. Raises ConfigError."""
+        found = self._specs()
+        if found["reorder"] is not None:
+            found["reorder"] = orders.read(found["reorder"])[0]
+        return found
+
+    def order(self) -> orders.OrderArguments | None:
+        """How samples are scored and ordered when `reorder` is on."""
+        spec = self._specs()["reorder"]
+        return None if spec is None else orders.read(spec)[1]
+
+    def _specs(self) -> dict[str, Spec | None]:
         chosen = ROLE_OF_TYPE.get(self.train_type)
         found: dict[str, Spec | None] = {}
         for role in ROLES:

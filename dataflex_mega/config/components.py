@@ -14,9 +14,12 @@ from typing import Any
 from dataflex_mega.config.load import read_mapping, resolve
 from dataflex_mega.errors import ConfigError, did_you_mean
 
-SECTIONS = {"selector": "selectors", "mixer": "mixers", "weighter": "weighters"}
-LATER_SECTIONS = ("reorders", "reorderers", "pipelines")  # DataFlex 1.1's; allowed in a file, not usable yet
-ROLE_OF_TYPE = {"dynamic_select": "selector", "dynamic_mix": "mixer", "dynamic_weight": "weighter"}
+SECTIONS = {"selector": "selectors", "mixer": "mixers", "reorder": "reorders", "weighter": "weighters"}
+OLD_SECTIONS = {"reorderers": "reorders"}
+PIPELINES = "pipelines"
+ROLE_OF_TYPE = {
+    "dynamic_select": "selector", "dynamic_mix": "mixer", "dynamic_reorder": "reorder", "dynamic_weight": "weighter",
+}  # fmt: skip
 # Parameters of DataFlex that are keys of the run here: (role, algorithm) -> parameter -> key. None: nothing is left to set.
 LIFTED: dict[tuple[str, str], dict[str, str | None]] = {
     ("selector", "loss"): {"score_batch_size": "score_batch_size", "score_num_workers": None},
@@ -39,7 +42,11 @@ def read_components(path: str | None) -> dict[str, Any]:
     no mappings.
     """
     data = _read_packaged() if path is None else _read_file(path)
-    known = [*SECTIONS.values(), *LATER_SECTIONS]
+    for old, new in OLD_SECTIONS.items():
+        if old in data:
+            both = {**(data.get(old) or {}), **(data.get(new) or {})}
+            data = {**{key: value for key, value in data.items() if key != old}, new: both}
+    known = [*SECTIONS.values(), PIPELINES]
     for section, entries in data.items():
         near = did_you_mean(str(section), known)
         if section not in known and near and isinstance(entries, Mapping):

@@ -14,9 +14,9 @@ from dataflex_mega.config.components import ROLE_OF_TYPE, Spec
 from dataflex_mega.config.values import fit
 from dataflex_mega.errors import ConfigError, did_you_mean
 
-TRAIN_TYPES = ("static", "dynamic_select", "dynamic_mix", "dynamic_weight", "dynamic")
+TRAIN_TYPES = ("static", "dynamic_select", "dynamic_mix", "dynamic_reorder", "dynamic_weight", "dynamic")
 ALIASES = {"static_full": "static", "dynamic_weighting": "dynamic_weight"}
-LATER_TYPES = ("dynamic_reorder", "dynamic_lego")
+LATER_TYPES = ("dynamic_lego",)
 # The keys that mean nothing without a role; the other ones of ours are options of the engine or mean something always.
 ROLE_KEYS = (
     "component_name", "warmup_step", "update_step", "update_times", "static_mix", "train_step", "freeze_gate",
@@ -115,7 +115,7 @@ def _check_static(values: Mapping[str, Any], explicit: bool) -> list[str]:
     if not explicit and idle:
         key = idle[0]
         raise ConfigError(
-            f"{key}: has no effect without a role; set selector, mixer, weighter or train_type{LOOKALIKES.get(key, '')}"
+            f"{key}: has no effect without a role; set selector, mixer, reorder, weighter or train_type{LOOKALIKES.get(key, '')}"
         )
     for key in idle:
         if key in NOT_STATIC:
@@ -142,7 +142,7 @@ def _check_roles(arguments: RunArguments) -> None:
         names = ", ".join(components.entries(arguments.components_cfg_file, wanted))
         raise ConfigError(f"train_type: {arguments.train_type} needs component_name (one of {names}) or {wanted}")
     if not any(roles.values()):
-        raise ConfigError("train_type: dynamic needs at least one of selector, mixer, weighter")
+        raise ConfigError(f"train_type: dynamic needs at least one of {', '.join(ROLES)}")
     from dataflex_mega.registry import validate  # here, since it imports torch
 
     for role, spec in roles.items():
@@ -152,7 +152,9 @@ def _check_roles(arguments: RunArguments) -> None:
     _check_mixture(arguments, mixer)
     _check_limits(arguments, roles)
     _check_candidates(arguments, roles["selector"])
+    order = arguments.order()
     moving = "selector" if roles["selector"] else "mixer" if mixer and mixer["name"] != "static" else None
+    moving = moving or ("reorder" if order is not None and order.kind == "dynamic" else None)
     if moving and arguments.update_step < 1:
         name = (roles[moving] or {})["name"]
         raise ConfigError(f"update_step: must be >= 1 for {moving} {name} to act, found {arguments.update_step}")
@@ -163,8 +165,9 @@ def _check_limits(arguments: RunArguments, roles: Mapping[str, Spec | None]) -> 
     for key in MOST:
         if getattr(arguments, key) is not None and roles["mixer"] is None:
             raise ConfigError(f"{key}: has no effect without a mixer; mixer: static draws in fixed proportions")
-    if arguments.max_epochs is not None and roles["selector"] is not None:
-        raise ConfigError("max_epochs: does not go with a selector, which draws its choice once each; drop one")
+    for role, why in (("selector", "draws its choice once each"), ("reorder", "serves each sample once a pass")):
+        if arguments.max_epochs is not None and roles[role] is not None:
+            raise ConfigError(f"max_epochs: does not go with a {role}, which {why}; drop one")
 
 
 def _check_candidates(arguments: RunArguments, selector: Spec | None) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dataflex_mega.data.apportion import Apportioner
@@ -75,6 +76,8 @@ class Sampler:
             DataError: the step draws from a domain that has nothing to draw.
             ValueError: step < plan.start.
         """
+        if plan.order is not None:
+            return self._from_order(plan, step, step + 1)
         ready, state = self._before(plan, step)
         begin = ready.cursor + state.drawn
         counts = state.counts()
@@ -92,10 +95,14 @@ class Sampler:
 
     def counts(self, plan: Plan, step: int) -> np.ndarray:
         """[k] int64: samples of each domain in this step."""
+        if plan.order is not None:
+            return self._by_domain(self._from_order(plan, step, step + 1))
         return self._before(plan, step)[1].counts()
 
     def drawn(self, plan: Plan, step: int) -> np.ndarray:
         """[k] int64: samples of each domain in the steps plan.start .. step - 1."""
+        if plan.order is not None:
+            return self._by_domain(self._from_order(plan, plan.start, step))
         return self._before(plan, step)[1].drawn.copy()
 
     # -- plans -----------------------------------------------------------------------------------------------------
@@ -103,8 +110,51 @@ class Sampler:
     def advance(self, plan: Plan, step: int) -> Plan:
         """The plan that goes on from `step` exactly as this one would."""
         ready, state = self._before(plan, step)
-        cursor = tuple((ready.cursor + state.drawn).tolist())
-        return replace(plan, start=step, cursor=cursor, credit=tuple(state.credit_now().tolist()))
+        cursor = tuple((ready.cursor + self.drawn(plan, step)).tolist())
+        order = None if plan.order is None else plan.order[(step - plan.start) * self.batch_size :].clone()
+        return replace(plan, start=step, cursor=cursor, credit=tuple(state.credit_now().tolist()), order=order)
+
+    def reshare(
+        self, plan: Plan, step: int, proportions: Sequence[float], loss_weights: Sequence[float] | None = None
+    ) -> Plan:
+        """The plan that draws on from `step` from the same samples, in other proportions."""
+        weights = None if loss_weights is None else tuple(map(float, loss_weights))
+        return replace(self.advance(plan, step), proportions=self._checked(proportions, step), loss_weights=weights)
+
+    def laid_out(self, plan: Plan, steps: int, parts: Sequence[Tensor]) -> Tensor:
+        """[steps * G] ids: what the plan draws from its start on, with the samples of `parts` in their order.
+
+        Args:
+            parts: for each domain the ids that it gives, as many as the plan draws of it in these steps.
+
+        The order within each batch is as `global_batch` has it.
+        """
+        order, begin = [], np.zeros(len(parts), np.int64)
+        for step in range(plan.start, plan.start + steps):
+            end = begin + self.counts(plan, step)
+            batch = np.concatenate([part[a:b].numpy() for part, a, b in zip(parts, begin, end, strict=True)])
+            order.append(batch[shuffled(self.batch_size, mix_key(self.seed, ORDER, step))])
+            begin = end
+        return torch.from_numpy(np.concatenate(order))
+
+    def serves(self, plan: Plan, step: int) -> bool:
+        """Whether the plan has samples for a step; only one with an order comes to an end."""
+        return plan.order is None or len(plan.order) >= (step + 1 - plan.start) * self.batch_size
+
+    def _from_order(self, plan: Plan, first: int, end: int) -> np.ndarray:
+        """The ids of the steps first .. end - 1."""
+        assert plan.order is not None
+        if first < plan.start:
+            raise ValueError(f"step {first} is before the plan's start {plan.start}")
+        if end > first and not self.serves(plan, end - 1):
+            raise DataError(f"step {end}: the order that begins at step {plan.start + 1} has no more samples")
+        size = self.batch_size
+        return plan.order[(first - plan.start) * size : (end - plan.start) * size].numpy()
+
+    def _by_domain(self, ids: np.ndarray) -> np.ndarray:
+        """[k] int64."""
+        domain = np.searchsorted(self.offsets, ids, side="right") - 1
+        return np.bincount(domain, minlength=len(self.sizes))
 
     def next_plan(
         self,

@@ -57,8 +57,17 @@ class Scorer:
     progress: Callable[[int, int], None] | None = None  # (batches done, batches in all)
     targets: Targets | None = None
     providers: Mapping[str, Provider] = field(default_factory=dict)  # by what a selector's `needs` calls the signal
-
     candidates: np.ndarray | None = field(default=None, init=False)  # sorted ids, or None for the whole pool
+
+    def only(self, ids: torch.Tensor) -> Scorer:
+        """A scorer of these samples alone, [n] ids in ascending order."""
+        other = replace(self)
+        other.consider(ids.numpy())
+        return other
+
+    def domains(self, ids: torch.Tensor) -> torch.Tensor:
+        """[n] global ids -> [n] int64 domains."""
+        return torch.from_numpy(self.pool.locate(ids.numpy())[0].astype(np.int64))
 
     def consider(self, ids: np.ndarray) -> None:
         """Score these samples of the pool from now on."""

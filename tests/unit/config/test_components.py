@@ -1,6 +1,6 @@
 import pytest
 
-from dataflex_mega.config import components
+from dataflex_mega.config import components, orders
 from dataflex_mega.config.components import ROLE_OF_TYPE, combine, entries, flat, packaged_file, pick, read_components
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.registry import available, validate
@@ -16,13 +16,14 @@ def write(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("role", ["selector", "mixer", "weighter"])
+@pytest.mark.parametrize("role", components.SECTIONS)
 def test_every_packaged_entry_can_be_built(role):
     for name in entries(None, role):
-        validate(role, pick(None, role, name))
+        spec = pick(None, role, name)
+        validate(role, orders.read(spec)[0] if role == "reorder" else spec)
 
 
-@pytest.mark.parametrize("role", ["selector", "mixer", "weighter"])
+@pytest.mark.parametrize("role", components.SECTIONS)
 def test_every_algorithm_has_a_packaged_entry_of_its_name(role):
     for name in available(role):
         assert pick(None, role, name)["name"] == name
@@ -54,8 +55,14 @@ def test_an_entry_without_parameters(write):
     assert pick(write("mixers: {odm: {name: odm, params: }}"), "mixer", "odm") == {"name": "odm"}
 
 
-def test_sections_of_later_kinds_are_allowed_in_a_file(write):
-    path = write("reorders: {sorting: {name: sorting}}\nreorderers: {}\npipelines: {}\nmixers: {odm: {name: odm}}\n")
+def test_the_old_name_of_a_section_still_works(write):
+    path = write("reorders: {a: {name: sorting}}\nreorderers: {a: {name: saw}, b: {name: zigzag}}\n")
+    assert entries(path, "reorder") == ["a", "b"] and pick(path, "reorder", "b") == {"name": "zigzag"}
+    assert pick(path, "reorder", "a") == {"name": "sorting"}
+
+
+def test_an_entry_of_another_section_is_named(write):
+    path = write("reorders: {sorting: {name: sorting}}\npipelines: {}\nmixers: {odm: {name: odm}}\n")
     assert entries(path, "mixer") == ["odm"]
     with pytest.raises(ConfigError, match=r"no mixer 'sorting' in .* \(it is one of reorders\); there is odm"):
         pick(path, "mixer", "sorting")

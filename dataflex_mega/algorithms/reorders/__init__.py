@@ -1,0 +1,1 @@
+"""Patterns by which samples are ordered, one file each."""
