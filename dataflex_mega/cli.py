@@ -16,7 +16,7 @@ HELP = """usage: dataflex-cli COMMAND [ARGUMENTS]
   train CONFIG [key=value ...]   train as a YAML or JSON file says; key=value changes a key for this run
   reference CONFIG [key=value ...]   write the token losses of reference_model, for doremi, rho_loss and rho1
   doremi FOLDER [key=value ...]  DoReMi's three runs, FOLDER/step1.yaml .. step3.yaml, one after the other
-  components [ROLE ...]          the algorithms that can be a selector, mixer or weighter, and their parameters
+  components [ROLE ...]          the algorithms that can be a selector, mixer, reorder or weighter, and their parameters
   compare SUITE.yaml             train methods x seeds on the same budget; perplexity, cost, report, plots
   regmix STUDY.yaml              propose proportions of the domains from many small runs
   corpus INPUT ... --output DIR  text files into Megatron .bin/.idx files, one pair a domain

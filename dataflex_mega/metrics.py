@@ -18,7 +18,7 @@ from torch import Tensor
 from dataflex_mega.checkpoint import truncate_log
 from dataflex_mega.types import Plan, StepStats, TrainState
 
-STEPS_FILE = "metrics.jsonl"
+STEPS_FILE, ORDERS_FILE = "metrics.jsonl", "orders.jsonl"
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Metrics:
             return
         self.plan_digest = state.plan.digest()[:16]
         truncate_log(self.folder / STEPS_FILE, state.step)
-        for path in self.folder.glob("*_weights.jsonl"):
+        for path in [self.folder / ORDERS_FILE, *self.folder.glob("*_weights.jsonl")]:
             # Its line "step" s is written before step s + 1, so an interrupted run may have left the one of state.step.
             truncate_log(path, state.step - 1)
         truncate_log(self.folder / "trainer_log.jsonl", state.step, key="current_steps")
@@ -95,6 +95,10 @@ class Metrics:
                 **controller.roles.mixer.report(),
             }
             self._append(f"{self.mixer_name}_weights.jsonl", row)
+        order = controller.last_order
+        if order is not None and order.step == state.step:
+            self._append(ORDERS_FILE, vars(order))
+            self._scalars(state.step, {"order/scored": order.scored, "order/mean_score": order.mean_score or 0.0})
         selection = controller.last_selection
         if selection is not None and selection.step == state.step:
             self._selected(state, controller, selection)

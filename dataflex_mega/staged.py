@@ -125,7 +125,7 @@ class Staged(Controller):
 
     def _account(self, old: Plan, step: int) -> None:
         """The ordering knows what was trained on without it, and what it had handed out for nothing."""
-        if self.ordering is None or step == old.start and old.order is None:
+        if self.ordering is None or (step == old.start and old.order is None):
             return
         if old.order is not None:
             unused = old.order[(step - old.start) * self.global_batch :]
@@ -158,8 +158,9 @@ class Staged(Controller):
             scores = self.board.score(selector, everything, step, self.stages.max_age.get("selector", 0))
             count = max(1, int(len(scores) * self.stages.keep_ratio))
             rng = self._rng(step, SELECT)
-            self.kept = selector.choose(scores, count, self._clock("selector", step), rng).unique()
-            self._note(step, self.kept, scores)
+            chosen = selector.choose(scores, count, self._clock("selector", step), rng).unique()
+            self._note(step, chosen, scores[chosen], scores)
+            self.kept = chosen
         if self.ordering is not None:
             self.ordering.limit(self.kept)
             if self.stages.mode == "draw":

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dataflex_mega.config import checks, components, legacy, megatron, megatron_checks, ours
+from dataflex_mega.config import checks, components, legacy, megatron, megatron_checks, orders, ours
 from dataflex_mega.config.values import kinds
 from dataflex_mega.registry import CONTRACTS, Parameter, available, load_class, parameters
 
@@ -42,8 +42,8 @@ Overrides are read as YAML: `a=1e-3` is a number, `a=[0.5,0.5]` a list, `a=` not
 
 ROLES = """## Roles
 
-`selector`, `mixer` and `weighter` are independent; any combination may be on. Each is a name, a mapping, or a mapping with
-`params` as in DataFlex's components files:
+`selector`, `mixer`, `reorder` and `weighter` are independent; any combination may be on. Each is a name, a mapping, or a
+mapping with `params` as in DataFlex's components files:
 
 ```yaml
 mixer: odm
@@ -51,9 +51,13 @@ selector: {name: loss, focus: high}
 weighter: {name: my_package.my_module:MyWeighter, params: {strength: 2.0}}
 ```
 
-An unknown parameter is an error. `train_type: dynamic_select | dynamic_mix | dynamic_weight` with `component_name` picks
-an entry of a components file for one role instead; a mapping without `name` under the role's key then changes its
-parameters."""
+An unknown parameter is an error. `train_type: dynamic_select | dynamic_mix | dynamic_reorder | dynamic_weight` with
+`component_name` picks an entry of a components file for one role instead; a mapping without `name` under the role's key
+then changes its parameters."""
+
+
+ORDERS = """Beside the parameters of its pattern a `reorder` has these. DataFlex's layout, `pattern` with
+`pattern_params`, is read too. [Algorithms](algorithms.md#orders) says what they do."""
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -92,6 +96,11 @@ def field_rows(cls: Any, names: Iterable[str]) -> list[list[str]]:
         default = f.default_factory() if callable(f.default_factory) else f.default
         made.append([f"`{name}`", type_text(str(f.type)), shown(default), f.metadata["help"]])
     return made
+
+
+def fields_of(cls: Any) -> list[list[str]]:
+    """A row for every field of a dataclass."""
+    return field_rows(cls, [f.name for f in dataclasses.fields(cls)])
 
 
 def algorithm(role: str, name: str) -> str:
@@ -152,6 +161,7 @@ def document() -> str:
     without_megatron = [[f"`{key}`", instead] for key, instead in sorted(without.items())]
     allowed = [[f"`{key}`", ", ".join(f"`{v}`" for v in values), why] for key, (values, why) in checks.ALLOWED.items()]
     names = [f.name for f in dataclasses.fields(megatron.MegatronArguments)]
+    score_params = [[f"`{source}`", ", ".join(f"`{k}`" for k in keys)] for source, keys in orders.SCORE_PARAMS.items()]
     parts = [
         INTRODUCTION,
         "## DataFlex's keys",
@@ -161,6 +171,12 @@ def document() -> str:
         ROLES,
         "### Algorithms",
         *(algorithm(role, name) for role in CONTRACTS for name in available(role)),
+        "### Orders",
+        ORDERS,
+        table(head, fields_of(orders.OrderArguments)),
+        "`score_params` has, by `score_source`:",
+        table(("score_source", "score_params"), score_params),
+        table(head, fields_of(orders.ScoreParams)),
         "### The packaged components file",
         packaged_components(),
         "## What dynamic training does not do",

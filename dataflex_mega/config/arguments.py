@@ -24,8 +24,8 @@ class RunArguments:
         metadata={
             "help": (
                 "`static`: LLaMA-Factory's own training. `dynamic_select`, `dynamic_mix`, `dynamic_reorder`, "
-                "`dynamic_weight`: one role, named by `component_name` or by the role's key. `dynamic`: the roles whose keys are set, which is also "
-                "what leaving `train_type` out means when one is"
+                "`dynamic_weight`: one role, named by `component_name` or by the role's key. `dynamic`: the roles "
+                "whose keys are set, which is also what leaving `train_type` out means when one is"
             )
         },
     )

@@ -16,7 +16,6 @@ from dataflex_mega.config.components import Spec
 from dataflex_mega.config.values import fit
 from dataflex_mega.errors import ConfigError, did_you_mean
 
-Source = Literal["precomputed", "cached_selection", "model_loss", "selector"]
 POLARITY = {"higher_is_better": "higher_later", "lower_is_better": "higher_earlier"}
 PARAMETERS = {"folding_layer": "layers", "zigzag_layer": "layers"}
 # score_source -> what score_params may say.
@@ -26,6 +25,7 @@ SCORE_PARAMS: dict[str, tuple[str, ...]] = {
     "model_loss": ("batch_size", "num_workers", "max_samples", "seed"),
     "selector": ("selector", "batch_size", "num_workers", "max_samples", "seed"),
 }
+FREE_PARAMS = ("score_path", "cache_path", "batch_size", "num_workers")
 FILES = (".npy", ".json", ".jsonl")
 
 
@@ -33,7 +33,9 @@ FILES = (".npy", ".json", ".jsonl")
 class ScoreParams:
     """Where scores come from; which of them a source reads is in SCORE_PARAMS."""
 
-    score_field: str = field(default="score", metadata={"help": "column of the raw rows, or key of a .json/.jsonl file"})
+    score_field: str = field(
+        default="score", metadata={"help": "column of the raw rows, or key of a .json/.jsonl file"}
+    )
     score_path: str | None = field(
         default=None, metadata={"help": "a .npy, .json or .jsonl file with a score for each sample, in their order"}
     )
@@ -71,7 +73,7 @@ class OrderArguments:
     ascending: bool = field(default=True, metadata={"help": "false turns the polarity around"})
     window_size: int = field(default=0, metadata={"help": "above 1: blocks of so many places are shuffled"})
     seed: int = field(default=42, metadata={"help": "of `shuffle`, `segment` and blocks"})
-    score_source: Source | None = field(
+    score_source: Literal["precomputed", "cached_selection", "model_loss", "selector"] | None = field(
         default=None,
         metadata={
             "help": (
@@ -119,6 +121,14 @@ class OrderArguments:
                 raise ConfigError(f"reorder.score_params.{key}: unknown parameter{hint}")
         return ScoreParams(**{k: fit(f"reorder.score_params.{k}", v, types[k]) for k, v in given.items()})
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the order, all defaults filled in; where scores lie and how many are measured at once does not."""
+        read = {key: getattr(self.scores, key) for key in SCORE_PARAMS[self.source] if key not in FREE_PARAMS}
+        kept = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("polarity", "ascending", "apply_at")
+        }
+        return {**kept, "low_first": self.low_first, "score_source": self.source, "score_params": read}
+
     def _check_source(self, found: ScoreParams) -> None:
         where = "reorder.score_params"
         if self.source == "cached_selection" and found.cache_path is None:
@@ -127,9 +137,9 @@ class OrderArguments:
             raise ConfigError(f"{where}.selector: missing; expected the selector whose scores count")
         if found.score_path is not None and not found.score_path.endswith(FILES):
             raise ConfigError(f"{where}.score_path: expected {', '.join(FILES)}, found {found.score_path}")
-        for key in ("batch_size", "max_samples"):
-            if getattr(found, key) is not None and getattr(found, key) < 1:
-                raise ConfigError(f"{where}.{key}: must be >= 1, found {getattr(found, key)}")
+        for key, least in (("batch_size", 1), ("max_samples", 1), ("seed", 0)):
+            if getattr(found, key) is not None and getattr(found, key) < least:
+                raise ConfigError(f"{where}.{key}: must be >= {least}, found {getattr(found, key)}")
 
 
 def read(spec: Spec) -> tuple[Spec, OrderArguments]:
@@ -145,7 +155,7 @@ def read(spec: Spec) -> tuple[Spec, OrderArguments]:
     twice = sorted(set(given) & set(inner))
     if twice:
         raise ConfigError(f"reorder.{twice[0]}: given in pattern_params and beside it; drop one")
-    pattern = {PARAMETERS.get(key, key): value for key, value in {**given, **inner}.items()}
+    pattern: Spec = {PARAMETERS.get(str(key), str(key)): value for key, value in {**given, **inner}.items()}
     _refuse_unknown(str(name), pattern, types)
     return {"name": name, **pattern}, OrderArguments(**options)
 

@@ -115,7 +115,7 @@ def _check_static(values: Mapping[str, Any], explicit: bool) -> list[str]:
     if not explicit and idle:
         key = idle[0]
         raise ConfigError(
-            f"{key}: has no effect without a role; set selector, mixer, reorder, weighter or train_type{LOOKALIKES.get(key, '')}"
+            f"{key}: has no effect without a role; set {', '.join(ROLES)} or train_type{LOOKALIKES.get(key, '')}"
         )
     for key in idle:
         if key in NOT_STATIC:

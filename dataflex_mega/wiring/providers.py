@@ -52,6 +52,6 @@ def wants_targets(selector: Selector | None, entries: Mapping[str, Entry] = ENTR
 
 
 def providers(run: Build, engine: Any) -> dict[str, Provider]:
-    """The providers that the run's selector asks for, by signal."""
-    needs = run.roles.selector.needs if run.roles.selector is not None else frozenset()
+    """The providers that the selectors of a run ask for, by signal."""
+    needs = frozenset().union(*(selector.needs for selector in run.measured))
     return {name: ENTRIES[name].make(run, engine) for name in sorted(needs & set(ENTRIES))}

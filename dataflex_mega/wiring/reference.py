@@ -29,7 +29,7 @@ def find(run: Opened) -> ReferenceCache | None:
 
     Raises ConfigError when one does and neither key is set, and CheckpointError when neither a model nor a cache is there.
     """
-    roles = (run.roles.selector, run.roles.mixer, run.roles.weighter)
+    roles = (run.roles.selector, run.scoring, run.roles.mixer, run.roles.weighter)
     if not any(isinstance(role, NeedsReference) for role in roles):
         if run.ours.reference_model or run.ours.reference_cache:
             run.say("note: reference_model and reference_cache are not used: no algorithm of this run asks for them")

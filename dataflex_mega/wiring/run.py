@@ -24,7 +24,8 @@ class Opened:
 
         self.config, self.ours = config, config.ours
         self.roles = self._roles()
-        providers.check(config.engine, self.roles.selector)
+        for selector in self.measured:
+            providers.check(config.engine, selector)
         self.backend = backend_of(config)
         self.args = lf_args.parse(lf_args.prepare(corpus.lf_keys(config)))
         self.callbacks = load_callbacks(list(self.ours.callbacks))
@@ -38,12 +39,22 @@ class Opened:
     def _roles(self) -> Any:
         from dataflex_mega.controller import Roles
         from dataflex_mega.registry import build
+        from dataflex_mega.wiring.orders import scoring_selector
 
+        self.order = self.ours.order()
+        self.scoring = scoring_selector(self.order)  # what a reorder sorts by, where it is measured
         specs = {kind: spec for kind, spec in self.ours.roles().items() if spec is not None}
         made: dict[str, Any] = {kind: build(kind, spec) for kind, spec in specs.items()}
         # With all defaults filled in, so that a run is the same however its YAML was written.
         self.specs = {kind: {"name": specs[kind]["name"], **parameters_of(made[kind])} for kind in made}
+        if self.order is not None:
+            self.specs["reorder"].update(order=self.order.identity())
         return Roles(**made)
+
+    @property
+    def measured(self) -> list[Any]:
+        """The selectors whose signals are measured."""
+        return [selector for selector in (self.roles.selector, self.scoring) if selector is not None]
 
     # -- data ----------------------------------------------------------------------------------------------------
 
@@ -63,10 +74,10 @@ class Opened:
             bundle = load_data(self.args, self.tokenizer_module, template)
         self.pool = Pool(bundle.domains)
         self.evaluation = {name: Pool([Domain(name or "eval", rows)]) for name, rows in bundle.evaluation.items()}
-        if providers.wants_targets(self.roles.selector) and not self.evaluation:
-            raise UserError(
-                f"eval_dataset: selector {self.specs['selector']['name']} needs target samples there (or val_size)"
-            )
+        for selector in self.measured:
+            if providers.wants_targets(selector) and not self.evaluation:
+                name = type(selector).__name__.lower()
+                raise UserError(f"eval_dataset: selector {name} needs target samples there (or val_size)")
         if isinstance(self.roles.weighter, NeedsHidden) and not self.evaluation:
             raise UserError(
                 f"eval_dataset: weighter {self.specs['weighter']['name']} needs target samples there (or val_size)"
@@ -104,6 +115,7 @@ class Build(Opened):
         from dataflex_mega.data.loader import Split
         from dataflex_mega.data.sampler import Sampler
         from dataflex_mega.schedule import Budget, Schedule, total_steps
+        from dataflex_mega.wiring.orders import source_of
 
         training, ours = self.args.training, self.ours
         self.split = Split(
@@ -113,15 +125,17 @@ class Build(Opened):
             training.gradient_accumulation_steps,
         )
         selects, mixes = self.roles.selector is not None, self.roles.mixer is not None
-        self.schedule = Schedule(ours.warmup_step, ours.update_step, ours.update_times, repeats=selects)
+        orders = self.order is not None
+        self.schedule = Schedule(ours.warmup_step, ours.update_step, ours.update_times, selects and not orders)
         budget = Budget(
             ours.train_step, training.max_steps, training.num_train_epochs, len(self.pool), self.split.global_batch
         )
-        self.max_steps = total_steps(budget, self.schedule, selects, mixes)
+        self.max_steps = total_steps(budget, self.schedule, selects or (orders and ours.update_step > 0), mixes)
         self.sampler = Sampler(self.pool.sizes, self.split.global_batch, self.data_seed)
         initial = ours.initial_proportions(self.pool.sizes, self.pool.names)
         self.domains = Domains(self.pool.names, self.pool.sizes, initial)
         self.limits = self._limits()
+        self.source = source_of(self)
         window = self.split.global_batch * ours.update_step
         if selects and window > len(self.pool):
             raise UserError(
@@ -167,9 +181,11 @@ class Build(Opened):
     def _find_checkpoint(self) -> None:
         from dataflex_mega.checkpoint import Checkpointer, discard_after
         from dataflex_mega.config.identity import identity
+        from dataflex_mega.wiring import orders
 
         wanted = self.config.lf.get("resume_from_checkpoint")
         who = identity(self.config, self.split.global_batch, self.pool.fingerprint(), self.specs)
+        who.update(orders.fingerprint(self.source))
         if self.reference is not None:
             who["reference"] = self.reference.identity["model"]
         if self.ours.init_mixture_proportions_file is not None:
@@ -259,30 +275,26 @@ class Build(Opened):
     def _scorer(self, engine: Any, pool: Any, progress: Any = None, targets: Any = None) -> Any:
         from dataflex_mega.signals.scorer import Scorer
 
-        size = self.ours.score_batch_size or self.args.training.per_device_eval_batch_size
+        of_order = self.order.scores.batch_size if self.order is not None else None
+        size = self.ours.score_batch_size or of_order or self.args.training.per_device_eval_batch_size
         rank, ranks = self.mesh.dp_rank, self.mesh.dp_size
         return Scorer(pool, self.collate, engine.sample_losses, size, rank, ranks, progress, targets)
 
     def _controller(self, engine: Any) -> Any:
         from dataflex_mega.controller import Controller
+        from dataflex_mega.staged import Staged
+        from dataflex_mega.wiring.orders import ordering_of, stages_of
         from dataflex_mega.wiring.providers import providers
 
         scorer = self._scorer(engine, self.pool, self.bar and self.bar.scoring, self._targets(engine))
         scorer.providers = providers(self, engine)
-        return Controller(
-            self.roles,
-            self.domains,
-            self.schedule,
-            self.sampler,
-            self.ranks,
-            scorer,
-            self.split.global_batch,
-            self.max_steps,
-            self.data_seed,
-            self.limits,
-            self._target_mean(engine),
-            self.candidates,
-        )
+        parts = (self.roles, self.domains, self.schedule, self.sampler, self.ranks, scorer)
+        counts = (self.split.global_batch, self.max_steps, self.data_seed)
+        more = (self.limits, self._target_mean(engine), self.candidates)
+        if self.order is None:
+            return Controller(*parts, *counts, *more)
+        stages = stages_of(self, self.source)
+        return Staged(*parts, *counts, *more, stages=stages, ordering=ordering_of(self))
 
     def _hidden(self) -> Any:
         """What the weighter compares of hidden states, or None."""

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataflex_mega.registry import available
+from dataflex_mega.registry import CONTRACTS, available
 from tests.support import corpus, runs
 
 SELECT = {"warmup_step": 1, "update_step": 1, "update_times": 3, "max_steps": 4, "max_samples": 6}
+ORDER = {"warmup_step": 1, "update_step": 2, "update_times": 2, "max_steps": 4, "max_samples": 12}
 MIX = {"warmup_step": 1, "update_step": 1, "update_times": -1, "init_mixture_proportions": [0.5, 0.3, 0.2]}
 PARAMETERS = {
     ("selector", "near"): {"indices_path": "NEAR"},
@@ -45,11 +46,11 @@ def configs(folder):
     np.save(folder / "tsds.npy", rng.dirichlet(np.ones(size)))
     files = {"NEAR": str(folder / "near.npy"), "TSDS": str(folder / "tsds.npy")}
     made = {}
-    for kind in ("selector", "mixer", "weighter"):
+    for kind in CONTRACTS:
         for name in available(kind):
             given = PARAMETERS.get((kind, name), {})
             spec = {"name": name, **{key: files.get(value, value) for key, value in given.items()}}
-            keys = {"selector": SELECT, "mixer": MIX, "weighter": {}}[kind]
+            keys = {"selector": SELECT, "mixer": MIX, "reorder": ORDER, "weighter": {}}[kind]
             if (kind, name) in REFERENCE:
                 keys = {**keys, "reference_model": str(folder / "model")}
             made[kind, name] = runs.base(

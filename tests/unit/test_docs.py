@@ -15,6 +15,8 @@ import torch
 import yaml
 
 from dataflex_mega.algorithms.base import Domains, Mixer, Selector, Weighter
+from dataflex_mega.config import orders
+from dataflex_mega.config.components import flat
 from dataflex_mega.config.identity import FREE_KEYS
 from dataflex_mega.config.split import MEGATRON_KEYS, OUR_KEYS, split
 from dataflex_mega.errors import ConfigError, DataError
@@ -117,7 +119,7 @@ def test_yaml_has_known_keys_and_sound_roles(page: Path, peer_keys: dict[str, st
         assert set(config) <= OUR_KEYS | MEGATRON_KEYS | set(peer_keys), f"{page.name}:\n{block}"
         for role in CONTRACTS:
             if role in config and READERS_OWN not in str(config[role]):
-                validate(role, config[role])
+                validate(role, orders.read(flat(role, config[role]))[0] if role == "reorder" else config[role])
         if set(config) >= WHOLE_RUN:
             split(config, peer_keys)
 

@@ -12,10 +12,9 @@ from typing import Any, Literal
 import pytest
 
 from dataflex_mega import algorithms
-from dataflex_mega.algorithms.base import Mixer, Selector, Weighter
 from dataflex_mega.algorithms.mixers.odm import Odm
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.registry import _fit, _MismatchError, available, build, load_class, parameters, validate
+from dataflex_mega.registry import CONTRACTS, _fit, _MismatchError, available, build, load_class, parameters, validate
 
 PLUG_IN = """
 from __future__ import annotations
@@ -88,14 +87,14 @@ MIXERS = ", ".join(available("mixer"))
 
 def test_available_are_the_files() -> None:
     root = Path(str(algorithms.__path__[0]))
-    for kind in ("selector", "mixer", "weighter"):
+    for kind in CONTRACTS:
         files = sorted(p.stem for p in (root / f"{kind}s").glob("*.py") if not p.stem.startswith("_"))
         assert available(kind) == files and files
-    with pytest.raises(ValueError, match="kind must be one of selector, mixer, weighter"):
+    with pytest.raises(ValueError, match="kind must be one of selector, mixer, reorder, weighter"):
         available("sorter")
 
 
-@pytest.mark.parametrize(("kind", "contract"), [("selector", Selector), ("mixer", Mixer), ("weighter", Weighter)])
+@pytest.mark.parametrize(("kind", "contract"), CONTRACTS.items())
 def test_every_name_loads_a_class_of_its_kind(kind: str, contract: type) -> None:
     for name in available(kind):
         assert issubclass(load_class(kind, name), contract)

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from dataflex_mega.algorithms.base import Algorithm, Mixer, Selector, Weighter
+from dataflex_mega.algorithms.base import Algorithm, Mixer, Reorder, Selector, Weighter
 from dataflex_mega.registry import available, build, load_class
 from dataflex_mega.types import NeedsHidden, SampleObs
 from tests.unit.algorithms.examples import DOMAINS, clock, generator, observed, stats, table
 
 SPECS: dict[str, dict[str, Any]] = {}  # "kind.name" -> parameters an algorithm cannot do without
 
-ALL = [(kind, name) for kind in ("selector", "mixer", "weighter") for name in available(kind)]
+ALL = [(kind, name) for kind in ("selector", "mixer", "reorder", "weighter") for name in available(kind)]
 SELECTORS, MIXERS, WEIGHTERS = ([n for k, n in ALL if k == kind] for kind in ("selector", "mixer", "weighter"))
 
 
@@ -138,6 +138,15 @@ def compared(weighter: Weighter, obs: SampleObs) -> SampleObs:
     if isinstance(weighter, NeedsHidden) and obs.hidden is not None:
         return replace(obs, hidden=weighter.compare(obs.hidden))
     return obs
+
+
+@pytest.mark.parametrize("name", available("reorder"))
+@pytest.mark.parametrize("count", [0, 1, 2, 31, 1000])
+def test_reorder_has_each_rank_once(name: str, count: int) -> None:
+    reorder: Reorder = made("reorder", name)
+    ranks = reorder.ranks(count, 5)
+    assert ranks.dtype == torch.int64 and sorted(ranks.tolist()) == list(range(count))
+    assert torch.equal(ranks, made("reorder", name).ranks(count, 5))
 
 
 @pytest.mark.parametrize("name", WEIGHTERS)

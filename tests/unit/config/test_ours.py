@@ -3,6 +3,7 @@ from dataclasses import fields
 
 import pytest
 
+from dataflex_mega.config.arguments import ROLES
 from dataflex_mega.config.ours import ENGINE_OPTIONS, ROLE_KEYS, RunArguments, parse
 from dataflex_mega.errors import ConfigError
 
@@ -30,7 +31,7 @@ def test_no_key_of_ours_is_static_training_with_dataflex_defaults():
     found, notes = parse({})
     assert (found.train_type, found.engine, notes) == ("static", "auto", [])
     assert {key: getattr(found, key) for key in DATAFLEX_DEFAULTS} == DATAFLEX_DEFAULTS
-    assert found.roles() == {"selector": None, "mixer": None, "weighter": None}
+    assert found.roles() == dict.fromkeys(ROLES)
 
 
 def test_every_key_is_documented():
@@ -52,12 +53,13 @@ def test_every_key_is_classed_by_what_it_does_in_static_training():
         ("dynamic_select", "loss", "selector", {"name": "loss", "focus": "medium"}),
         ("dynamic_mix", "odm", "mixer", {"name": "odm", "alpha": 0.9}),
         ("dynamic_weight", "loss", "weighter", {"name": "loss", "strategy": "linupper"}),
+        ("dynamic_reorder", "dynamic_folding", "reorder", {"name": "folding", "layers": 3}),
         ("dynamic_weighting", "loss_extremes", "weighter", {"name": "loss", "strategy": "extremes"}),
     ],
 )
 def test_train_type_and_component_name_pick_one_role_as_in_dataflex(train_type, name, role, spec):
     found = arguments(train_type=train_type, component_name=name, **MOVING)
-    assert found.roles() == {"selector": None, "mixer": None, "weighter": None, role: spec}
+    assert found.roles() == {**dict.fromkeys(ROLES), role: spec}
 
 
 def test_a_role_key_alone_is_enough():
@@ -69,7 +71,7 @@ def test_a_role_key_alone_is_enough():
 def test_all_three_roles_at_once():
     found = arguments(selector="loss", mixer={"name": "odm", "params": {"alpha": 0.5}}, weighter="loss", **MOVING)
     assert found.roles() == {
-        "selector": {"name": "loss"}, "mixer": {"name": "odm", "alpha": 0.5}, "weighter": {"name": "loss"},
+        "selector": {"name": "loss"}, "mixer": {"name": "odm", "alpha": 0.5}, "weighter": {"name": "loss"}, "reorder": None,
     }  # fmt: skip
 
 
@@ -90,7 +92,7 @@ def test_a_parameter_given_beside_a_component_changes_it():
 
 def test_dynamic_by_name_means_the_roles_listed():
     assert arguments(train_type="dynamic", weighter="loss").roles()["weighter"] == {"name": "loss"}
-    assert fails(train_type="dynamic") == "train_type: dynamic needs at least one of selector, mixer, weighter"
+    assert fails(train_type="dynamic") == "train_type: dynamic needs at least one of selector, mixer, reorder, weighter"
 
 
 def test_static_full_is_static():
@@ -112,9 +114,11 @@ def test_a_plug_in_is_named_by_module_and_class():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"train_type": "dynamic_mx"}, "train_type: expected one of static, dynamic_select, dynamic_mix, dynamic_weight, "
-         "dynamic, found 'dynamic_mx' (did you mean 'dynamic_mix'?)"),
-        ({"train_type": "dynamic_reorder"}, "train_type: dynamic_reorder is not available yet"),
+        ({"train_type": "dynamic_mx"}, "train_type: expected one of static, dynamic_select, dynamic_mix, dynamic_reorder, "
+         "dynamic_weight, dynamic, found 'dynamic_mx' (did you mean 'dynamic_mix'?)"),
+        ({"train_type": "dynamic_reorder"}, "train_type: dynamic_reorder needs component_name (one of sorting, shuffle, "),
+        ({"reorder": "folding"}, "update_step: must be >= 1 for reorder folding to act, found 0"),
+        ({"reorder": "folding", "max_epochs": 2, "mixer": "odm", **MOVING}, "max_epochs: does not go with a reorder, which"),
         ({"train_type": "dynamic_lego"}, "train_type: dynamic_lego is not available yet"),
         ({"train_type": 3}, "train_type: expected text, found 3"),
         ({"train_type": "dynamic_select"}, "train_type: dynamic_select needs component_name (one of random, loss, "
@@ -124,7 +128,7 @@ def test_a_plug_in_is_named_by_module_and_class():
          "components file (did you mean 'loss'?)"),
         ({"train_type": "dynamic_mix", "component_name": "odm", "mixer": "random"}, "mixer: random differs from"),
         ({"train_type": "dynamic", "component_name": "odm", "mixer": "odm", **MOVING}, "component_name: 'odm' needs a "
-         "train_type that says its role: dynamic_select, dynamic_mix, dynamic_weight"),
+         "train_type that says its role: dynamic_select, dynamic_mix, dynamic_reorder, dynamic_weight"),
         ({"component_name": "odm"}, "component_name: has no effect without a role"),
         ({"train_type": "static", "mixer": "odm"}, "mixer: has no effect with train_type: static; drop train_type or "
          "choose dynamic_*"),
@@ -236,7 +240,9 @@ def test_static_training_says_what_it_does_not_use():
 
 def test_a_schedule_without_a_role_was_meant_to_do_something():
     message = fails(warmup_step=100)
-    assert message.startswith("warmup_step: has no effect without a role; set selector, mixer, weighter or train_type")
+    assert message.startswith(
+        "warmup_step: has no effect without a role; set selector, mixer, reorder, weighter or train_type"
+    )
     assert message.endswith("the learning rate's warm-up is warmup_steps")
 
 
