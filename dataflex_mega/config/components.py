@@ -35,6 +35,14 @@ def packaged_file() -> Path:
     return Path(str(resources.files("dataflex_mega.config") / "components.yaml"))
 
 
+PEERS_OWN = "dataflex/configs/components.yaml"  # the end of the path of the file in DataFlex's source tree
+
+
+def stands_for_packaged(path: str | None) -> bool:
+    """Whether a path names DataFlex's own file, which is not here: the packaged one has its entries and more."""
+    return path is not None and Path(path).as_posix().endswith(PEERS_OWN) and not Path(path).expanduser().is_file()
+
+
 def read_components(path: str | None) -> dict[str, Any]:
     """A components file's mapping, interpolations unresolved; None is the packaged one.
 

@@ -68,6 +68,10 @@ def parse(values: Mapping[str, Any]) -> tuple[RunArguments, list[str]]:
     if typed.get("mixer_eval_dataset") is not None:
         notes.append("mixer_eval_dataset: no mixer reads it yet")
     plugins.load(typed.get("plugins", []))
+    if components.stands_for_packaged(typed.get("components_cfg_file")):
+        notes.append(
+            f"components_cfg_file: {typed.pop('components_cfg_file')} is not here; the packaged file has its entries"
+        )
     notes += _lift(typed)
     arguments = RunArguments(**typed)
     _check_roles(arguments)

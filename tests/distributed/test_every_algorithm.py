@@ -1,6 +1,7 @@
 """Every registered algorithm through whole runs on one and on two processes, with the same outcome."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -64,18 +65,49 @@ def outcome(config):
     return runs.rows(config), [json.loads(path.read_text())["indices"] for path in found]
 
 
-def test_one_and_two_processes_agree_for_every_algorithm(configs):
+def agree(key, config, other):
+    """The two runs of an algorithm chose, drew and lost the same."""
+    (log, selections), (log2, selections2) = outcome(config), outcome(other)
+    assert selections == selections2 and (len(selections) == 3) == (key[0] == "selector"), key
+    for row, row2 in zip(log, log2, strict=True):
+        assert row["drawn"] == row2["drawn"], key
+        assert row["loss"] == pytest.approx(row2["loss"], rel=1e-5), key
+        assert row["proportions"] == pytest.approx(row2["proportions"], rel=1e-4), key
+
+
+@pytest.fixture(scope="module")
+def alone(configs):
+    """Every algorithm on one process."""
+    for key, (status, heard) in zip(configs, runs.train_many(1, list(configs.values())), strict=True):
+        assert status == 0, f"{key}: {heard}"
+    return configs
+
+
+def test_one_and_two_processes_agree_for_every_algorithm(alone):
     halves = {
-        key: {**c, "per_device_train_batch_size": 4, "output_dir": c["output_dir"] + "-two"}
-        for key, c in configs.items()
+        key: {**c, "per_device_train_batch_size": 4, "output_dir": c["output_dir"] + "-two"} for key, c in alone.items()
     }
-    for world, wanted in ((1, configs), (2, halves)):
-        for key, (status, heard) in zip(wanted, runs.train_many(world, list(wanted.values())), strict=True):
-            assert status == 0, f"{key}: {heard}"
-    for key in configs:
-        (log, selections), (log2, selections2) = outcome(configs[key]), outcome(halves[key])
-        assert selections == selections2 and (len(selections) == 3) == (key[0] == "selector"), key
-        for row, row2 in zip(log, log2, strict=True):
-            assert row["drawn"] == row2["drawn"], key
-            assert row["loss"] == pytest.approx(row2["loss"], rel=1e-5), key
-            assert row["proportions"] == pytest.approx(row2["proportions"], rel=1e-4), key
+    for key, (status, heard) in zip(halves, runs.train_many(2, list(halves.values())), strict=True):
+        assert status == 0, f"{key}: {heard}"
+        agree(key, alone[key], halves[key])
+
+
+def test_the_megatron_engine_agrees_for_every_algorithm_or_refuses_it_by_name(alone):
+    """Two tensor-parallel processes against one process of the FSDP engine, and what README says of either engine."""
+    tensor = {"engine": "megatron", "tensor_model_parallel_size": 2}
+    halves = {key: {**c, **tensor, "output_dir": c["output_dir"] + "-tp2"} for key, c in alone.items()}
+    ran = set()
+    for key, (status, heard) in zip(halves, runs.train_many(2, list(halves.values())), strict=True):
+        if status == 0:
+            ran.add(key)
+            agree(key, alone[key], halves[key])
+        else:
+            lines = [line for line in heard.splitlines() if line.startswith("error: ")]
+            assert status == 2 and len(lines) == 1 and key[1] in lines[0] and "megatron" in lines[0], f"{key}: {heard}"
+    assert {key for key in alone if key not in ran} == set(refused_in_the_readme())
+
+
+def refused_in_the_readme():
+    """(role, algorithm) of the lines whose Megatron column says `refused`."""
+    text = (corpus.ROOT / "README.md").read_text()
+    return [tuple(found) for found in re.findall(r"^\| (\w+) \| `(\w+)` \|.*\| refused \|$", text, re.MULTILINE)]

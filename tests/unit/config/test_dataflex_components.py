@@ -97,6 +97,15 @@ def test_every_entry_builds(file: str, section: str, name: str) -> None:
         pytest.fail(str(error))
 
 
+def test_the_path_of_dataflexs_own_file_means_the_packaged_one() -> None:
+    keys = {"train_type": "dynamic_mix", "component_name": "odm", "update_step": 1}
+    run = split({**keys, "components_cfg_file": "src/dataflex/configs/components.yaml"}, {})
+    assert run.ours.components_cfg_file is None and (run.ours.roles()["mixer"] or {})["name"] == "odm"
+    assert [note for note in run.notes if "components_cfg_file: src/dataflex" in note]
+    with pytest.raises(ConfigError, match=r"mine/components.yaml not found"):
+        split({**keys, "components_cfg_file": "mine/components.yaml"}, {})
+
+
 def test_parameters_that_are_keys_of_the_run_here_become_those(tmp_path: Path) -> None:
     path = tmp_path / "components.yaml"
     params = {"focus": "low", "score_batch_size": 3, "score_num_workers": 2}
