@@ -25,16 +25,21 @@ from dataflex_mega.registry import CONTRACTS, available, load_class, parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docs" / "generated"
-TITLES = {"selector": "Selectors", "mixer": "Mixers", "weighter": "Weighters"}
-START_FROM = {"selector": "examples/select.yaml", "mixer": "examples/demo.yaml", "weighter": "examples/weight.yaml"}
+TITLES = {"selector": "Selectors", "mixer": "Mixers", "reorder": "Orders", "weighter": "Weighters"}
+START_FROM = {
+    "selector": "examples/select.yaml", "mixer": "examples/demo.yaml", "reorder": "examples/demo.yaml",
+    "weighter": "examples/weight.yaml",
+}  # fmt: skip
 # A class that an algorithm also derives from -> what it wants beside the signals.
 ALSO_WANTS = {
     "NeedsReference": "token losses of `reference_model`",
+    "NeedsHidden": "hidden states of the training forward pass, and of target samples",
     "StepWeighing": "the loss sums of every step",
     "TokenChoice": "the loss of every token",
 }
 OF_ROLE = {
     "mixer": "the loss sums and token counts of every domain, reduced once a step",
+    "reorder": "a score of every sample in the order's hands, see `score_source`",
     "weighter": "the loss, token count and domain of every sample of the step",
 }
 
@@ -73,7 +78,8 @@ def section(kind: str, name: str) -> str:
     parts = re.split(r"^### (\w+): `(\w+)`$", text, flags=re.MULTILINE)
     own = {(k, n): body for k, n, body in zip(parts[1::3], parts[2::3], parts[3::3], strict=True)}[kind, name]
     own = re.split(r"^## ", own, flags=re.MULTILINE)[0]
-    notes = re.findall(r"^\*\*.*?(?=\n\n|\Z)", own, re.MULTILINE | re.DOTALL)
+    shared = re.split(r"^#", text.split(f"\n## {TITLES[kind]}\n")[1], flags=re.MULTILINE)[0]  # said of the whole role
+    notes = re.findall(r"^\*\*.*?(?=\n\n|\Z)", f"{own}\n\n{shared}", re.MULTILINE | re.DOTALL)
     return re.sub(r"\]\((?!https?:|#)([^)]*)\)", r"](../\1)", "\n\n".join(notes))
 
 
