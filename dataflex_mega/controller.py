@@ -112,7 +112,7 @@ class Selection:
 
     step: int
     chosen: Tensor  # [m] ids
-    scores: Tensor  # [m] of the chosen
+    scores: Tensor  # [m] of the chosen; where a selector gives several numbers, their mean
     quantiles: list[float]  # 0, 25, 50, 75, 100 % of the finite scores of all that could be chosen
     overlap: float  # share of the chosen that the selection before had chosen
 
@@ -256,6 +256,8 @@ class Controller:
 
     def _note(self, step: int, chosen: Tensor, own: Tensor, scores: Tensor) -> None:
         """`own`: scores of the [m] chosen ids. `scores`: of all that could be chosen."""
+        if scores.dim() > 1:
+            own, scores = own.mean(dim=1), scores.mean(dim=1)
         finite = scores[torch.isfinite(scores)].sort().values
         places = [round(q * (len(finite) - 1)) for q in (0, 0.25, 0.5, 0.75, 1)] if len(finite) else []
         overlap = 0.0

@@ -94,6 +94,7 @@ class HiddenSpec:
     )
     layer: int = -1  # as transformers counts hidden states: 0 the embeddings, -1 what the output layer gets
     unit: bool = True  # whether a vector is divided by its length
+    squash: bool = False  # whether states go through tanh before they are averaged
 
 
 class NeedsHidden(ABC):
@@ -120,6 +121,31 @@ class NeedsHidden(ABC):
     @abstractmethod
     def compare(self, hidden: Tensor) -> Tensor:
         """[n, h] vectors of one rank's samples -> [n, m] what travels to all ranks of it, and reaches `weights`."""
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """How a pool is cut into groups of samples that are alike; see signals.clusters."""
+
+    layers: tuple[int, ...] | None  # hidden states that make a sample's features; None: five, evenly spaced
+    clusters: int | None  # None: one for every 20 samples, at most 10000
+    seed: int = 0
+    iterations: int = 10  # at most
+    single_density: float = 1.0  # of a cluster with one member
+
+
+class NeedsClusters(ABC):
+    """A selector that wants the signals "clusters"."""
+
+    @abstractmethod
+    def cluster_spec(self) -> ClusterSpec:
+        """Of which kind."""
+
+
+class CutsTargets:
+    """Marks a selector that may cut the evaluation samples into tasks of its own."""
+
+    task_boundaries: list[int] | None  # sizes of the tasks, in the order of the evaluation sets
 
 
 @dataclass(frozen=True)

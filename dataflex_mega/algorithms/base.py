@@ -56,15 +56,20 @@ class Selector(Algorithm):
     "loss"            "loss" [n] float32, mean loss of the sample's target tokens
     "gradient_adam"   "dot" [n, S] float32, inner products of the sample's gradient with the mean of the normalised target
     "gradient_sgd"    gradients of each of S groups, and "norm2" [n], its squared norm; with Adam's moments or without
+    "clusters"        "cluster", "turn" [n] int64, "density", "transfer" [n]: groups of samples that are alike by the model's
+                      hidden states; see signals.clusters
     """
 
     @abstractmethod
     def score(self, table: SignalTable) -> Tensor:
-        """Candidates of one rank, n rows -> their scores, [n] float32. Called on every rank with that rank's share."""
+        """Candidates of one rank, n rows -> their scores, [n] float32, or [n, m] where `choose` needs m numbers of each.
+
+        Called on every rank with that rank's share: a row depends on that candidate alone.
+        """
 
     @abstractmethod
     def choose(self, scores: Tensor, count: int, clock: Clock, rng: torch.Generator) -> Tensor:
-        """Scores of all candidates, [N] float32 -> [count] int64 positions in 0..N-1, the ones to train on.
+        """Scores of all candidates, [N] (or [N, m]) float32 -> [count] int64 positions in 0..N-1, the ones to train on.
 
         With a mixer beside it this is called once a domain, with that domain's candidates and its share of the count.
         """

@@ -34,6 +34,22 @@ class References(Protocol):
 
 
 @dataclass(frozen=True)
+class RowRange:
+    """Consecutive rows of others."""
+
+    rows: Rows
+    first: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def fetch(self, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """See Rows."""
+        return self.rows.fetch(rows + self.first)
+
+
+@dataclass(frozen=True)
 class Domain:
     """One source of samples."""
 
@@ -92,6 +108,17 @@ class Pool:
                     raise DataError(f"{where}: {len(inputs)} tokens but {there}; build the reference again")
                 samples[place] = Sample(int(ids[place]), int(d), inputs, labels, reference)
         return [sample for sample in samples if sample is not None]
+
+    def cut(self, sizes: Sequence[int]) -> list[Pool]:
+        """Consecutive parts of these sizes, which sum to the pool's; a part may hold rows of several domains."""
+        ends = np.cumsum(sizes)
+        parts = []
+        for first, end in zip([0, *ends[:-1]], ends, strict=True):
+            starts, stops = np.maximum(self.offsets[:-1], first), np.minimum(self.offsets[1:], end)
+            inside = zip(self.domains, self.offsets, starts, stops, strict=False)
+            ranges = [(d, int(a - o), int(b - a)) for d, o, a, b in inside if b > a]
+            parts.append(Pool([Domain(d.name, RowRange(d.rows, first, count)) for d, first, count in ranges]))
+        return parts
 
     def describe(self, sample_id: int) -> str:
         """`c4 row 17`, for messages."""

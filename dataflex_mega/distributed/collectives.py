@@ -68,6 +68,17 @@ class Collectives:
         parts = self.gather(padded).split(max(counts))
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
+    def exchange(self, rows: Tensor, counts: list[int]) -> tuple[Tensor, list[int]]:
+        """[sum(counts), w] rows, the first counts[0] of them for data-parallel rank 0, and so on -> (the rows that came for
+        this one, in rank order, and how many from each). With these numbers, a second call sends answers back."""
+        if self.mesh.dp_size == 1:
+            return rows, counts
+        came = self.gather(torch.tensor(counts).unsqueeze(0))[:, self.mesh.dp_rank].tolist()
+        mine = rows.to(self.mesh.device).contiguous()
+        received = mine.new_empty((sum(came), *rows.shape[1:]))
+        dist.all_to_all_single(received, mine, came, counts, group=self.mesh.dp_group)
+        return received.to(rows.device), came
+
     # -- among all processes: plain values -----------------------------------------------------------------------
 
     def agree(self, text: str, what: str) -> None:

@@ -25,8 +25,16 @@ class Engine(Protocol):
         """Forward only, in evaluation mode: losses of this rank's samples. Every rank must call it equally often."""
         ...
 
-    def embed(self, batch: Batch, spec: HiddenSpec) -> Tensor:
-        """[n, h] float32: forward only, in evaluation mode, one vector a sample. Every rank must call it equally often."""
+    def embed(self, batch: Batch, *specs: HiddenSpec) -> Tensor:
+        """[n, sum of h] float32: forward only, in evaluation mode, the vectors of each spec side by side for every sample.
+
+        Every rank must call it equally often. Raises ConfigError for a layer that the engine cannot hear.
+        """
+        ...
+
+    @property
+    def depth(self) -> int:
+        """How many layers the model has."""
         ...
 
     def learning_rate(self) -> float:

@@ -47,6 +47,12 @@ def pool(hidden: Tensor, batch: Batch, pooling: str, first: int = 0) -> Tensor:
     return torch.einsum("bns,bsh->nh", shares, hidden.float())
 
 
+def vectors(hidden: Tensor, batch: Batch, spec: HiddenSpec, first: int = 0) -> Tensor:
+    """`pool`, with what the spec wants before and after it."""
+    pooled = pool(torch.tanh(hidden.float()) if spec.squash else hidden, batch, spec.pooling, first)
+    return unit(pooled) if spec.unit else pooled
+
+
 def unit(vectors: Tensor) -> Tensor:
     """[n, h] -> each divided by its length; a zero vector stays zero."""
     length = vectors.norm(dim=1, keepdim=True)
@@ -59,7 +65,7 @@ class TargetMean:
 
     groups: Sequence[Pool]  # evaluation sets
     collate: Callable[[Sequence[Sample]], Batch]
-    embed: Callable[[Batch, HiddenSpec], Tensor]  # Engine.embed
+    embed: Callable[..., Tensor]  # Engine.embed
     batch_size: int
     rank: int
     ranks: int

@@ -10,9 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from dataflex_mega.algorithms.base import Selector
 from dataflex_mega.errors import ConfigError, did_you_mean
-from dataflex_mega.signals.scorer import GRADIENTS, KNOWN, Provider
+from dataflex_mega.signals.clusters import Ranks, signals
+from dataflex_mega.signals.hidden import unit
+from dataflex_mega.signals.scorer import GRADIENTS, KNOWN, Provider, Scorer
+from dataflex_mega.types import HiddenSpec, NeedsClusters
 
 if TYPE_CHECKING:
     from dataflex_mega.wiring.run import Build
@@ -27,7 +34,32 @@ class Entry:
     targets: bool = False  # whether candidates are compared with the samples of eval_dataset
 
 
-ENTRIES: dict[str, Entry] = {}
+def clusters(run: Build, engine: Any) -> Provider:
+    """See signals.clusters; features from the model of now."""
+    selector = run.roles.selector
+    assert isinstance(selector, NeedsClusters)
+    spec = selector.cluster_spec()
+    layers = spec.layers if spec.layers is not None else spaced(engine.depth)
+    specs = [HiddenSpec("mean", layer, squash=True) for layer in layers]
+    ranks = Ranks(run.mesh.dp_rank, run.mesh.dp_size, run.ranks.sum, run.ranks.exchange, run.mesh.device)
+
+    def make(scorer: Scorer, ids: np.ndarray) -> dict[str, Tensor]:
+        found = [engine.embed(scorer.collate(samples), *specs).cpu() for samples, _ in scorer.batches(ids)]
+        features = unit(torch.cat(found)[: len(ids)])
+        first = sum(scorer.shares()[: scorer.rank])
+        return signals(features, first, len(scorer.pool), spec, ranks)
+
+    return make
+
+
+def spaced(depth: int, count: int = 5) -> tuple[int, ...]:
+    """Hidden states 1 .. depth, `count` of them evenly spaced, or all where there are fewer."""
+    return tuple(sorted({round(1 + (depth - 1) * i / (count - 1)) for i in range(count)}))
+
+
+ENTRIES: dict[str, Entry] = {
+    "clusters": Entry(clusters),
+}
 
 
 def check(engine: str, selector: Selector | None, entries: Mapping[str, Entry] = ENTRIES) -> None:

@@ -63,8 +63,7 @@ class Opened:
         from dataflex_mega.data.pool import Domain, Pool
         from dataflex_mega.lf.data import load_data
         from dataflex_mega.lf.model import load_tokenizer
-        from dataflex_mega.types import NeedsHidden
-        from dataflex_mega.wiring import corpus, providers
+        from dataflex_mega.wiring import corpus, targets
 
         self.tokenizer_module, template = load_tokenizer(self.args)
         if self.ours.corpus_dir is not None:
@@ -74,14 +73,7 @@ class Opened:
             bundle = load_data(self.args, self.tokenizer_module, template)
         self.pool = Pool(bundle.domains)
         self.evaluation = {name: Pool([Domain(name or "eval", rows)]) for name, rows in bundle.evaluation.items()}
-        for selector in self.measured:
-            if providers.wants_targets(selector) and not self.evaluation:
-                name = type(selector).__name__.lower()
-                raise UserError(f"eval_dataset: selector {name} needs target samples there (or val_size)")
-        if isinstance(self.roles.weighter, NeedsHidden) and not self.evaluation:
-            raise UserError(
-                f"eval_dataset: weighter {self.specs['weighter']['name']} needs target samples there (or val_size)"
-            )
+        targets.check(self)
         tokenizer = self.tokenizer_module["tokenizer"]
         packs = self.args.finetuning.stage == "sft" and (self.args.data.packing or self.args.data.neat_packing)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -244,11 +236,12 @@ class Build(Opened):
         from dataflex_mega.lf.callbacks import Hooks
         from dataflex_mega.progress import Bar
         from dataflex_mega.trainer import Trainer
+        from dataflex_mega.wiring import targets
 
         shown = self.mesh.is_main and not self.args.training.disable_tqdm
         self.bar = Bar(every=max(1, int(self.args.training.logging_steps))) if shown else None
         engine = self.backend.engine(
-            self.tokenizer_module["tokenizer"], len(self.pool.sizes), self.max_steps, self._hidden()
+            self.tokenizer_module["tokenizer"], len(self.pool.sizes), self.max_steps, targets.hidden_spec(self)
         )
         parts = {
             "model": engine.model,
@@ -284,41 +277,18 @@ class Build(Opened):
         from dataflex_mega.controller import Controller
         from dataflex_mega.staged import Staged
         from dataflex_mega.wiring.orders import ordering_of, stages_of
+        from dataflex_mega.wiring import targets
         from dataflex_mega.wiring.providers import providers
 
-        scorer = self._scorer(engine, self.pool, self.bar and self.bar.scoring, self._targets(engine))
+        scorer = self._scorer(engine, self.pool, self.bar and self.bar.scoring, targets.for_gradients(self, engine))
         scorer.providers = providers(self, engine)
         parts = (self.roles, self.domains, self.schedule, self.sampler, self.ranks, scorer)
         counts = (self.split.global_batch, self.max_steps, self.data_seed)
-        more = (self.limits, self._target_mean(engine), self.candidates)
+        more = (self.limits, targets.mean_of_targets(self, engine), self.candidates)
         if self.order is None:
             return Controller(*parts, *counts, *more)
         stages = stages_of(self, self.source)
         return Staged(*parts, *counts, *more, stages=stages, ordering=ordering_of(self))
-
-    def _hidden(self) -> Any:
-        """What the weighter compares of hidden states, or None."""
-        from dataflex_mega.types import NeedsHidden
-
-        weighter = self.roles.weighter
-        return weighter.hidden if isinstance(weighter, NeedsHidden) else None
-
-    def _target_mean(self, engine: Any) -> Any:
-        """What hidden states are compared with: those of the evaluation sets."""
-        from dataflex_mega.signals.hidden import TargetMean
-
-        size = self.ours.score_batch_size or self.args.training.per_device_eval_batch_size
-        rank, ranks = self.mesh.dp_rank, self.mesh.dp_size
-        groups = list(self.evaluation.values())
-        return TargetMean(groups, self.collate, engine.embed, size, rank, ranks, self.ranks.sum) if groups else None
-
-    def _targets(self, engine: Any) -> Any:
-        """What gradient scores compare with: the evaluation sets."""
-        from dataflex_mega.signals.scorer import Targets
-
-        groups = list(self.evaluation.values())
-        collate = partial(self.collate, pack_length=None)
-        return Targets(groups, partial(self.backend.gradient_scorer, engine), collate) if groups else None
 
     def _loader(self) -> Any:
         from dataflex_mega.data.loader import Loader

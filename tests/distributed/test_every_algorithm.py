@@ -14,6 +14,7 @@ SELECT = {"warmup_step": 1, "update_step": 1, "update_times": 3, "max_steps": 4,
 ORDER = {"warmup_step": 1, "update_step": 2, "update_times": 2, "max_steps": 4, "max_samples": 12}
 MIX = {"warmup_step": 1, "update_step": 1, "update_times": -1, "init_mixture_proportions": [0.5, 0.3, 0.2]}
 PARAMETERS = {
+    ("selector", "coincide"): {"num_clusters": 7},
     ("selector", "near"): {"indices_path": "NEAR"},
     ("selector", "tsds"): {"probs_path": "TSDS"},
     ("mixer", "ado"): {"start_step": 2, "refit_every": 1, "ignore_steps": 0},

@@ -16,7 +16,7 @@ from dataflex_mega import objective
 from dataflex_mega.distributed.collectives import Collectives
 from dataflex_mega.distributed.mesh import Mesh
 from dataflex_mega.engines.fsdp import state as disk
-from dataflex_mega.engines.fsdp.hidden import listening
+from dataflex_mega.engines.fsdp.hidden import layers_of, listening
 from dataflex_mega.engines.fsdp.parallel import Layout, set_gradient_sync, unwrap
 from dataflex_mega.engines.fsdp.precision import LossScale
 from dataflex_mega.engines.options import Options
@@ -100,10 +100,9 @@ class FSDPEngine:
         """(token losses [b, S], differentiable; the samples' vectors [n, h] when `spec` asks for them, without gradient)."""
         if spec is None:
             return self.token_losses(batch), None
-        with listening(self.model, spec.layer) as heard:
+        with listening(self.model, [spec.layer]) as heard:
             losses = self.token_losses(batch)
-        vectors = hidden.pool(heard[0], batch, spec.pooling)
-        return losses, hidden.unit(vectors) if spec.unit else vectors
+        return losses, hidden.vectors(heard[spec.layer], batch, spec)
 
     def token_losses(self, batch: Batch) -> Tensor:
         """[b, S] float32, differentiable."""
@@ -165,14 +164,19 @@ class FSDPEngine:
         self.module.train()
         return obs
 
-    def embed(self, batch: Batch, spec: HiddenSpec) -> Tensor:
+    def embed(self, batch: Batch, *specs: HiddenSpec) -> Tensor:
         """See engines.base.Engine."""
+        batch = batch.to(self.mesh.device)
         self.module.eval()
-        with torch.no_grad():
-            _, vectors = self._forward(batch.to(self.mesh.device), spec)
+        with torch.no_grad(), listening(self.model, [spec.layer for spec in specs]) as heard:
+            self.token_losses(batch)
         self.module.train()
-        assert vectors is not None
-        return vectors
+        return torch.cat([hidden.vectors(heard[spec.layer], batch, spec) for spec in specs], dim=1)
+
+    @property
+    def depth(self) -> int:
+        """See engines.base.Engine."""
+        return len(layers_of(self.model))
 
     # -- state ---------------------------------------------------------------------------------------------------
 

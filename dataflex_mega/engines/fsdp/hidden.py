@@ -1,9 +1,10 @@
-"""Hidden states of a Hugging Face model, heard where they pass: no second forward, and only the layer asked for is kept."""
+"""Hidden states of a Hugging Face model, heard where they pass: no second forward, and only layers asked for are kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,28 +14,37 @@ from dataflex_mega.errors import ConfigError
 
 
 @contextmanager
-def listening(model: Any, layer: int) -> Iterator[list[Tensor]]:
-    """A list that has the hidden states [b, S, h] of `layer` after a forward pass inside, without gradient.
+def listening(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Layer -> its hidden states [b, S, h] after a forward pass inside, without gradient.
 
-    `layer` counts as transformers' `hidden_states`: layer i gets state i, and the output layer gets the last one, which
+    A layer counts as in transformers' `hidden_states`: layer i gets state i, and the output layer gets the last one, which
     is after the final norm. Raises ConfigError for a layer that the model does not have.
     """
-    heard: list[Tensor] = []
+    heard: dict[int, Tensor] = {}
 
-    def hear(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        heard.append((args[0] if args else kwargs["hidden_states"]).detach())
+    def hear(layer: int, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        heard[layer] = (args[0] if args else kwargs["hidden_states"]).detach()
 
-    handle = place(model, layer).register_forward_pre_hook(hear, with_kwargs=True)
+    places = {layer: place(model, layer) for layer in layers}
+    handles = [
+        module.register_forward_pre_hook(partial(hear, layer), with_kwargs=True) for layer, module in places.items()
+    ]
     try:
         yield heard
     finally:
-        handle.remove()  # before the backward pass, where layers may be computed once more
+        for handle in handles:
+            handle.remove()  # before the backward pass, where layers may be computed once more
+
+
+def layers_of(model: Any) -> list[nn.Module]:
+    """The repeated blocks of a Hugging Face model, in order."""
+    names = set(layer_class_names(model))
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def place(model: Any, layer: int) -> nn.Module:
     """The module whose input is hidden state number `layer`."""
-    names = set(layer_class_names(model))
-    layers = [module for module in model.modules() if type(module).__name__ in names]
+    layers = layers_of(model)
     count = len(layers)
     if not -count - 1 <= layer <= count:
         raise ConfigError(f"embed_layer: must be in {-count - 1}..{count}, the model has {count} layers, found {layer}")

@@ -228,17 +228,25 @@ class MegatronEngine:
                 loss_sum = objective.sample_sums(torch.cat([loss for loss, _ in found])[:rows, :width], batch)
             return objective.observe(self._from_last_stage(loss_sum), batch)
 
-    def embed(self, batch: Batch, spec: HiddenSpec) -> Tensor:
+    def embed(self, batch: Batch, *specs: HiddenSpec) -> Tensor:
         """See engines.base.Engine. Where there is a pipeline, the batch goes through it in micro-batches."""
         batch = batch.to(self.mesh.device)
         with cpu.redirected():
-            found = self._evaluated(batch, spec)
-            vectors = torch.zeros(len(batch.sample_id), self.config.hidden_size, device=self.mesh.device)
-            # Each micro-batch knows all samples of the batch, and adds what it has of them.
-            for _, part in found if self.last else ():
-                assert part is not None
-                vectors += part
-            return self._from_last_stage(vectors)
+            return torch.cat([self._embed(batch, spec) for spec in specs], dim=1)
+
+    def _embed(self, batch: Batch, spec: HiddenSpec) -> Tensor:
+        found = self._evaluated(batch, spec)
+        vectors = torch.zeros(len(batch.sample_id), self.config.hidden_size, device=self.mesh.device)
+        # Each micro-batch knows all samples of the batch, and adds what it has of them.
+        for _, part in found if self.last else ():
+            assert part is not None
+            vectors += part
+        return self._from_last_stage(vectors)
+
+    @property
+    def depth(self) -> int:
+        """See engines.base.Engine."""
+        return self.config.num_layers
 
     def _evaluated(self, batch: Batch, spec: HiddenSpec | None) -> list[tuple[Tensor, Tensor | None]]:
         """`_passed` of a batch in evaluation mode, cut into micro-batches where there is a pipeline."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -45,12 +46,11 @@ class Listener:
             return None
         states = heard[0].transpose(0, 1)
         if not self.layout.sequence_parallel:
-            found = hidden.pool(states, batch, spec.pooling)
-        else:
-            rank = parallel_state.get_tensor_model_parallel_rank()
-            found = hidden.pool(states, batch, spec.pooling, rank * states.shape[1])
-            dist.all_reduce(found, group=parallel_state.get_tensor_model_parallel_group())
-        return hidden.unit(found) if spec.unit else found
+            return hidden.vectors(states, batch, spec)
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        part = hidden.vectors(states, batch, replace(spec, unit=False), rank * states.shape[1])
+        dist.all_reduce(part, group=parallel_state.get_tensor_model_parallel_group())
+        return hidden.unit(part) if spec.unit else part
 
 
 def check(spec: HiddenSpec) -> None:

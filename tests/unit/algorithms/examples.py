@@ -53,6 +53,9 @@ def table(needs: frozenset[str], rows: int = 75) -> SignalTable:
         if name.startswith("gradient_"):
             values["dot"] = torch.randn(rows, 2, generator=generator(len(name)))
             values["norm2"] = torch.rand(rows, generator=generator(len(name) + 1)) + 0.1
+        elif name == "clusters":
+            values |= {"cluster": ids // 10, "turn": (ids * 7) % 10}
+            values |= {key: torch.rand(8, generator=generator(len(key)))[ids // 10] for key in ("density", "transfer")}
         else:
             values[name] = torch.rand(rows, generator=generator(len(name))) * 3
     return SignalTable(sample_id=ids, domain=ids % 3, signals=values)

@@ -1,0 +1,133 @@
+"""Clusters against golden numbers, and the same on one, two and three ranks."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dataflex_mega.signals.clusters import Ranks, kernel, kmeans, order, signals, transferability, wanted_clusters
+from dataflex_mega.types import ClusterSpec
+
+FEATURES = torch.tensor(
+    [[1, 0, 0], [0.96, 0.28, 0], [0.8, 0.6, 0], [0, 1, 0], [0, 0.96, 0.28], [0, 0, 1]], dtype=torch.float64
+)
+ALONE = Ranks(0, 1, lambda v: v, lambda rows, counts: (rows, counts))
+
+
+class Threads:
+    """Ranks that are threads of this process."""
+
+    def __init__(self, count):
+        self.count, self.barrier, self.box = count, threading.Barrier(count), [None] * count
+
+    def swap(self, rank, value):
+        """What every rank gave."""
+        self.box[rank] = value
+        self.barrier.wait(20)
+        found = list(self.box)
+        self.barrier.wait(20)
+        return found
+
+    def exchange(self, rank, rows, counts):
+        given = self.swap(rank, rows.split(counts))
+        parts = [part[rank] for part in given]
+        return torch.cat(parts), [len(part) for part in parts]
+
+    def run(self, work):
+        """work(ranks) on each -> results in rank order."""
+        found = [None] * self.count
+
+        def one(rank):
+            made = Ranks(
+                rank,
+                self.count,
+                lambda v: torch.stack(self.swap(rank, v)).sum(0),
+                lambda r, c: self.exchange(rank, r, c),
+            )
+            found[rank] = work(made)
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
+
+
+def test_golden_transferability_and_densities():
+    centres = F.normalize(torch.stack([FEATURES[:3].sum(0), FEATURES[3:5].sum(0), FEATURES[5]]))
+    assert transferability(centres).tolist() == pytest.approx([0.1503602284, 0.2210709065, 0.0707106781], abs=1e-9)
+    densities = [order(part)[1] for part in FEATURES.split([3, 2, 1])]
+    assert densities == pytest.approx([0.8244299239, 0.9231163464, 1.0], abs=1e-9)
+    assert order(FEATURES[5:], single=0.5)[1] == 0.5 and transferability(centres[:1]).tolist() == [0.0]
+
+
+def test_golden_greedy_order():
+    turn, _ = order(FEATURES[:3])
+    assert turn.tolist() == [2, 0, 1]
+    columns = kernel(FEATURES[:3], FEATURES[:3]).sum(1)
+    assert (1 - 2 * columns / 3).tolist() == pytest.approx([-0.7289575949, -0.8686464837, -0.7001156168], abs=1e-9)
+
+
+def test_the_greedy_choice_is_the_best_next_one_by_the_distance_of_kernel_means():
+    members = F.normalize(torch.randn(9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    grams = kernel(members, members)
+
+    def distance(chosen):
+        part = list(chosen)
+        return float(grams[part][:, part].mean() - 2 * grams[part].mean() + grams.mean())
+
+    turn, density = order(members)
+    taken = []
+    for pick in turn.argsort().tolist():
+        best = min(distance([*taken, other]) for other in set(range(9)) - set(taken))
+        assert distance([*taken, pick]) == pytest.approx(best, abs=1e-12)
+        taken.append(pick)
+    pairs = [float(grams[a, b]) for a, b in itertools.combinations(range(9), 2)]
+    assert density == pytest.approx(sum(pairs) / len(pairs))
+
+
+def blobs(count, per):
+    generator = torch.Generator().manual_seed(1)
+    middles = F.normalize(torch.randn(count, 8, generator=generator))
+    noise = torch.randn(count * per, 8, generator=generator) * 0.02
+    shuffled = torch.randperm(count * per, generator=generator)
+    return F.normalize(middles.repeat_interleave(per, 0) + noise)[shuffled], shuffled // per
+
+
+def test_well_apart_groups_are_found():
+    features, truth = blobs(3, 30)
+    found = min(
+        (kmeans(features, 0, 90, ClusterSpec(None, 3, seed), ALONE) for seed in range(5)),
+        key=lambda pair: -float((features * pair[1][pair[0]]).sum()),
+    )[0]
+    assert len({(a, b) for a, b in zip(found.tolist(), truth.tolist(), strict=True)}) == 3
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_same_on_any_number_of_ranks(ranks):
+    features, _ = blobs(4, 25)
+    spec = ClusterSpec(None, 7, 3, 20)
+    whole = signals(features, 0, 100, spec, ALONE)
+    cuts = [0, 13, 100] if ranks == 2 else [0, 40, 40, 100]  # one rank may have nothing
+    parts = Threads(ranks).run(
+        lambda made: signals(features[cuts[made.rank] : cuts[made.rank + 1]], cuts[made.rank], 100, spec, made)
+    )
+    for name, expected in whole.items():
+        found = torch.cat([part[name] for part in parts])
+        if expected.dtype == torch.int64:
+            assert torch.equal(found, expected), name
+        else:
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    for cluster in whole["cluster"].unique():
+        turns = whole["turn"][whole["cluster"] == cluster]
+        assert sorted(turns.tolist()) == list(range(len(turns)))
+
+
+def test_how_many_clusters():
+    assert [wanted_clusters(ClusterSpec(None, None), n) for n in (1, 20, 21, 1_000_000)] == [1, 1, 2, 10_000]
+    assert wanted_clusters(ClusterSpec(None, 50), 7) == 7
