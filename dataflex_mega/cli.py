@@ -19,6 +19,8 @@ HELP = """usage: dataflex-cli COMMAND [ARGUMENTS]
   components [ROLE ...]          the algorithms that can be a selector, mixer, reorder or weighter, and their parameters
   compare SUITE.yaml             train methods x seeds on the same budget; perplexity, cost, report, plots
   regmix STUDY.yaml              propose proportions of the domains from many small runs
+  embed SOURCE --model M --output DIR   a vector for every sample of a configuration or a JSON file
+  near | tsds --candidates DIR --queries DIR   neighbours or chances from them, for the selectors of these names
   corpus INPUT ... --output DIR  text files into Megatron .bin/.idx files, one pair a domain
   env                            what this machine can run
   version                        the version of this package
@@ -40,6 +42,7 @@ HANDED_ON = ("export", "chat", "api", "webui", "webchat", "eval")
 PEER = "llamafactory-cli"
 TRAIN_MODULE = "dataflex_mega.train"
 REFERENCE_MODULE = "dataflex_mega.wiring.reference_command"
+OFFLINE_MODULE = "dataflex_mega.wiring.offline"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +65,9 @@ def run(command: str, arguments: list[str]) -> int:
         "reference": reference,
         "doremi": doremi,
         "components": components,
+        "embed": lambda rest: offline("embed", rest),
+        "near": lambda rest: offline("near", rest),
+        "tsds": lambda rest: offline("tsds", rest),
         "corpus": corpus,
         "compare": compare,
         "regmix": regmix,
@@ -174,6 +180,16 @@ def reference(arguments: list[str]) -> int:
         return reference_command.main(arguments)
     check(arguments)
     return subprocess.run(launcher(os.environ, arguments, device_count, REFERENCE_MODULE)).returncode
+
+
+def offline(name: str, arguments: list[str]) -> int:
+    """`embed`, `near` or `tsds`, in this process or under torchrun. Returns its exit status."""
+    from dataflex_mega.wiring import offline as tools
+
+    asks_for_help = not arguments or arguments[0] in ("-h", "--help")
+    if asks_for_help or not needs_launcher(os.environ, device_count):
+        return tools.main([name, *arguments])
+    return subprocess.run(launcher(os.environ, [name, *arguments], device_count, OFFLINE_MODULE)).returncode
 
 
 def doremi(arguments: list[str]) -> int:

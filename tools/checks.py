@@ -43,6 +43,7 @@ LAYERS: dict[str, set[str]] = {
     "progress": set(),
     "config": {"plugins", "registry", "data.manifest"},
     "corpus": {"data.manifest"},
+    "offline": {"data", "distributed", "store"},
     "lf": {"data"},
     "doctor": set(),
     "compare": {"checkpoint", "config", "data", "lf", "metrics", "objective", "signals"},

@@ -64,6 +64,7 @@ class Opened:
         from dataflex_mega.lf.data import load_data
         from dataflex_mega.lf.model import load_tokenizer
         from dataflex_mega.wiring import corpus, targets
+        from dataflex_mega.wiring.offline_files import check_files
 
         self.tokenizer_module, template = load_tokenizer(self.args)
         if self.ours.corpus_dir is not None:
@@ -74,6 +75,7 @@ class Opened:
         self.pool = Pool(bundle.domains)
         self.evaluation = {name: Pool([Domain(name or "eval", rows)]) for name, rows in bundle.evaluation.items()}
         targets.check(self)
+        check_files(self)
         tokenizer = self.tokenizer_module["tokenizer"]
         packs = self.args.finetuning.stage == "sft" and (self.args.data.packing or self.args.data.neat_packing)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0

@@ -1,0 +1,1 @@
+"""What is done before a run: embeddings of samples, nearest neighbours, TSDS."""

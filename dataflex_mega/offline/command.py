@@ -1,0 +1,267 @@
+"""`dataflex-cli embed | near | tsds`: what selectors `near` and `tsds` read, made before a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dataflex_mega.distributed import mesh as meshes
+from dataflex_mega.distributed.collectives import Collectives
+from dataflex_mega.errors import ConfigError, UserError
+from dataflex_mega.offline import encoders, transport
+from dataflex_mega.offline.embed import embed
+from dataflex_mega.offline.embeddings import opened
+from dataflex_mega.offline.neighbours import Search
+from dataflex_mega.offline.sources import FileSource, Source
+from dataflex_mega.store.files import write_beside
+
+COMMANDS = ("embed", "near", "tsds")
+VERSION = 1
+OpenRun = Callable[[Path, str, Sequence[str]], Source]  # (configuration, part, overrides) -> its samples
+
+EMBED = """Embeddings of samples, one vector each, on disk.
+
+  dataflex-cli embed run.yaml --model BAAI/bge-small-en --output emb/train             the samples of `dataset`
+  dataflex-cli embed run.yaml --part eval --model BAAI/bge-small-en --output emb/eval  those of `eval_dataset`
+  dataflex-cli embed rows.jsonl --model folder --output emb/rows                       rows of JSON: text, or Alpaca's fields
+  dataflex-cli embed run.yaml --encoder model --model saves/run --output emb/train     by the model being trained
+
+For near and tsds give the configuration that will train: its order of samples is what the result's numbers mean.
+The text of a sample is what the run's tokenizer makes of its tokens; --encoder model takes the tokens themselves.
+Encoders: sentence-transformers (with its own pooling; where a folder has modules.json), encoder (any model of
+transformers, mean over tokens), model (a causal model or a LoRA folder, mean over tokens of the last hidden states).
+
+OUTPUT/embeddings.npy is a plain array that numpy.load(..., mmap_mode="r") opens; OUTPUT/manifest.json says what it
+belongs to. A build that was killed goes on at the last whole block when the same command is given again. The work is
+divided over processes: NPROC_PER_NODE=4 dataflex-cli embed ..., or torchrun."""
+
+NEAR = """Nearest candidates of every query, for selector: near.
+
+  dataflex-cli near --candidates emb/train --queries emb/eval --output top_indices.npy
+  dataflex-cli near --candidates emb/train --queries emb/eval --index ivf --nprobe 32
+
+then, in the run's YAML:   selector: {name: near, indices_path: top_indices.npy}
+
+Writes [M, K] int64, the nearest first, as DataFlex does, and OUTPUT.json, from which a run knows that the file belongs to
+its data. --index exact compares all and needs no more memory for more candidates; ivf looks into nprobe of nlist lists
+and holds the candidates in memory. A query that finds fewer than K there is searched exactly."""
+
+TSDS = """Chances of candidates by optimal transport from the queries (TSDS, arXiv 2410.11303), for selector: tsds.
+
+  dataflex-cli tsds --candidates emb/train --queries emb/eval --output tsds_probs.npy
+
+then, in the run's YAML:   selector: {name: tsds, probs_path: tsds_probs.npy}
+
+alpha near 1 takes the nearest candidates only, near 0 spreads over --k of them. sigma is the distance within which
+candidates count as duplicates of each other and share their chance; 0 turns that off. C is the scale of distances.
+Writes [N] float64 that sum to 1, as DataFlex does, and OUTPUT.json, from which a run knows that it belongs to its data."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of all three."""
+    made = argparse.ArgumentParser(prog="dataflex-cli", description=__doc__)
+    commands = made.add_subparsers(dest="command", required=True)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        formatter = argparse.RawDescriptionHelpFormatter
+        return commands.add_parser(name, description=text, formatter_class=formatter)
+
+    add = command("embed", EMBED).add_argument
+    add("source", type=Path, metavar="SOURCE", help="a training configuration (.yaml), or rows (.json, .jsonl)")
+    add("overrides", nargs="*", metavar="key=value", help="keys of the configuration, changed")
+    add("--model", required=True, help="folder or hub name of the encoder")
+    add("--output", type=Path, required=True, help="folder of the embeddings")
+    add(
+        "--part", choices=("train", "eval"), default="train", help="of a configuration: dataset or eval_dataset (train)"
+    )
+    add("--encoder", choices=encoders.KINDS, default="auto", help="how the model is read (auto)")
+    add("--batch-size", type=int, default=32, help="samples a forward pass (32)")
+    add("--max-length", type=int, default=512, help="tokens of a sample; the rest is cut (512)")
+    add(
+        "--compute", choices=("float32", "bfloat16", "float16"), default="float32", help="of the forward pass (float32)"
+    )
+    add("--dtype", choices=("float32", "float16"), default="float32", help="on disk (float32)")
+    add("--block", type=int, default=1024, help="samples between checksums (1024)")
+    add("--raw", action="store_true", help="do not divide vectors by their length")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    near, tsds = command("near", NEAR), command("tsds", TSDS)
+    for sub, output, k in ((near, "top_indices.npy", 1000), (tsds, "tsds_probs.npy", 5000)):
+        add = sub.add_argument
+        add("--candidates", type=Path, required=True, help="folder of `embed`, or an [N, D] .npy file")
+        add("--queries", type=Path, required=True, help="the same, of the task's samples")
+        add("--output", type=Path, default=Path(output), help=f"({output})")
+        add("--k", type=int, default=k, help=f"neighbours of a query ({k})")
+        add("--index", choices=("exact", "ivf"), default="exact", help="how to search (exact)")
+        add("--nlist", type=int, help="ivf: lists (half the square root of N)")
+        add("--nprobe", type=int, default=10, help="ivf: lists that are looked into (10)")
+    add = tsds.add_argument
+    add("--kde-k", type=int, default=1000, help="neighbours that may count as duplicates (1000)")
+    add("--sigma", type=float, default=0.75, help="distance within which they do; 0: never (0.75)")
+    add("--alpha", type=float, default=0.6, help="nearness against spread, 0 < alpha <= 1 (0.6)")
+    add("--c", type=float, default=5.0, help="scale of distances, > 0 (5.0)")
+    return made
+
+
+def main(argv: Sequence[str], open_run: OpenRun) -> int:
+    """The exit status: 0; 2 after one line for a user's mistake. `open_run` makes a source of a training configuration."""
+    options = parser().parse_args(list(argv))
+    finished = False
+    try:
+        check(options)
+        source = source_of(options, open_run) if options.command == "embed" else None
+        mesh = meshes.start()
+        meter = Meter(mesh.is_main, options.command)
+        try:
+            if source is not None:
+                do_embed(options, source, mesh, meter)
+            elif options.command == "near":
+                do_near(options, mesh, meter)
+            else:
+                do_tsds(options, mesh, meter)
+        finally:
+            meter.end()
+        finished = True
+    except UserError as error:  # found by every rank alike, so said once
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        meshes.stop(orderly=finished)
+    return 0
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ConfigError naming an option that is out of range."""
+    for name in ("batch_size", "max_length", "block", "k", "nlist", "nprobe", "kde_k"):
+        value = getattr(options, name, None)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: must be >= 1, found {value}")
+    if options.command == "tsds":
+        if not 0 < options.alpha <= 1:
+            raise ConfigError(f"--alpha: must be > 0 and <= 1, found {options.alpha}")
+        if not options.c > 0:
+            raise ConfigError(f"--c: must be > 0, found {options.c}")
+        if not options.sigma >= 0:
+            raise ConfigError(f"--sigma: must be >= 0, found {options.sigma}")
+    if options.command == "embed" and options.overrides and options.source.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"{options.overrides[0]}: keys can be changed of a configuration, not of {options.source}")
+
+
+def source_of(options: argparse.Namespace, open_run: OpenRun) -> Source:
+    """What is to be embedded."""
+    if options.source.suffix in (".yaml", ".yml"):
+        return open_run(options.source, options.part, options.overrides)
+    if options.part != "train":
+        raise ConfigError(f"--part: {options.source} has no parts; a training configuration has")
+    return FileSource(options.source)
+
+
+def do_embed(options: argparse.Namespace, source: Source, mesh: meshes.Mesh, meter: Meter) -> None:
+    """`embed`."""
+    settings = encoders.Settings(
+        options.model, options.encoder, options.max_length, options.batch_size, not options.raw, options.compute,
+        options.trust_remote_code,
+    )  # fmt: skip
+    encoder = encoders.load(settings, mesh.device)
+    with torch.random.fork_rng(devices=[]):
+        made = embed(source, encoder, options.output, mesh, options.dtype, options.block, meter.show)
+    meter.say(f"{made.shape[0]} samples x {made.shape[1]} numbers in {made.path}")
+
+
+def searched(options: argparse.Namespace, mesh: meshes.Mesh, meter: Meter) -> tuple[Any, ...]:
+    """(search, candidates, identity of all that went in, distances, ids)."""
+    ranks = Collectives(mesh)
+    candidates, theirs = opened(options.candidates)
+    queries, ours = opened(options.queries)
+    for name in ("model", "encoder", "normalize"):
+        if name in theirs and name in ours and theirs[name] != ours[name]:
+            raise ConfigError(f"--queries: {name} {ours[name]}, the candidates' is {theirs[name]}; embed both alike")
+    search = Search(
+        options.index, options.nlist, options.nprobe, mesh.rank, mesh.world, ranks.gather_objects, meter.show
+    )
+    distances, ids = search(candidates, np.asarray(queries), options.k)
+    given = {k: v for k, v in vars(options).items() if k not in ("candidates", "queries", "output", "command")}
+    identity = {"candidates": theirs, "queries": ours, "settings": given}
+    return search, candidates, identity, distances, ids
+
+
+def do_near(options: argparse.Namespace, mesh: meshes.Mesh, meter: Meter) -> None:
+    """`near`."""
+    _, _, identity, _, ids = searched(options, mesh, meter)
+    if mesh.is_main:
+        save(options.output, ids, identity)
+    meter.say(f"{ids.shape[1]} neighbours of {ids.shape[0]} queries in {options.output}")
+
+
+def do_tsds(options: argparse.Namespace, mesh: meshes.Mesh, meter: Meter) -> None:
+    """`tsds`."""
+    search, candidates, identity, distances, ids = searched(options, mesh, meter)
+    rho = np.ones(len(candidates))
+    if options.sigma > 0:  # crowding among what was found, as in the authors' code
+        found = np.unique(ids[ids >= 0])
+        rows = np.asarray(candidates[found])
+        gaps, near = search(rows, rows, options.kde_k)
+        rho[found] = transport.crowding(gaps, near, options.sigma)
+    if mesh.is_main:
+        made = transport.plan(distances, ids, rho, options.alpha, options.c)
+        save(options.output, made.chances, identity)
+        positive = int((made.chances > 0).sum())
+        meter.say(f"{positive} of {len(rho)} candidates have a chance; each query spreads over about {made.spread:.3g}")
+        meter.say(f"written: {options.output}")
+
+
+def save(path: Path, values: np.ndarray, identity: dict[str, Any]) -> None:
+    """An array and, beside it, what it belongs to."""
+    import io
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = io.BytesIO()
+    np.save(stream, values)
+    write_beside(path, stream.getvalue())
+    content = {"version": VERSION, "identity": identity}
+    write_beside(path.with_name(path.name + ".json"), json.dumps(content, indent=1, default=str).encode())
+
+
+class Meter:
+    """A progress bar on a terminal, a line now and then elsewhere; on the main process only."""
+
+    def __init__(self, shown: bool, what: str) -> None:
+        self.shown, self.what, self.bar, self.task, self.tenth = shown, what, None, None, -1
+
+    def show(self, done: int, total: int) -> None:
+        """`done` of `total`."""
+        if not self.shown:
+            return
+        if not sys.stderr.isatty():
+            tenth = 10 * done // max(1, total)
+            if tenth > self.tenth:
+                print(f"{self.what}: {done}/{total}", file=sys.stderr, flush=True)
+            self.tenth = tenth if done < total else -1
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        if self.bar is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar: Any = Progress(*columns, console=Console(stderr=True))
+            self.task: Any = self.bar.add_task(self.what, total=total)
+            self.bar.start()
+        self.bar.update(self.task, completed=done, total=total)
+
+    def say(self, text: str) -> None:
+        """A line."""
+        if self.shown:
+            print(text, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Leave the bar as it is."""
+        if self.bar is not None:
+            self.bar.stop()

@@ -1,0 +1,222 @@
+"""Texts or tokens -> one vector a sample: sentence-transformers, any Hugging Face encoder, or the model being trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataflex_mega.errors import ConfigError, UserError
+
+Kind = Literal["auto", "sentence-transformers", "encoder", "model"]
+KINDS: tuple[Kind, ...] = ("auto", "sentence-transformers", "encoder", "model")
+SENTENCE_FILE = "modules.json"  # what a folder of sentence-transformers has
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sample to be embedded."""
+
+    text: str
+    tokens: np.ndarray | None = None  # [length] int64, as the model being trained sees it
+
+
+class Encoder(Protocol):
+    """Makes vectors."""
+
+    size: int  # numbers a vector
+
+    def identity(self) -> dict[str, Any]:
+        """What decides its vectors, plain values."""
+        ...
+
+    def __call__(self, items: Sequence[Item]) -> np.ndarray:
+        """[n, size] float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says of an encoder."""
+
+    model: str  # a folder, or a name on the hub
+    kind: Kind = "auto"
+    max_length: int = 512  # tokens; what is longer is cut
+    batch_size: int = 32
+    normalize: bool = True
+    dtype: str = "float32"  # of the computation
+    trust_remote_code: bool = False
+
+
+def load(settings: Settings, device: torch.device) -> Encoder:
+    """The encoder on a device, ready. Raises ConfigError when it cannot be loaded."""
+    folder, kind = folder_of(settings.model), settings.kind
+    if kind == "auto":
+        kind = "sentence-transformers" if (folder / SENTENCE_FILE).is_file() else "encoder"
+    if kind == "sentence-transformers":
+        return SentenceEncoder(settings, folder, device)
+    return HFEncoder(settings, folder, device, by_tokens=kind == "model")
+
+
+def folder_of(name: str) -> Path:
+    """The folder of a model, downloaded first when it is a name on a hub. Raises ConfigError when there is none."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ConfigError(f"model: {name} is no folder, and no model of that name can be had from the hub") from error
+
+
+def fingerprint(folder: Path) -> str:
+    """16 digits of a hash of a folder's configuration, tokenizer and weights, names included. Raises ConfigError when it has
+    no weights."""
+    kept = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix in (".json", ".safetensors", ".bin")
+    ]
+    kept = [path for path in kept if not path.name.startswith(("trainer_", "training_", "optimizer"))]
+    if not any(path.suffix != ".json" for path in kept if path.parent == folder):
+        raise ConfigError(f"model: {folder} has no weights (*.safetensors or *.bin)")
+    sha = hashlib.sha256()
+    for path in kept:
+        if path.parent != folder and not (folder / SENTENCE_FILE).is_file():
+            continue  # checkpoints and logs of a run that lie in its output folder
+        with path.open("rb") as stream:
+            sha.update(str(path.relative_to(folder)).encode() + hashlib.file_digest(stream, "sha256").digest())
+    base = adapter_base(folder)
+    return sha.hexdigest()[:16] if base is None else sha.hexdigest()[:16] + "+" + fingerprint(folder_of(base))
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The base model of a LoRA folder; None for a whole model."""
+    path = folder / "adapter_config.json"
+    return str(json.loads(path.read_text())["base_model_name_or_path"]) if path.is_file() else None
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """[n, D] -> each divided by its length; a zero vector stays zero."""
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
+
+
+class SentenceEncoder:
+    """A model of sentence-transformers, with its own pooling."""
+
+    def __init__(self, settings: Settings, folder: Path, device: torch.device) -> None:
+        try:
+            from sentence_transformers import SentenceTransformer  # type: ignore[import-not-found]  # optional
+        except ImportError as error:
+            raise ConfigError(
+                "encoder: sentence-transformers is not installed (pip install 'dataflex_mega[sentence]'); --encoder encoder "
+                "reads the same folder with transformers and takes the mean over tokens"
+            ) from error
+        self.settings, self.folder = settings, folder
+        trust = settings.trust_remote_code
+        self.model: Any = SentenceTransformer(str(folder), device=str(device), trust_remote_code=trust)
+        longest = getattr(self.model, "max_seq_length", None)
+        self.model.max_seq_length = min(settings.max_length, longest or settings.max_length)
+        self.size = int(self.model.get_sentence_embedding_dimension())
+
+    def identity(self) -> dict[str, Any]:
+        """See Encoder."""
+        return {
+            "model": fingerprint(self.folder), "encoder": "sentence-transformers",
+            "max_length": self.model.max_seq_length, "normalize": self.settings.normalize,
+        }  # fmt: skip
+
+    def __call__(self, items: Sequence[Item]) -> np.ndarray:
+        """See Encoder."""
+        texts, size = [item.text for item in items], self.settings.batch_size
+        found = self.model.encode(texts, batch_size=size, convert_to_numpy=True, show_progress_bar=False)
+        found = np.asarray(found, dtype=np.float32)
+        return unit(found) if self.settings.normalize else found
+
+
+class HFEncoder:
+    """A model of transformers; a vector is the mean of the last hidden states over all tokens.
+
+    `by_tokens`: items that have tokens are embedded by them, as the model being trained sees them.
+    """
+
+    def __init__(self, settings: Settings, folder: Path, device: torch.device, by_tokens: bool) -> None:
+        from transformers import AutoTokenizer
+
+        self.settings, self.folder, self.device, self.by_tokens = settings, folder, device, by_tokens
+        try:
+            self.model = _read(settings, folder, by_tokens).to(device).eval()
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=settings.trust_remote_code, padding_side="right"
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"model: {folder}: {str(error).strip().splitlines()[0]}") from error
+        self.size = int(self.model.config.hidden_size)
+
+    def identity(self) -> dict[str, Any]:
+        """See Encoder."""
+        return {
+            "model": fingerprint(self.folder), "encoder": "model" if self.by_tokens else "encoder",
+            "max_length": self.settings.max_length, "normalize": self.settings.normalize, "compute": self.settings.dtype,
+        }  # fmt: skip
+
+    def __call__(self, items: Sequence[Item]) -> np.ndarray:
+        """See Encoder. Batches hold samples of like length, so that little is padding."""
+        ids = [self._tokens(item) for item in items]
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        found = np.zeros((len(ids), self.size), dtype=np.float32)
+        for start in range(0, len(order), self.settings.batch_size):
+            here = order[start : start + self.settings.batch_size]
+            found[here] = self._batch([ids[i] for i in here]).cpu().numpy()
+        return unit(found) if self.settings.normalize else found
+
+    def _tokens(self, item: Item) -> list[int]:
+        if self.by_tokens and item.tokens is not None:
+            highest = int(item.tokens.max(initial=0))
+            if highest >= self.model.config.vocab_size:
+                raise UserError(
+                    f"model: {self.folder} knows {self.model.config.vocab_size} tokens, a sample has {highest}"
+                )
+            return item.tokens[: self.settings.max_length].tolist()
+        return self.tokenizer(item.text, truncation=True, max_length=self.settings.max_length)["input_ids"]
+
+    def _batch(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """[b] token lists -> [b, size] float32. A sample without tokens is a zero vector."""
+        width = max(1, max(len(one) for one in ids))
+        tokens = torch.zeros(len(ids), width, dtype=torch.int64)
+        mask = torch.zeros(len(ids), width, dtype=torch.int64)
+        for row, one in enumerate(ids):
+            tokens[row, : len(one)] = torch.tensor(one, dtype=torch.int64)
+            mask[row, : len(one)] = 1
+        tokens, mask = tokens.to(self.device), mask.to(self.device)
+        with torch.no_grad():
+            states = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
+        shares = mask.float() / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        return torch.einsum("bs,bsh->bh", shares, states)
+
+
+def _read(settings: Settings, folder: Path, causal: bool) -> Any:
+    """The model below its output layer, with the adapter where the folder is one."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "trust_remote_code": settings.trust_remote_code}
+    if not causal:
+        return AutoModel.from_pretrained(folder, **options)
+    base = adapter_base(folder)
+    if base is None:
+        return AutoModelForCausalLM.from_pretrained(folder, **options).base_model
+    from peft import PeftModel
+
+    whole: Any = AutoModelForCausalLM.from_pretrained(folder_of(base), **options)
+    return PeftModel.from_pretrained(whole, folder).get_base_model().base_model

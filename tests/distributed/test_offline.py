@@ -1,0 +1,108 @@
+"""From a training configuration to embeddings, neighbours and chances, and back into training; one and two processes."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.support import corpus, runs
+
+pytest.importorskip("faiss")
+
+
+def do(job):
+    """An offline command, or a training run -> (exit status, standard error)."""
+    if isinstance(job, dict):
+        return runs.train_here(job)
+    from dataflex_mega.wiring import offline
+
+    heard = io.StringIO()
+    with contextlib.redirect_stderr(heard):
+        status = offline.main(job)
+    return status, heard.getvalue()
+
+
+def jobs_of(folder, world):
+    """Embed both sides, search, transport, train with both selectors, and once with files of other data."""
+    out = folder / str(world)
+    keys = {
+        "eval_dataset": "tables", "max_samples": 6, "warmup_step": 1, "update_step": 1, "update_times": 2, "max_steps": 3,
+        "per_device_train_batch_size": 8 // world,
+    }  # fmt: skip
+    near = {"name": "near", "indices_path": str(out / "top.npy")}
+    tsds = {"name": "tsds", "probs_path": str(out / "probs.npy")}
+    config = runs.base(folder, output_dir=str(out / "near"), selector=near, **keys)
+    (folder / f"run-{world}.yaml").write_text(yaml.safe_dump(config))
+    embed = [
+        "embed",
+        str(folder / f"run-{world}.yaml"),
+        "--model",
+        str(folder / "model"),
+        "--encoder",
+        "model",
+        "--block",
+        "8",
+    ]
+    pair = ["--candidates", str(out / "train"), "--queries", str(out / "eval")]
+    return [
+        [*embed, "--output", str(out / "train")],
+        [*embed, "--part", "eval", "--output", str(out / "eval")],
+        ["near", *pair, "--k", "20", "--output", str(out / "top.npy")],
+        ["tsds", *pair, "--k", "20", "--kde-k", "5", "--output", str(out / "probs.npy")],
+        config,
+        {**config, "output_dir": str(out / "tsds"), "selector": tsds},
+        {**config, "output_dir": str(out / "other"), "dataset": "prose,code,tables"},
+        [*embed, "--encoder", "encoder", "--output", str(out / "train")],
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = corpus.write(tmp_path_factory.mktemp("offline"))
+    return folder, {world: runs.forked_many(world, jobs_of(folder, world), do) for world in (1, 2)}
+
+
+def test_every_job_ends_as_it_should(finished):
+    for world, found in finished[1].items():
+        assert [status for status, _ in found] == [0] * 6 + [2, 2], (world, found)
+        other, folder = found[6][1], found[7][1]
+        assert "selector.near.indices_path" in other and "was made of other data: their order" in other
+        assert "belongs to something else (encoder: model there, encoder here)" in folder
+
+
+def test_two_processes_make_the_same_files(finished):
+    folder, _ = finished
+    for name in ("train/embeddings.npy", "eval/embeddings.npy", "top.npy", "probs.npy"):
+        one, two = (np.load(folder / str(world) / name) for world in (1, 2))
+        assert one.shape == two.shape and np.array_equal(one, two), name
+    assert np.load(folder / "1" / "probs.npy").sum() == pytest.approx(1)
+
+
+def test_training_draws_what_the_files_say(finished):
+    folder, _ = finished
+    chosen = {}
+    for world in (1, 2):
+        for name in ("near", "tsds"):
+            steps = sorted((folder / str(world) / name / "selections").glob("step_*.json"))
+            chosen[world, name] = [json.loads(path.read_text())["indices"] for path in steps]
+    assert chosen[1, "near"] == chosen[2, "near"] and chosen[1, "tsds"] == chosen[2, "tsds"]
+    assert len(chosen[1, "near"]) == 2 and chosen[1, "tsds"][0] != chosen[1, "tsds"][1], "drawn anew"
+    top = np.load(folder / "1" / "top.npy")
+    assert set(chosen[1, "near"][0]) <= set(top[:, :8].ravel().tolist())
+    chances = np.load(folder / "1" / "probs.npy")
+    assert all((chances[np.array(ids)] > 0).all() for ids in chosen[1, "tsds"])
+
+
+def test_candidates_like_the_target_are_nearest(finished):
+    """The queries are the domain `tables`; most of their neighbours are of that domain."""
+    folder, _ = finished
+    note = json.loads((folder / "1" / "top.npy.json").read_text())["identity"]
+    assert list(note["candidates"]["data"]["pool"]) == ["code", "prose", "tables"]
+    top = np.load(folder / "1" / "top.npy")
+    samples = note["candidates"]["samples"]
+    assert (top[:, :5] > samples * 0.6).mean() > 0.5
+    assert Path(folder / "1" / "train" / "manifest.json").is_file()

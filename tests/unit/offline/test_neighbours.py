@@ -1,0 +1,94 @@
+"""Neighbours against brute force in numpy, whatever the chunks, the index and the number of processes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dataflex_mega.errors import ConfigError
+from dataflex_mega.offline import neighbours
+from dataflex_mega.offline.neighbours import Search, nearest
+from tests.unit.signals.test_clusters import Threads
+
+pytest.importorskip("faiss")
+
+
+def vectors(count, seed, size=12):
+    made = np.random.default_rng(seed).normal(size=(count, size)).astype(np.float32)
+    return made / np.linalg.norm(made, axis=1, keepdims=True)
+
+
+def brute(candidates, queries, k):
+    gaps = np.linalg.norm(queries[:, None].astype(np.float64) - candidates[None].astype(np.float64), axis=2)
+    order = np.lexsort((np.broadcast_to(np.arange(len(candidates)), gaps.shape), gaps), axis=1)[:, :k]
+    return np.take_along_axis(gaps, order, 1), order
+
+
+def same(found, expected):
+    assert found[1].tolist() == expected[1].tolist() and found[1].dtype == np.int64
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 1000])
+def test_exact_is_brute_force(monkeypatch, chunk):
+    monkeypatch.setattr(neighbours, "CHUNK", chunk)
+    candidates, queries = vectors(300, 0), vectors(11, 1)
+    same(Search()(candidates, queries, 40), brute(candidates, queries, 40))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("index", ["exact", "ivf"])
+def test_processes_share_the_work_and_find_the_same(monkeypatch, ranks, index):
+    monkeypatch.setattr(neighbours, "CHUNK", 50)
+    candidates, queries = vectors(400, 2), vectors(5, 3)
+    search = Search(index, nlist=8, nprobe=3)
+    whole = search(candidates, queries, 25)
+    threads = Threads(ranks)
+
+    def work(made):
+        return replace(search, rank=made.rank, ranks=ranks, gather=lambda v: threads.swap(made.rank, v))(
+            candidates, queries, 25
+        )
+
+    for found in threads.run(work):
+        same(found, whole)
+
+
+def test_an_inverted_file_with_all_lists_is_brute_force():
+    candidates, queries = vectors(500, 4), vectors(9, 5)
+    same(Search("ivf", nlist=10, nprobe=10)(candidates, queries, 30), brute(candidates, queries, 30))
+
+
+def test_a_query_that_finds_too_few_is_searched_exactly():
+    """One list of about ten candidates cannot give forty neighbours."""
+    candidates, queries = vectors(300, 6), vectors(9, 7)
+    same(Search("ivf", nlist=30, nprobe=1)(candidates, queries, 40), brute(candidates, queries, 40))
+
+
+def test_few_lists_find_nearly_the_nearest():
+    candidates, queries = vectors(2000, 8, 4), vectors(20, 9, 4)
+    found = Search("ivf")(candidates, queries, 10)[1]
+    expected = brute(candidates, queries, 10)[1]
+    hits = [len(set(a) & set(b)) / 10 for a, b in zip(found.tolist(), expected.tolist(), strict=True)]
+    assert np.mean(hits) > 0.9
+
+
+def test_more_neighbours_than_candidates_is_all_of_them_and_equal_ones_go_by_id():
+    candidates, queries = np.repeat(vectors(3, 10), 2, axis=0), vectors(2, 11)
+    found = Search()(candidates, queries, 50)
+    same(found, brute(candidates, queries, 6))
+    assert found[1].shape == (2, 6)
+
+
+def test_merging_puts_what_is_not_there_last():
+    one = np.array([[0.5, 0.1]]), np.array([[7, -1]])
+    two = np.array([[0.5, 0.2]]), np.array([[3, 9]])
+    distances, ids = nearest([one, two], 5)
+    assert ids.tolist() == [[9, 3, 7, -1, -1]] and distances[0, :3].tolist() == [0.2, 0.5, 0.5]
+
+
+def test_vectors_of_different_encoders_are_refused():
+    with pytest.raises(ConfigError, match="vectors of 8 numbers, the candidates' have 12; embed both alike"):
+        Search()(vectors(5, 0), vectors(2, 0, 8), 3)
