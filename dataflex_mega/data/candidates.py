@@ -34,7 +34,7 @@ class Candidates:
     share: float
     seed: int
     keeps: bool = False
-    _known: Tensor | None = field(default=None, init=False)  # [N] float32 latest scores, NaN where there is none
+    _known: Tensor | None = field(default=None, init=False)  # [N] or [N, m] latest scores, NaN where there is none
 
     def count(self, domain: int) -> int:
         """Samples of a domain that an update considers."""
@@ -64,15 +64,17 @@ class Candidates:
         return np.concatenate(parts)
 
     def merge(self, ids: np.ndarray, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of these ids -> (sorted [m] ids, [m] scores) of what may be chosen: these, or all that have a score."""
+        """Scores of these ids -> (sorted [n] ids, their scores) of what may be chosen: these, or all that have a score."""
         if not self.keeps:
             return torch.from_numpy(ids), scores
-        known = torch.full((sum(self.sizes),), torch.nan) if self._known is None else self._known.clone()
+        known = (
+            torch.full((sum(self.sizes), *scores.shape[1:]), torch.nan) if self._known is None else self._known.clone()
+        )
         known[torch.from_numpy(ids)] = torch.nan_to_num(
             scores.float(), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf
         )
         self._known = known
-        there = torch.nonzero(~known.isnan()).flatten()
+        there = torch.nonzero(~known.flatten(1).isnan().any(dim=1) if known.dim() > 1 else ~known.isnan()).flatten()
         return there, known[there]
 
     def state(self) -> dict[str, Any]:

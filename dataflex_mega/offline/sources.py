@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dataflex_mega.data.pool import Pool
+from dataflex_mega.data.rows_check import first_bad_row
 from dataflex_mega.errors import ConfigError, DataError
 from dataflex_mega.offline.encoders import Item
 
@@ -72,10 +73,12 @@ class FileSource:
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would print its error besides ours
         try:  # arrow files, mapped: rows are not held in memory
             self.rows: Any = datasets.load_dataset("json", data_files=str(path), split="train")
         except (DatasetGenerationError, ValueError, StopIteration) as error:
-            raise DataError(f"{path}: cannot be read as rows of JSON: {str(error).splitlines()[0]}") from error
+            bad = first_bad_row(path, None) or f"{path}: cannot be read as rows of JSON: {str(error).splitlines()[0]}"
+            raise DataError(bad) from error
         self.path, self.identity = path, {"file": digest[:16]}
         if len(self.rows) == 0:
             raise DataError(f"{path}: has no rows")

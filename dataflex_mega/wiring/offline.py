@@ -22,7 +22,8 @@ def open_run(path: Path, part: str, overrides: Sequence[str]) -> PoolSource:
     from dataflex_mega.lf.args import keys
     from dataflex_mega.wiring.run import Opened
 
-    config = split(load(str(path), list(overrides)), keys())
+    # Nothing is written into output_dir, so it may hold a run.
+    config = split(load(str(path), [*overrides, "overwrite_output_dir=true"]), keys())
     if config.ours.train_type == "static":
         raise ConfigError(
             f"{path}: has no role, so its samples have no numbers; give it the selector that will read the result"

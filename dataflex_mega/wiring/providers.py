@@ -47,7 +47,7 @@ def clusters(run: Build, engine: Any) -> Provider:
         found = [engine.embed(scorer.collate(samples), *specs).cpu() for samples, _ in scorer.batches(ids)]
         features = unit(torch.cat(found)[: len(ids)])
         first = sum(scorer.shares()[: scorer.rank])
-        return signals(features, first, len(scorer.pool), spec, ranks)
+        return signals(features, first, sum(scorer.shares()), spec, ranks)
 
     return make
 

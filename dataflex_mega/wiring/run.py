@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex_mega.config.split import RunConfig
-from dataflex_mega.errors import CheckpointError, UserError
+from dataflex_mega.errors import CheckpointError, ConfigError, UserError
 
 
 class Opened:
@@ -141,10 +141,16 @@ class Build(Opened):
     def _candidates(self, window: int) -> Any:
         """The parts of the pool that selections consider, or None for all of it. `window`: samples that one chooses."""
         from dataflex_mega.data.candidates import Candidates
+        from dataflex_mega.types import NeedsClusters
 
         share = self.ours.candidates
         if share == 1:
             return None
+        if self.ours.rescore == "incremental" and isinstance(self.roles.selector, NeedsClusters):
+            name = self.specs["selector"]["name"]
+            raise ConfigError(
+                f"rescore: incremental: selector {name} compares samples that are clustered together; use full"
+            )
         made = Candidates(self.pool.sizes, share, self.data_seed, keeps=self.ours.rescore == "incremental")
         if self.roles.mixer is None and window > made.total():  # with a mixer, parts are as large as its quotas
             raise UserError(

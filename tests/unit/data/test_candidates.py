@@ -69,3 +69,14 @@ def test_without_keeping_only_what_was_just_scored_may_be_chosen():
     made = Candidates((5,), 0.4, seed=0)
     made.merge(np.array([1, 3]), torch.tensor([0.5, 0.1]))
     assert made.merge(np.array([0, 1]), torch.tensor([2.0, 3.0]))[0].tolist() == [0, 1] and made.state() == {}
+
+
+def test_several_numbers_a_sample_are_kept_together():
+    kept = Candidates((4,), 0.5, 0, keeps=True)
+    first = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    kept.merge(np.array([0, 2]), first)
+    there, scores = kept.merge(np.array([2, 3]), torch.tensor([[5.0, 6.0], [7.0, 8.0]]))
+    assert there.tolist() == [0, 2, 3] and scores.tolist() == [[1, 2], [5, 6], [7, 8]]
+    other = Candidates((4,), 0.5, 0, keeps=True)
+    other.restore(kept.state())
+    assert other.merge(np.array([0]), first[:1])[0].tolist() == [0, 2, 3]

@@ -109,7 +109,7 @@ def test_sources_that_are_none_are_one_line(tmp_path, capsys):
     for source, extra, said in (
         ("no.jsonl", [], "not found"),
         ("a.txt", [], r"expected a training configuration (.yaml) or rows (.json, .jsonl)"),
-        ("b.jsonl", [], "cannot be read as rows of JSON"),
+        ("b.jsonl", [], "b.jsonl, line 1: not JSON"),
         ("rows.jsonl", ["--part", "eval"], "has no parts"),
         ("rows.jsonl", ["cutoff_len=3"], "keys can be changed of a configuration"),
     ):
