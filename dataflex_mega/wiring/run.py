@@ -284,8 +284,8 @@ class Build(Opened):
     def _controller(self, engine: Any) -> Any:
         from dataflex_mega.controller import Controller
         from dataflex_mega.staged import Staged
-        from dataflex_mega.wiring.orders import ordering_of, stages_of
         from dataflex_mega.wiring import targets
+        from dataflex_mega.wiring.orders import ordering_of, stages_of
         from dataflex_mega.wiring.providers import providers
 
         scorer = self._scorer(engine, self.pool, self.bar and self.bar.scoring, targets.for_gradients(self, engine))
