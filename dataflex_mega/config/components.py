@@ -24,8 +24,12 @@ ROLE_OF_TYPE = {
 LIFTED: dict[tuple[str, str], dict[str, str | None]] = {
     ("selector", "loss"): {"score_batch_size": "score_batch_size", "score_num_workers": None},
     ("selector", "delta_loss"): {"score_batch_size": "score_batch_size", "score_num_workers": None},
+    ("selector", "coincide"): {
+        "clustering_batch_size": "score_batch_size", "clustering_num_workers": None, "clustering_device": None,
+        "assignment_chunk_size": None, "density_chunk_size": None, "embedding_model_dtype": None,
+    },
     ("mixer", "doremi"): {"reference_model_path": "reference_model"},
-}
+}  # fmt: skip
 
 Spec = dict[str, Any]
 

@@ -52,6 +52,7 @@ class Coincide(Selector, NeedsClusters):
         mode: "text": features of all tokens. Images are not trained on by dynamic runs, so there is no other yet.
         embedding_layers: hidden states as transformers counts them; None: five, evenly spaced from the first layer to the
             last. With `engine: megatron` only [-1] is there.
+        embedding_model_name_or_path: None, as in DataFlex's file: the features are those of the model that trains.
         num_clusters: None: one for every 20 candidates, at most 10000.
         clustering_max_iter: iterations of k-means, which ends before when no sample moves. >= 1.
         temperature: > 0; large gives the clusters equal shares.
@@ -62,6 +63,7 @@ class Coincide(Selector, NeedsClusters):
 
     mode: Literal["text"] = "text"
     embedding_layers: list[int] | None = None
+    embedding_model_name_or_path: str | None = None
     num_clusters: int | None = None
     clustering_max_iter: int = 10
     temperature: float = 1.0
@@ -80,6 +82,11 @@ class Coincide(Selector, NeedsClusters):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"selector.coincide.{key}: must be >= 1, found {value}")
+        if self.embedding_model_name_or_path is not None:
+            found = f"found {self.embedding_model_name_or_path!r}"
+            raise ConfigError(
+                f"selector.coincide.embedding_model_name_or_path: only the model that trains is read; {found}"
+            )
         if self.embedding_layers is not None and len(set(self.embedding_layers)) != max(1, len(self.embedding_layers)):
             raise ConfigError(f"selector.coincide.embedding_layers: must differ, found {self.embedding_layers}")
 

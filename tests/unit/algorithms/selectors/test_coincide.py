@@ -76,6 +76,7 @@ def test_with_a_mixer_a_cluster_gives_what_it_has_of_the_domain() -> None:
         ({"num_clusters": 0}, "num_clusters"),
         ({"clustering_max_iter": 0}, "clustering_max_iter"),
         ({"embedding_layers": [1, 1]}, "embedding_layers"),
+        ({"embedding_model_name_or_path": "a/model"}, "embedding_model_name_or_path"),
         ({"embedding_layers": []}, "embedding_layers"),
     ],
 )
