@@ -26,16 +26,22 @@ def do(job):
     return status, heard.getvalue()
 
 
+def example(folder, name, world, **keys):
+    """A YAML of examples/offline/ on the tests' data, at their sizes."""
+    config = yaml.safe_load((corpus.ROOT / "examples" / "offline" / f"{name}.yaml").read_text())
+    return {
+        **config, "model_name_or_path": str(folder / "model"), "dataset_dir": str(folder / "data"),
+        "dataset": "code,prose,tables", "eval_dataset": "tables", "max_samples": 6, "cutoff_len": 32, "max_steps": 3,
+        "warmup_step": 1, "update_step": 1, "per_device_train_batch_size": 8 // world, "seed": 3, "tensorboard": False,
+        "output_dir": str(folder / str(world) / name), **keys,
+    }  # fmt: skip
+
+
 def jobs_of(folder, world):
     """Embed both sides, search, transport, train with both selectors, and once with files of other data."""
     out = folder / str(world)
-    keys = {
-        "eval_dataset": "tables", "max_samples": 6, "warmup_step": 1, "update_step": 1, "update_times": 2, "max_steps": 3,
-        "per_device_train_batch_size": 8 // world,
-    }  # fmt: skip
-    near = {"name": "near", "indices_path": str(out / "top.npy")}
-    tsds = {"name": "tsds", "probs_path": str(out / "probs.npy")}
-    config = runs.base(folder, output_dir=str(out / "near"), selector=near, **keys)
+    config = example(folder, "near", world, selector={"name": "near", "indices_path": str(out / "top.npy")})
+    drawing = example(folder, "tsds", world, selector={"name": "tsds", "probs_path": str(out / "probs.npy")})
     (folder / f"run-{world}.yaml").write_text(yaml.safe_dump(config))
     embed = [
         "embed",
@@ -54,7 +60,7 @@ def jobs_of(folder, world):
         ["near", *pair, "--k", "20", "--output", str(out / "top.npy")],
         ["tsds", *pair, "--k", "20", "--kde-k", "5", "--output", str(out / "probs.npy")],
         config,
-        {**config, "output_dir": str(out / "tsds"), "selector": tsds},
+        drawing,
         {**config, "output_dir": str(out / "other"), "dataset": "prose,code,tables"},
         [*embed, "--encoder", "encoder", "--output", str(out / "train")],
     ]
