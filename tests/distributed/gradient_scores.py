@@ -10,6 +10,8 @@ from dataflex_mega.config.megatron import MegatronArguments
 from dataflex_mega.data.collate import collate
 from dataflex_mega.data.loader import Split
 from dataflex_mega.data.pool import Sample
+from dataflex_mega.distributed import mesh as meshes
+from dataflex_mega.distributed.collectives import Collectives
 from dataflex_mega.engines.fsdp.engine import FSDPEngine
 from dataflex_mega.engines.fsdp.gradients import GradientScorer
 from dataflex_mega.engines.fsdp.parallel import Layout as FSDPLayout
@@ -118,6 +120,8 @@ def local(tensor):
     return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).clone()
 
 
-def scored_cases(mesh, cases):
-    """Several cases in one set of processes."""
-    return [scored(mesh, case) for case in cases]
+def scored_on_all(case):
+    """What each rank found, as plain values; called in every process."""
+    mesh = meshes.start()
+    dot, norm2, changed, later = scored(mesh, case)
+    return Collectives(mesh).gather_objects((dot.tolist(), norm2.tolist(), changed, later))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dataflex_mega.distributed.testing import run_processes
-from tests.distributed.gradient_scores import scored_cases
+from tests.distributed.gradient_scores import scored_on_all
+from tests.support import runs
 
 pytest.importorskip("megatron.core")
 TP, PP = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
@@ -42,18 +42,18 @@ def found():
     results = {}
     for world in (1, 2, 4):
         keys = [key for key in CASES if key[1] == world]
-        by_rank = run_processes(scored_cases, world, [{"model": key[0], **CASES[key]} for key in keys])
-        results.update(zip(keys, zip(*by_rank, strict=True), strict=True))
+        cases = [{"model": key[0], **CASES[key]} for key in keys]
+        results.update(zip(keys, runs.forked_many(world, cases, scored_on_all), strict=True))
     return results
 
 
 @pytest.mark.parametrize("key", CASES, ids=lambda key: f"{key[0]} {key[2]} on {key[1]}")
 def test_every_layout_gives_the_scores_of_one_process(found, key):
-    dot, norm2, *_ = found[key[0], 1, "one process"][0]
+    dot, norm2 = map(torch.tensor, found[key[0], 1, "one process"][0][:2])
     assert norm2.min() > 0 and (dot[:, 0] - dot[:, 1]).abs().max() > 0.1 * dot.abs().max(), "two unlike directions"
     for rank_dot, rank_norm2, *_ in found[key]:
-        torch.testing.assert_close(rank_norm2, norm2, rtol=2e-5, atol=0)
-        torch.testing.assert_close(rank_dot, dot, rtol=0, atol=1e-4 * float(dot.abs().max()))
+        torch.testing.assert_close(torch.tensor(rank_norm2), norm2, rtol=2e-5, atol=0)
+        torch.testing.assert_close(torch.tensor(rank_dot), dot, rtol=0, atol=1e-4 * float(dot.abs().max()))
 
 
 @pytest.mark.parametrize("key", CASES, ids=lambda key: f"{key[0]} {key[2]} on {key[1]}")

@@ -10,6 +10,7 @@ from tests.support import corpus, runs
 pytest.importorskip("megatron.core")
 ROLES = {
     "selector": {"name": "loss"}, "mixer": {"name": "odm", "reward_scale": 5.0}, "weighter": {"name": "loss"},
+    "candidates": 0.3, "rescore": "incremental",  # so that scores of earlier updates are part of a checkpoint
     "warmup_step": 2, "update_step": 4, "update_times": 2, "lookahead": "exact", "max_samples": 16,
     "init_mixture_proportions": [0.5, 0.3, 0.2],
 }  # fmt: skip

@@ -11,7 +11,10 @@ import pytest
 from tests.support import corpus, runs
 
 ROLES = {
-    "select": {"selector": {"name": "loss"}, "warmup_step": 2, "update_step": 2, "update_times": 2},
+    "select": {
+        "selector": {"name": "loss"}, "warmup_step": 2, "update_step": 2, "update_times": 2,
+        "candidates": 0.7, "rescore": "incremental",
+    },
     "less": {
         "selector": {"name": "less"}, "eval_dataset": "tables,prose", "eval_on_each_dataset": True, "max_samples": 4,
         "warmup_step": 2, "update_step": 2, "update_times": 2,

@@ -49,6 +49,10 @@ HIDDEN = {
         BY_NAME["dense", "TP2 + SP"],
     ),
 }  # fmt: skip
+LESS = {
+    **NO_ROLES, "selector": {"name": "less"}, "init_mixture_proportions": None, "warmup_step": 2, "update_step": 2,
+    "update_times": 2, "eval_dataset": "tables,prose", "eval_on_each_dataset": True, "max_samples": 4,
+}  # fmt: skip
 EVEN = {
     **NO_ROLES, "mixer": "static", "weighter": "custom", "lr_scheduler_type": "constant",
     "use_distributed_optimizer": True,
@@ -77,6 +81,7 @@ def jobs_of(folder):
             more = {**keys, **split, "eval_dataset": "tables", "max_samples": 4}
             made.append(((name, where[0]), where, config(folder, where, name, **more)))
     layout = BY_NAME["dense", "TP2 x PP2"]
+    made += [(("less", where[0]), where, config(folder, where, "less", **LESS)) for where in (FIRST["dense"], layout)]
     for kind in ("engine", "bare loop", "bare loop, megatron-core's own layers"):
         keys = {**EVEN, "sequence_parallel": False}
         made.append((("even", kind), layout, config(folder, layout, kind, **keys) | {"run": kind}))
@@ -223,6 +228,13 @@ def test_weights_by_hidden_states_are_those_of_the_fsdp_engine(finished, name):
             assert row[key] == pytest.approx(row0[key], rel=2e-5), (row["step"], key)
         assert row["weights"] == pytest.approx(row0["weights"], rel=1e-3)
         assert row["weights"]["max"] > 1.01 > 0.99 > row["weights"]["min"]
+
+
+def test_selections_by_gradients_are_those_of_the_fsdp_engine(finished):
+    found, expected = (megatron.outcome(finished["less", key]) for key in ("TP2 x PP2", "FSDP engine"))
+    assert list(found[1]) == ["step_2.json", "step_4.json"] and megatron.same_data(found, expected)
+    for key, difference in megatron.differences(found[0], expected[0]).items():
+        assert difference < 1e-5, key
 
 
 def test_kept_tokens_make_another_objective_than_all(finished):

@@ -1,8 +1,8 @@
 """How well scores agree with LESS as the paper defines it, computed without any shortcut.
 
 The reference takes one candidate after the other: autograd's gradient in float64, Adam's update by formula, its cosine with
-every target's gradient, the mean over a sub-task, the largest of the sub-tasks. Compared with it are the streamed scores that
-`selector: less` uses and scores from random projections: dense ones (Johnson-Lindenstrauss) and the two-sided ones of the
+every target's gradient, the mean over a sub-task, the largest of the sub-tasks. Compared with it are streamed scores that
+`selector: less` uses, and scores from random projections: dense ones (Johnson-Lindenstrauss) and the two-sided ones of the
 gradient store, each with two seeds. The model has trained on the same text before, so the moments are those of a real run.
 
     make demo-data && python tools/bench/agreement.py
@@ -94,9 +94,7 @@ def by_autograd(engine: Any, rows: list[list[int]], groups: list[list[list[int]]
 
     linears = [m.weight for m in engine.model.modules() if isinstance(m, torch.nn.Linear)]
     state = [engine.optimizer.state[weight] for weight in linears]
-    first, second = (
-        torch.cat([s[key].double().flatten() for s in state]) for key in ("exp_avg", "exp_avg_sq")
-    )
+    first, second = (torch.cat([s[key].double().flatten() for s in state]) for key in ("exp_avg", "exp_avg_sq"))
     t, (b1, b2) = int(state[0]["step"]) + 1, BETAS
     model = copy.deepcopy(engine.model).double().eval()
     weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]

@@ -1,0 +1,308 @@
+"""Selecting with LESS toward a target against selecting at random: held-out loss of the target, by seed, and what it costs.
+
+Each setting has a pool of several sources and one or more targets. A target's file is cut in three: rows that LESS compares
+with, rows that only the result is measured on, and (after both) rows that are not used. All methods start from the same random model
+and train the same number of steps; a method differs by its `selector` alone.
+
+    make demo-data && python tools/bench/less_vs_random.py
+    python tools/bench/less_vs_random.py --setting math=POOL.jsonl,MATH_TRAIN.jsonl:MATH_TEST.jsonl
+
+A setting is NAME=POOL,POOL,...:TARGET,TARGET,...: JSON lines with `text`, or with `instruction`, `input` and `output`.
+Written: a plot, results.json and one table a setting. Status 0 when LESS is better with every seed of every setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+sys.path.insert(0, str(ROOT))
+
+DEMO = ROOT / ".demo" / "data"
+DOMAINS = ("demo_c4", "demo_wiki", "demo_alpaca_text", "demo_python")
+METHODS: dict[str, dict[str, Any]] = {
+    "random": {"selector": "random"},
+    "less": {"selector": "less"},
+    "less, a quarter scored": {"selector": "less", "candidates": 0.25, "rescore": "incremental"},
+}
+COLORS = ("#777777", "#c1440e", "#1f6fb2")
+
+
+@dataclass
+class Setting:
+    """One pool and its targets."""
+
+    name: str
+    pool: list[Path]
+    targets: list[Path]
+
+
+@dataclass
+class Outcome:
+    """One run: held-out loss by step, and seconds by phase."""
+
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def text_of(row: dict[str, str]) -> str:
+    """A row as running text."""
+    if "text" in row:
+        return row["text"]
+    question = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    return f"{question}\n\n{row['output']}\n"
+
+
+def texts(file: Path) -> list[str]:
+    """All rows of a file."""
+    return [text_of(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def write_data(setting: Setting, folder: Path, options: argparse.Namespace) -> tuple[list[str], list[str], list[str]]:
+    """(names of the pool's data sets, names of the targets', held-out texts); a dataset_info.json beside them.
+
+    Sources of the pool give equally much text.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    info: dict[str, Any] = {}
+
+    def write(name: str, rows: list[str]) -> str:
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        info[name] = {"file_name": f"{name}.jsonl", "columns": {"prompt": "text"}}
+        return name
+
+    pool = [
+        write(f"pool_{file.parent.name}_{file.stem}", clipped(texts(file), options.characters)) for file in setting.pool
+    ]
+    targets, held = [], []
+    for file in setting.targets:
+        rows = texts(file)
+        half = len(rows) // 2
+        targets.append(write(f"target_{file.parent.name}_{file.stem}", clipped(rows[:half], options.target)))
+        held += clipped(rows[half:], options.held_out)
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return pool, targets, held
+
+
+def clipped(rows: list[str], characters: int) -> list[str]:
+    """As many whole rows from the start as have so many characters, at least one."""
+    found, total = [], 0
+    for row in rows:
+        found.append(row)
+        total += len(row)
+        if total >= characters:
+            break
+    return found
+
+
+def make_model(folder: Path, rows: list[str], options: argparse.Namespace) -> None:
+    """A small random Llama and a tokenizer of the pool's text."""
+    from tools.tiny_model import ModelOptions, make_tokenizer, save
+    from tools.tiny_model import make_model as made
+
+    tokenizer = make_tokenizer(rows, 1024)
+    save(made(ModelOptions(options.hidden, options.layers, 4, 2, len(tokenizer))), tokenizer, folder)
+
+
+def config_of(
+    folder: Path, names: tuple[list[str], list[str]], seed: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """What all methods share."""
+    return {
+        "model_name_or_path": str(folder / "model"), "train_from_scratch": True, "stage": "pt",
+        "dataset_dir": str(folder / "data"), "dataset": ",".join(names[0]), "eval_dataset": ",".join(names[1]),
+        "eval_on_each_dataset": True, "cutoff_len": options.length, "finetuning_type": "full", "seed": seed,
+        "warmup_step": options.warmup, "update_step": options.every, "update_times": options.updates,
+        "per_device_train_batch_size": 16, "per_device_eval_batch_size": 32, "learning_rate": 3e-3,
+        "lr_scheduler_type": "cosine", "warmup_steps": options.warmup // 2, "logging_steps": 1000, "disable_tqdm": True,
+        "save_strategy": "no", "eval_strategy": "no", "disable_gradient_checkpointing": True, "tensorboard": False,
+        "overwrite_output_dir": True,
+    }  # fmt: skip
+
+
+class Watching:
+    """Stands before a run's metrics: adds up seconds by phase, and measures the held-out loss now and then."""
+
+    def __init__(self, metrics: Any, measure: Any, every: int) -> None:
+        self._metrics, self._measure, self._every = metrics, measure, every
+        self.outcome = Outcome()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._metrics, name)
+
+    def step(self, state: Any, stats: Any, rate: float, seconds: dict[str, float]) -> None:
+        for phase, spent in seconds.items():
+            self.outcome.seconds[phase] = self.outcome.seconds.get(phase, 0.0) + spent
+        self._metrics.step(state, stats, rate, seconds)
+        if state.step % self._every == 0:
+            self.outcome.curve.append((state.step, self._measure()))
+
+
+class Windows:
+    """Rows of a pool: text in pieces of one length."""
+
+    def __init__(self, tokenizer: Any, rows: list[str], length: int) -> None:
+        import numpy as np
+
+        ids = [i for row in rows for i in [*tokenizer.encode(row), tokenizer.eos_token_id]]
+        self.rows = np.array(ids[: len(ids) // length * length], dtype=np.int64).reshape(-1, length)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fetch(self, rows: Any) -> list[Any]:
+        return [(self.rows[row], self.rows[row]) for row in rows]
+
+
+def train(keys: dict[str, Any], held: list[str], every: int) -> Outcome:
+    """One run in this process."""
+    from dataflex_mega.config.split import split
+    from dataflex_mega.data.pool import Domain, Pool
+    from dataflex_mega.lf.args import keys as lf_keys
+    from dataflex_mega.signals.scorer import evaluate
+    from dataflex_mega.wiring.run import Build
+
+    built = Build(split(keys, lf_keys()))
+    trainer = built.trainer()
+    windows = Windows(built.tokenizer_module["tokenizer"], held, keys["cutoff_len"])
+    scorer = built._scorer(trainer.engine, Pool([Domain("held out", windows)]))
+
+    def measure() -> float:
+        loss, tokens = evaluate(scorer)
+        return float(loss.sum() / tokens.sum())
+
+    watching = Watching(trainer.metrics, measure, every)
+    trainer.metrics = watching  # type: ignore[assignment]  # the same methods
+    try:
+        trainer.fit(None)
+    finally:
+        trainer.loader.close()
+    return watching.outcome
+
+
+def run_setting(setting: Setting, options: argparse.Namespace) -> dict[str, list[Outcome]]:
+    """Method -> the outcome of each seed."""
+    folder = options.output / setting.name
+    pool, targets, held = write_data(setting, folder / "data", options)
+    make_model(
+        folder / "model", [row for file in setting.pool for row in clipped(texts(file), options.characters)], options
+    )
+    found: dict[str, list[Outcome]] = {name: [] for name in METHODS}
+    for seed in range(options.seeds):
+        for name, keys in METHODS.items():
+            output = folder / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            config = {**config_of(folder, (pool, targets), seed, options), **keys, "output_dir": str(output)}
+            start = time.perf_counter()
+            outcome = train(config, held, options.measure)
+            found[name].append(outcome)
+            spent = time.perf_counter() - start
+            print(
+                f"{setting.name}, seed {seed}, {name}: held-out loss {outcome.curve[-1][1]:.4f}, {spent:.0f} s",
+                flush=True,
+            )
+    return found
+
+
+def report(setting: Setting, found: dict[str, list[Outcome]]) -> bool:
+    """Print the table -> whether LESS is better with every seed."""
+    base = [outcome.curve[-1][1] for outcome in found["random"]]
+    phases = sorted({phase for runs in found.values() for outcome in runs for phase in outcome.seconds})
+    print(f"\n{setting.name}: loss of the held-out target text after {found['random'][0].curve[-1][0]} steps")
+    print(
+        f"{'method':26}{'mean':>9}{'spread':>9}{'to random':>11}{'better':>9}"
+        + "".join(f"{p + ' s':>10}" for p in phases)
+    )
+    better = True
+    for name, runs in found.items():
+        last = [outcome.curve[-1][1] for outcome in runs]
+        wins = sum(own < other for own, other in zip(last, base, strict=True))
+        better &= name == "random" or wins == len(last)
+        spread = statistics.stdev(last) if len(last) > 1 else 0.0
+        gain = statistics.mean(own - other for own, other in zip(last, base, strict=True))
+        spent = "".join(f"{statistics.mean(o.seconds.get(p, 0.0) for o in runs):10.1f}" for p in phases)
+        beats = "" if name == "random" else f"{wins} of {len(last)}"
+        print(f"{name:26}{statistics.mean(last):9.4f}{spread:9.4f}{gain:+11.4f}{beats:>9}{spent}")
+    return better
+
+
+def draw(results: dict[str, dict[str, list[Outcome]]], target: Path) -> None:
+    """Held-out loss by step: the mean of the seeds, and the room between the lowest and the highest."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(results), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    for axes, (name, found) in zip(panels, results.items(), strict=True):
+        for (method, runs), color in zip(found.items(), COLORS, strict=True):
+            steps = [step for step, _ in runs[0].curve]
+            columns = list(zip(*([loss for _, loss in run.curve] for run in runs), strict=True))
+            axes.plot(steps, [statistics.mean(c) for c in columns], color=color, label=method)
+            axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.2, lw=0)
+        axes.set(title=name, xlabel="step", ylabel="loss of held-out target text")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(target, dpi=110)
+
+
+def settings_of(options: argparse.Namespace) -> list[Setting]:
+    """What was asked for, or the demo's two: instructions in a mixed pool, and two domains at once."""
+    if not options.setting:
+        pool = [options.data / f"{name}.jsonl" for name in DOMAINS]
+        held = {name: options.data / f"{name}_validation.jsonl" for name in DOMAINS}
+        return [
+            Setting("instructions", pool, [held["demo_alpaca_text"]]),
+            Setting("wiki-and-python", pool, [held["demo_wiki"], held["demo_python"]]),
+        ]
+    found = []
+    for given in options.setting:
+        name, _, rest = given.partition("=")
+        pool_files, colon, target_files = rest.partition(":")
+        if not colon:
+            raise SystemExit(f"--setting {given}: expected NAME=POOL,POOL,...:TARGET,TARGET,...")
+        found.append(Setting(name, *([Path(f) for f in files.split(",")] for files in (pool_files, target_files))))
+    return found
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DEMO, help="folder of tools/demo_data.py")
+    parser.add_argument("--setting", action="append", help="NAME=POOL,...:TARGET,...; may be given several times")
+    parser.add_argument("--output", type=Path, default=ROOT / ".demo" / "less_vs_random", help="folder to write")
+    for name, value, what in (
+        ("seeds", 3, "seeds"), ("warmup", 20, "steps before the first selection"), ("every", 12, "steps of a selection"),
+        ("updates", 3, "selections"), ("measure", 7, "steps between two measurements"), ("length", 64, "tokens a sample"),
+        ("hidden", 48, "hidden size"), ("layers", 2, "layers"), ("characters", 50_000, "of each source of the pool"),
+        ("target", 6_000, "characters of each target"), ("held_out", 12_000, "characters measured, of each target"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"{what} ({value})")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse()
+    results, good = {}, True
+    for setting in settings_of(options):
+        results[setting.name] = run_setting(setting, options)
+        good &= report(setting, results[setting.name])
+    draw(results, options.output / "less_vs_random.png")
+    plain = {s: {m: [vars(o) for o in runs] for m, runs in found.items()} for s, found in results.items()}
+    (options.output / "results.json").write_text(json.dumps(plain, indent=1))
+    print(f"\n{options.output}: less_vs_random.png, results.json")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
