@@ -36,7 +36,8 @@ LR, BETAS, EPS = 2e-3, (0.9, 0.999), 1e-8
 
 def rows_of(data: Path, name: str, tokenizer: Any, length: int, count: int) -> list[list[int]]:
     """`count` pieces of `length` tokens, at most one from each row of the data set before any row gives a second one."""
-    texts = [json.loads(line)["text"] for line in (data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = (data / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
+    texts = [json.loads(line)["text"] for line in lines if line]
     encoded = [tokenizer.encode(text) for text in texts]
     found: list[list[int]] = []
     for start in range(0, max(map(len, encoded)), length):

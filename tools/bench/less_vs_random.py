@@ -1,7 +1,7 @@
 """Selecting with LESS toward a target against selecting at random: held-out loss of the target, by seed, and what it costs.
 
 Each setting has a pool of several sources and one or more targets. A target's file is cut in three: rows that LESS compares
-with, rows that only the result is measured on, and (after both) rows that are not used. All methods start from the same random model
+with, rows that only the result is measured on, and rows that are not used. All methods start from the same random model
 and train the same number of steps; a method differs by its `selector` alone.
 
     make demo-data && python tools/bench/less_vs_random.py
@@ -66,7 +66,7 @@ def text_of(row: dict[str, str]) -> str:
 
 def texts(file: Path) -> list[str]:
     """All rows of a file."""
-    return [text_of(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [text_of(json.loads(line)) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def write_data(setting: Setting, folder: Path, options: argparse.Namespace) -> tuple[list[str], list[str], list[str]]:
@@ -282,9 +282,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--setting", action="append", help="NAME=POOL,...:TARGET,...; may be given several times")
     parser.add_argument("--output", type=Path, default=ROOT / ".demo" / "less_vs_random", help="folder to write")
     for name, value, what in (
-        ("seeds", 3, "seeds"), ("warmup", 20, "steps before the first selection"), ("every", 12, "steps of a selection"),
-        ("updates", 3, "selections"), ("measure", 7, "steps between two measurements"), ("length", 64, "tokens a sample"),
-        ("hidden", 48, "hidden size"), ("layers", 2, "layers"), ("characters", 50_000, "of each source of the pool"),
+        ("seeds", 3, "seeds"), ("warmup", 20, "steps before the first selection"), ("every", 15, "steps of a selection"),
+        ("updates", 2, "selections"), ("measure", 5, "steps between two measurements"), ("length", 64, "tokens a sample"),
+        ("hidden", 48, "hidden size"), ("layers", 2, "layers"), ("characters", 25_000, "of each source of the pool"),
         ("target", 6_000, "characters of each target"), ("held_out", 12_000, "characters measured, of each target"),
     ):  # fmt: skip
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"{what} ({value})")
