@@ -34,7 +34,7 @@ DOMAINS = ("demo_c4", "demo_wiki", "demo_alpaca_text", "demo_python")
 METHODS: dict[str, dict[str, Any]] = {
     "random": {"selector": "random"},
     "less": {"selector": "less"},
-    "less, a quarter scored": {"selector": "less", "candidates": 0.25, "rescore": "incremental"},
+    "less, a third scored": {"selector": "less", "candidates": 0.34, "rescore": "incremental"},
 }
 COLORS = ("#777777", "#c1440e", "#1f6fb2")
 
