@@ -16,6 +16,7 @@ from dataflex_mega.types import (
     Clock,
     HiddenSpec,
     LossNorm,
+    NeedsGradients,
     NeedsHidden,
     Plan,
     SampleObs,
@@ -133,6 +134,7 @@ class Controller:
     limits: Limited | None = None  # of what a mixer may ask for
     target_mean: Callable[[HiddenSpec, int], Tensor] | None = None  # see signals.hidden.TargetMean
     candidates: Parts | None = None  # None: a selection considers the whole pool
+    domain_gram: Callable[[int, bool, int], Tensor] | None = None  # see signals.gram.DomainGram
     last_selection: Selection | None = field(default=None, init=False)
     last_order: Any = field(default=None, init=False)  # a staged.Window
     _previous: Tensor | None = field(default=None, init=False)
@@ -200,6 +202,10 @@ class Controller:
         clock = Clock(step, self.total_steps, update, self.seed, updates)
         proportions, loss_weights = None, None
         if self.roles.mixer is not None:
+            if isinstance(self.roles.mixer, NeedsGradients):
+                assert self.domain_gram is not None, "given when the run was built"
+                against_targets = self.roles.mixer.against == "eval"
+                self.roles.mixer.learn(self.domain_gram(self.roles.mixer.probe_samples, against_targets, step))
             asked = tuple(self.roles.mixer.proportions(clock, self._rng(step, MIX)).double().tolist())
             proportions = self._allowed(asked, step)
             weights = self.roles.mixer.loss_weights()

@@ -85,6 +85,21 @@ class NeedsReference:
     """Marks an algorithm that compares token losses with those of a reference model."""
 
 
+class NeedsGradients(ABC):
+    """A mixer that learns, before each of its updates, from inner products of the domains' gradients."""
+
+    probe_samples: int  # of each domain
+    against: Literal["others", "eval"]  # whether the gradient of the evaluation sets is wanted too
+
+    @abstractmethod
+    def learn(self, gram: Tensor) -> None:
+        """[m, m] float64 inner products; see signals.gram.DomainGram."""
+
+
+class NeedsLoads:
+    """Marks a mixer that learns from where a mixture of experts sends tokens; see StepStats.expert_load."""
+
+
 @dataclass(frozen=True)
 class HiddenSpec:
     """How one vector is made of a sample's hidden states; see signals.hidden."""
@@ -213,6 +228,9 @@ class StepStats:
     tokens: int  # all tokens of the step, padding left out
     weights: WeightStats | None = None  # None when no weighter ran
     domain_excess: Tensor | None = None  # [k] float64, sums of max(loss - reference loss, 0); None without a reference
+    expert_load: Tensor | None = (
+        None  # [layers, k, E] float64, tokens of a domain that went to an expert; None unless asked
+    )
 
     @property
     def mean_loss(self) -> float:

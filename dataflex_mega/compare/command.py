@@ -165,8 +165,9 @@ def measure(keys: Mapping[str, str], board: Board, run: Run) -> dict[str, Any]:
     """Held-out perplexity of a finished run's model."""
     logging.getLogger("llamafactory").setLevel(logging.ERROR)  # it gives the same advice for every model
     names = suite.listed(run.config["eval_dataset"])
-    lf = split(resolve(dict(run.config), run.key), keys).lf
+    config = split(resolve(dict(run.config), run.key), keys)
     size = int(run.config.get("per_device_eval_batch_size", 8))
     with board.measuring(run.key) as progress:
-        found = perplexity.measure(perplexity.keys_of_run(lf, keys, run.folder, names), size, progress)
+        lf = perplexity.keys_of_run(config.lf, keys, run.folder, names)
+        found = perplexity.measure(lf, size, progress, config.ours.eval_corpus_dir)
     return perplexity.summary(found)

@@ -1,15 +1,15 @@
 """Held-out perplexity of a checkpoint in Hugging Face layout, by domain and overall.
 
 The windows are those that training evaluates: LLaMA-Factory tokenizes, and for pre-training packs the text into rows of
-`cutoff_len` tokens. A row of S tokens has S - 1 targets. Perplexity is exp of the mean loss of all targets of a domain;
-overall it is exp of the mean over all targets of all domains, macro it is exp of the unweighted mean of the domains'
-losses, which is the geometric mean of their perplexities.
+`cutoff_len` tokens; or they are those of a corpus. A row of S tokens has S - 1 targets. Perplexity is exp of the mean loss
+of all targets of a domain; overall it is exp of the mean over all targets of all domains, macro it is exp of the
+unweighted mean of the domains' losses, which is the geometric mean of their perplexities.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,12 @@ from typing import Any
 import torch
 
 from dataflex_mega import objective
+from dataflex_mega.data.pool import Domain, Pool
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.types import Batch, SampleObs
 
 ADAPTER = "adapter_config.json"
+CORPUS = "eval_corpus_dir"
 # What a training YAML says that a model that was trained must not be told again, or that evaluation decides itself.
 DROPPED = (
     "train_from_scratch", "resume_from_checkpoint", "overwrite_output_dir", "eval_dataset", "val_size", "deepspeed",
@@ -85,7 +87,10 @@ def keys_of_run(
 
 
 def measure(
-    keys: Mapping[str, Any], batch_size: int, progress: Callable[[int, int], None] | None = None
+    keys: Mapping[str, Any],
+    batch_size: int,
+    progress: Callable[[int, int], None] | None = None,
+    corpus: str | None = None,
 ) -> dict[str, Measured]:
     """Evaluate one model on every data set of `dataset`, each a domain, in this process.
 
@@ -93,11 +98,11 @@ def measure(
         keys: LLaMA-Factory's, as `keys_of_run` makes them. The data is read as `stage`, `template`, `cutoff_len` say.
         batch_size: rows of a forward pass.
         progress: is told (batches done, batches in all).
+        corpus: folder of a corpus; `dataset` then names domains of it.
 
     Raises:
         ConfigError, DataError: naming the key or data set that is wrong.
     """
-    from dataflex_mega.data.pool import Pool
     from dataflex_mega.lf import args as lf_args
     from dataflex_mega.lf.data import load_data
     from dataflex_mega.lf.model import build_model, load_tokenizer
@@ -106,7 +111,10 @@ def measure(
         raise ConfigError(f"batch size: must be at least 1, found {batch_size}")
     parsed = lf_args.parse(lf_args.prepare(dict(keys)))
     module, template = load_tokenizer(parsed)
-    pool = Pool(load_data(parsed, module, template).domains)
+    if corpus is None:
+        pool = Pool(load_data(parsed, module, template).domains)
+    else:
+        pool = Pool(windows(corpus, module["tokenizer"], parsed.data.dataset or [], int(parsed.data.cutoff_len)))
     model = build_model(parsed, module["tokenizer"]).to(torch.device(parsed.training.device)).eval()
     pad = module["tokenizer"].pad_token_id
     precision = torch.bfloat16 if parsed.training.bf16 else torch.float16 if parsed.training.fp16 else None
@@ -115,6 +123,16 @@ def measure(
         if count == 0:
             raise ConfigError(f"dataset {name!r}: no target tokens to measure perplexity on")
     return {name: Measured(float(loss[d]), int(tokens[d]), pool.sizes[d]) for d, name in enumerate(pool.names)}
+
+
+def windows(folder: str, tokenizer: Any, names: Sequence[str], length: int) -> list[Domain]:
+    """The domains `names` of a corpus, all without names, as windows of `length` tokens. Raises DataError."""
+    from dataflex_mega.data import manifest
+    from dataflex_mega.data.windows import window_domain
+
+    corpus = manifest.read(folder, CORPUS)
+    manifest.check_tokenizer(corpus, tokenizer, CORPUS)
+    return [window_domain(corpus, domain, length, CORPUS) for domain in corpus.pick(names, "eval_dataset")]
 
 
 def sums(

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dataflex_mega.config.load import read_mapping, resolve
+from dataflex_mega.data import manifest
 from dataflex_mega.errors import ConfigError, did_you_mean
 
 KEYS = ("base", "methods", "seeds", "output_dir", "launch", "processes")
@@ -203,6 +204,8 @@ def _runs(
         for key in ("overwrite_output_dir", "resume_from_checkpoint", "early_stopping_steps"):
             if config.get(key):
                 raise ConfigError(f"{at}: base.{key} cannot be set here; {OWN_KEYS[key]}")
+        if config.get("eval_corpus_dir") and not config.get("eval_dataset"):
+            config["eval_dataset"] = list(manifest.read(config["eval_corpus_dir"], f"{at}: eval_corpus_dir").names)
         config.update(seed=seed, output_dir=str(folder), callbacks=[*(config.get("callbacks") or []), CLOCK])
         yield Run(method, seed, phase, number == len(phases) - 1, folder, config, filled != {**base, **changes})
         folders[phase] = str(folder)

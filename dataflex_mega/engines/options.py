@@ -17,4 +17,5 @@ class Options:
     lookahead: str = "micro"  # whose losses a weighter compares: of a micro-batch, or "exact" of the whole step
     normalization: Normalization = "token"
     on_nan: str = "stop"  # or "continue": skip the step
+    loads: bool = False  # whether a mixer wants to know where routers send tokens
     hidden: HiddenSpec | None = None  # what a weighter wants of the training forward, besides losses

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.distributed.collectives import Collectives
+from dataflex_mega.signals.loads import LoadSums
 from dataflex_mega.types import Batch, SampleObs, StepStats, WeightStats
 
 
 class StepSums:
     """Adds up micro-batches of one rank; `reduce` adds up ranks in one all-reduce."""
 
-    def __init__(self, domains: int, device: torch.device) -> None:
+    def __init__(self, domains: int, device: torch.device, loads: LoadSums | None = None) -> None:
+        self.loads = loads
         # MPS and some other devices have no float64; the CPU and CUDA do, and only they are supported.
         # Loss, target tokens, samples, excess loss.
         self.domain = torch.zeros(4, domains, dtype=torch.float64, device=device)
@@ -53,9 +55,12 @@ class StepSums:
         weights = torch.cat(self.weights).double() if self.weights else flat.new_zeros(0)
         logs = torch.xlogy(weights, weights).sum()
         flat = torch.cat([flat, torch.stack([weights.sum(), logs, flat.new_tensor(float(len(weights)))])])
+        ahead = len(flat)
+        if self.loads is not None:
+            flat = torch.cat([flat, self.loads.total.flatten()])
         flat = collectives.sum_stages(flat).cpu()
         domain = flat[: 4 * k].view(4, k)
-        loss, tokens, with_excess, *of_weights = flat[4 * k :].tolist()
+        loss, tokens, with_excess, *of_weights = flat[4 * k : ahead].tolist()
         return StepStats(
             loss=loss,
             grad_norm=grad_norm,
@@ -65,6 +70,7 @@ class StepSums:
             tokens=int(tokens),
             weights=self._weight_stats(weights, of_weights, collectives) if weighed else None,
             domain_excess=domain[3] if with_excess else None,
+            expert_load=None if self.loads is None else flat[ahead:].view_as(self.loads.total).clone(),
         )
 
     @staticmethod

@@ -19,8 +19,13 @@ class Backend(Protocol):
         """Join the processes. `args`: what lf.args.parse returned. Raises ConfigError."""
         ...
 
-    def engine(self, tokenizer: Any, domains: int, steps: int, hidden: HiddenSpec | None = None) -> Any:
-        """The engine for a run of `steps` optimizer steps over `domains` domains; `hidden`: what its weighter compares."""
+    def engine(
+        self, tokenizer: Any, domains: int, steps: int, hidden: HiddenSpec | None = None, loads: bool = False
+    ) -> Any:
+        """The engine for a run of `steps` optimizer steps over `domains` domains.
+
+        `hidden`: what its weighter compares. `loads`: whether its mixer needs the routers' counts.
+        """
         ...
 
     def gradient_scorer(self, engine: Any, adam: bool) -> Any:

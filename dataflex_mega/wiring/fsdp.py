@@ -26,7 +26,9 @@ class FSDPBackend:
         self.layout = read_layout(self.config.lf, self.mesh)
         self.notes = self.layout.notes
 
-    def engine(self, tokenizer: Any, domains: int, steps: int, hidden: HiddenSpec | None = None) -> FSDPEngine:
+    def engine(
+        self, tokenizer: Any, domains: int, steps: int, hidden: HiddenSpec | None = None, loads: bool = False
+    ) -> FSDPEngine:
         """See Backend."""
         from dataflex_mega.lf.model import build_model, freeze_gates
         from dataflex_mega.lf.optim import build_optimizer, build_scheduler
@@ -51,6 +53,7 @@ class FSDPBackend:
                 lookahead=self.ours.lookahead,
                 normalization=self.ours.loss_normalization,
                 on_nan=self.ours.nan_loss,
+                loads=loads,
                 hidden=hidden,
             ),
         )

@@ -60,7 +60,9 @@ class MegatronBackend:
             precision=precision,
         )
 
-    def engine(self, tokenizer: Any, domains: int, steps: int, hidden: HiddenSpec | None = None) -> Any:
+    def engine(
+        self, tokenizer: Any, domains: int, steps: int, hidden: HiddenSpec | None = None, loads: bool = False
+    ) -> Any:
         """See Backend."""
         from dataflex_mega.engines.megatron.build import assemble, chunks_of
         from dataflex_mega.engines.megatron.hidden import check
@@ -79,6 +81,7 @@ class MegatronBackend:
             lookahead=self.ours.lookahead,
             normalization=self.ours.loss_normalization,
             on_nan=self.ours.nan_loss,
+            loads=loads,
             hidden=hidden,
         )
         with cpu.redirected():

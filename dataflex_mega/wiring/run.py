@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import fields
 from functools import partial
@@ -10,6 +11,8 @@ from typing import Any
 
 from dataflex_mega.config.split import RunConfig
 from dataflex_mega.errors import CheckpointError, ConfigError, UserError
+
+LARGEST_EXPONENT = 700.0  # exp of it is finite
 
 
 class Opened:
@@ -63,7 +66,7 @@ class Opened:
         from dataflex_mega.data.pool import Domain, Pool
         from dataflex_mega.lf.data import load_data
         from dataflex_mega.lf.model import load_tokenizer
-        from dataflex_mega.wiring import corpus, targets
+        from dataflex_mega.wiring import corpus, mixing, targets
         from dataflex_mega.wiring.offline_files import check_files
 
         self.tokenizer_module, template = load_tokenizer(self.args)
@@ -75,6 +78,7 @@ class Opened:
         self.pool = Pool(bundle.domains)
         self.evaluation = {name: Pool([Domain(name or "eval", rows)]) for name, rows in bundle.evaluation.items()}
         targets.check(self)
+        mixing.check(self)
         check_files(self)
         tokenizer = self.tokenizer_module["tokenizer"]
         packs = self.args.finetuning.stage == "sft" and (self.args.data.packing or self.args.data.neat_packing)
@@ -244,12 +248,17 @@ class Build(Opened):
         from dataflex_mega.lf.callbacks import Hooks
         from dataflex_mega.progress import Bar
         from dataflex_mega.trainer import Trainer
+        from dataflex_mega.types import NeedsLoads
         from dataflex_mega.wiring import targets
 
         shown = self.mesh.is_main and not self.args.training.disable_tqdm
         self.bar = Bar(every=max(1, int(self.args.training.logging_steps))) if shown else None
         engine = self.backend.engine(
-            self.tokenizer_module["tokenizer"], len(self.pool.sizes), self.max_steps, targets.hidden_spec(self)
+            self.tokenizer_module["tokenizer"],
+            len(self.pool.sizes),
+            self.max_steps,
+            targets.hidden_spec(self),
+            isinstance(self.roles.mixer, NeedsLoads),
         )
         parts = {
             "model": engine.model,
@@ -284,7 +293,7 @@ class Build(Opened):
     def _controller(self, engine: Any) -> Any:
         from dataflex_mega.controller import Controller
         from dataflex_mega.staged import Staged
-        from dataflex_mega.wiring import targets
+        from dataflex_mega.wiring import mixing, targets
         from dataflex_mega.wiring.orders import ordering_of, stages_of
         from dataflex_mega.wiring.providers import providers
 
@@ -292,7 +301,8 @@ class Build(Opened):
         scorer.providers = providers(self, engine)
         parts = (self.roles, self.domains, self.schedule, self.sampler, self.ranks, scorer)
         counts = (self.split.global_batch, self.max_steps, self.data_seed)
-        more = (self.limits, targets.mean_of_targets(self, engine), self.candidates)
+        mean, gram = targets.mean_of_targets(self, engine), mixing.domain_gram(self, engine)
+        more = (self.limits, mean, self.candidates, gram)
         if self.order is None:
             return Controller(*parts, *counts, *more)
         stages = stages_of(self, self.source)
@@ -328,13 +338,16 @@ class Build(Opened):
         )
 
     def _evaluate(self, engine: Any) -> dict[str, float]:
-        """Token-mean loss of each evaluation set, under Trainer's names."""
+        """Token-mean loss of each evaluation set, under Trainer's names, and its exponential."""
         from dataflex_mega.signals.scorer import evaluate
 
         found = {}
         for name, pool in self.evaluation.items():
             loss, tokens = (self.ranks.sum(part).sum() for part in evaluate(self._scorer(engine, pool)))
-            found[f"eval_{name}_loss" if name else "eval_loss"] = float(loss / tokens.clamp(min=1))
+            mean = float(loss / tokens.clamp(min=1))
+            prefix = f"eval_{name}" if name else "eval"
+            found[f"{prefix}_loss"] = mean
+            found[f"{prefix}_perplexity"] = math.exp(min(mean, LARGEST_EXPONENT))
         return found
 
     def _finish(self, engine: Any, trainer: Any) -> None:

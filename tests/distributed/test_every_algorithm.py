@@ -18,13 +18,15 @@ PARAMETERS = {
     ("selector", "near"): {"indices_path": "NEAR"},
     ("selector", "tsds"): {"probs_path": "TSDS"},
     ("mixer", "ado"): {"start_step": 2, "refit_every": 1, "ignore_steps": 0},
+    ("mixer", "dynamic_moe"): {"collect_steps": 1},
 }
+EXPERTS = {("mixer", "dynamic_moe")}  # these need a mixture of experts
 REFERENCE = {("selector", "rho_loss"), ("mixer", "doremi"), ("weighter", "rho1")}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return corpus.write(tmp_path_factory.mktemp("algorithms"))
+    return corpus.write_experts(corpus.write(tmp_path_factory.mktemp("algorithms")))
 
 
 def pool_size(folder):
@@ -55,6 +57,8 @@ def configs(folder):
             keys = {"selector": SELECT, "mixer": MIX, "reorder": ORDER, "weighter": {}}[kind]
             if (kind, name) in REFERENCE:
                 keys = {**keys, "reference_model": str(folder / "model")}
+            if (kind, name) in EXPERTS:
+                keys = {**keys, "model_name_or_path": str(folder / "moe")}
             made[kind, name] = runs.base(
                 folder, output_dir=str(folder / f"{kind}-{name}"), eval_dataset="tables", **keys, **{kind: spec}
             )

@@ -59,3 +59,13 @@ def write(folder, hidden=32, vocab=512):
     options = maker.ModelOptions(hidden=hidden, layers=2, heads=4, kv_heads=2, vocab=vocab)
     maker.save(maker.make_model(options), tokenizer, folder / "model")
     return folder
+
+
+def write_experts(folder, experts=4):
+    """`moe/` beside `model/`: a Mixtral of that size with the same tokenizer -> the folder."""
+    maker = tool("tiny_model")
+    options = maker.ModelOptions(hidden=32, layers=2, heads=4, kv_heads=2, vocab=512, experts=experts)
+    maker.make_model(options).save_pretrained(folder / "moe")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "moe" / file).write_bytes((folder / "model" / file).read_bytes())
+    return folder

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from dataflex_mega import objective
 from dataflex_mega.distributed.collectives import Collectives
 from dataflex_mega.distributed.mesh import Mesh
+from dataflex_mega.engines.fsdp import gram
 from dataflex_mega.engines.fsdp import state as disk
 from dataflex_mega.engines.fsdp.hidden import layers_of, listening
 from dataflex_mega.engines.fsdp.parallel import Layout, set_gradient_sync, unwrap
 from dataflex_mega.engines.fsdp.precision import LossScale
+from dataflex_mega.engines.fsdp.routers import Routers
 from dataflex_mega.engines.options import Options
 from dataflex_mega.engines.stats import StepSums
 from dataflex_mega.errors import NotFinite
@@ -37,10 +39,12 @@ class FSDPEngine:
     layout: Layout
     options: Options
     scale: LossScale = field(init=False)
+    routers: Routers | None = field(init=False)
     collectives: Collectives = field(init=False)
 
     def __post_init__(self) -> None:
         self.scale = LossScale(self.layout.precision == "fp16")
+        self.routers = Routers(self.model) if self.options.loads else None
         self.collectives = Collectives(self.mesh)
         self.module.train()
 
@@ -49,13 +53,15 @@ class FSDPEngine:
     def train_step(self, micros: Sequence[Batch], weigh: Weigh | None) -> StepStats:
         """See engines.base.Engine."""
         micros = [batch.to(self.mesh.device) for batch in micros]
-        sums = StepSums(self.options.domains, self.mesh.device)
+        loads = None if self.routers is None else self.routers.sums(self.options.domains, self.mesh.device)
+        sums = StepSums(self.options.domains, self.mesh.device, loads)
         counts = self._denominators(micros)
         count = counts.sum().clamp(min=1).long()
         ahead = self._weights_of_step(micros, weigh, counts) if weigh and self._looks_ahead(micros) else None
         for number, batch in enumerate(micros):
             set_gradient_sync(self.module, last=number == len(micros) - 1)
-            token_loss, vectors = self._forward(batch, self.options.hidden if weigh and ahead is None else None)
+            with self.routers.counting(batch, loads) if self.routers and loads else contextlib.nullcontext():
+                token_loss, vectors = self._forward(batch, self.options.hidden if weigh and ahead is None else None)
             obs = objective.observe(objective.sample_sums(token_loss, batch), batch, token_loss, counts, vectors)
             if ahead is not None:
                 weights, by_token = ahead[number]
@@ -152,6 +158,10 @@ class FSDPEngine:
     def _not_finite(self, sums: StepSums) -> list[int]:
         """Ids of the step's samples, of all ranks, whose loss is not finite."""
         return sorted(i for ids in self.collectives.gather_objects(sums.not_finite()) for i in ids)
+
+    def gradient_gram(self, groups: list[list[Batch]]) -> Tensor:
+        """See gram.gradient_gram."""
+        return gram.gradient_gram(self, groups)
 
     # -- forward only --------------------------------------------------------------------------------------------
 

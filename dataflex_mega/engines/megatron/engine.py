@@ -23,6 +23,7 @@ from dataflex_mega.engines.megatron import batches, checkpoint, cpu, processes
 from dataflex_mega.engines.megatron.hidden import Listener
 from dataflex_mega.engines.megatron.layout import Layout
 from dataflex_mega.engines.megatron.rates import Rates
+from dataflex_mega.engines.megatron.routers import Routers
 from dataflex_mega.engines.options import Options
 from dataflex_mega.engines.stats import StepSums
 from dataflex_mega.errors import NotFinite
@@ -48,6 +49,7 @@ class MegatronEngine:
         self.config = self.chunks[0].config
         self.last = processes.is_last_stage()
         self.listener = Listener(self.chunks, self.layout)
+        self.routers = Routers(self.chunks, self.layout) if self.options.loads else None
         self._gathers = False  # whether parameters are gathered by hooks of the forward pass
         self._connect()
         self.mode(training=True)
@@ -72,16 +74,21 @@ class MegatronEngine:
         """See engines.base.Engine."""
         with cpu.redirected():
             micros = self.same_shape([batch.to(self.mesh.device) for batch in micros])
-            sums = StepSums(self.options.domains, self.mesh.device)
+            loads = None if self.routers is None else self.routers.zeros(self.options.domains, self.mesh.device)
+            sums = StepSums(self.options.domains, self.mesh.device, loads)
             step = _Step(self.options, sums, weigh, self._denominators(micros), self.collectives)
             if weigh is not None and self.options.lookahead == "exact" and len(micros) > 1:
                 step.ahead = self._weights_of_step(micros, weigh, step.counts)
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-            self.run(micros, step.loss, False, self.options.hidden if weigh and step.ahead is None else None)
+            with self.routers.into(loads) if self.routers and loads else contextlib.nullcontext():
+                self.run(micros, step.loss, False, self.options.hidden if weigh and step.ahead is None else None)
             grad_norm = self._update(sums)
             return sums.reduce(self.collectives, grad_norm, weigh is not None)
+
+    def _counting(self, model: Any, batch: Batch) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.routers is None else self.routers.counting(model, batch)
 
     def _denominators(self, micros: Sequence[Batch]) -> Tensor:
         """[k] float64: each domain's part of the loss denominator, over all micro-batches and ranks."""
@@ -112,7 +119,7 @@ class MegatronEngine:
             mask = batches.closed(batch.segment) if batch.packed else None
             if watch is not None:
                 watch.begin(number)
-            with self.listener.listening(model, spec) as heard:
+            with self.listener.listening(model, spec) as heard, self._counting(model, batch):
                 output = model(batch.input_ids, batch.position_ids, mask, labels=batch.labels.clamp(min=0))
             if watch is not None:
                 watch.end(number, output)

@@ -42,6 +42,7 @@ def stats(mean_losses: Mapping[int, float], domains: int = 3, tokens: float = 8.
         domain_samples=counts / 4,
         tokens=int(counts.sum()),
         domain_excess=sums / 4,
+        expert_load=torch.stack([counts + sums, counts, counts.flip(0)], dim=1).unsqueeze(0),
     )
 
 

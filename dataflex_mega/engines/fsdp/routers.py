@@ -1,0 +1,86 @@
+"""Routers of Hugging Face models: which expert a token goes to, heard in the training forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dataflex_mega.errors import ConfigError
+from dataflex_mega.signals.loads import LoadSums, token_domains
+from dataflex_mega.types import Batch
+
+RECORDED = "router_logits"  # transformers' name, under which a model class says what its routers are
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+class Routers:
+    """All routers of a model, first layer first. Raises ConfigError for a model that has none."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config()
+        self.modules = find(model)
+        self.experts = next((int(n) for key in EXPERTS if (n := getattr(config, key, None))), 0)
+        self.chosen = int(getattr(config, "num_experts_per_tok", 0) or 0)
+        if not self.modules or not self.experts or not self.chosen:
+            raise ConfigError(
+                f"mixer: needs a mixture of experts, and {config.model_type} has no routers that transformers records"
+            )
+
+    def sums(self, domains: int, device: torch.device) -> LoadSums:
+        """Zero counts of a step."""
+        return LoadSums(len(self.modules), domains, self.experts, device)
+
+    @contextmanager
+    def counting(self, batch: Batch, sums: LoadSums) -> Iterator[None]:
+        """Count a forward pass over `batch` inside. A pass that is repeated in the backward pass lies outside."""
+        domain = token_domains(batch).flatten()
+        handles = [
+            module.register_forward_hook(self._hear(layer, domain, sums)) for layer, module in enumerate(self.modules)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hear(self, layer: int, domain: Tensor, sums: LoadSums) -> Any:
+        def hear(_module: nn.Module, _args: Any, output: Any) -> None:
+            sums.add(layer, chosen_experts(output, self.experts, self.chosen), domain)
+
+        return hear
+
+
+def find(model: nn.Module) -> list[nn.Module]:
+    """The modules that transformers records `router_logits` from, in the order of the model."""
+    kinds: list[tuple[type, str]] = []
+    for module in model.modules():
+        given = (getattr(module, "_can_record_outputs", None) or {}).get(RECORDED)
+        for one in given if isinstance(given, list) else [given] if given is not None else []:
+            kinds.append((getattr(one, "target_class", one), getattr(one, "layer_name", None) or ""))
+    return [
+        module
+        for name, module in model.named_modules()
+        if any(isinstance(kind, type) and isinstance(module, kind) and at in name for kind, at in kinds)
+    ]
+
+
+def chosen_experts(output: Any, experts: int, chosen: int) -> Tensor:
+    """[t, E] float: a router's output, 1 where a token goes to an expert.
+
+    Where the output has the chosen experts' numbers they are taken; else the largest logits are.
+    """
+    parts = output if isinstance(output, tuple) else (output,)
+    numbers = next(
+        (p for p in parts if torch.is_tensor(p) and not p.is_floating_point() and p.shape[-1] == chosen), None
+    )
+    if numbers is None:
+        logits = next((p for p in parts if torch.is_tensor(p) and p.shape[-1] == experts), None)
+        if logits is None:
+            raise ConfigError("mixer: the model's routers give neither numbers of experts nor a logit for each")
+        numbers = logits.detach().topk(chosen, dim=-1).indices
+    flat = numbers.reshape(-1, chosen)
+    return torch.zeros(len(flat), experts, device=flat.device).scatter_(1, flat, 1.0)
