@@ -35,6 +35,8 @@ ALSO_WANTS = {
     "NeedsReference": "token losses of `reference_model`",
     "NeedsHidden": "hidden states of the training forward pass, and of target samples",
     "StepWeighing": "the loss sums of every step",
+    "NeedsLoads": "how many tokens of each domain every expert gets, counted in the training forward pass",
+    "NeedsGradients": "inner products of the domains' gradients, at every update",
     "TokenChoice": "the loss of every token",
 }
 OF_ROLE = {

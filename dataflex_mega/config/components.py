@@ -29,7 +29,12 @@ LIFTED: dict[tuple[str, str], dict[str, str | None]] = {
         "assignment_chunk_size": None, "density_chunk_size": None, "embedding_model_dtype": None,
     },
     ("mixer", "doremi"): {"reference_model_path": "reference_model"},
+    ("mixer", "dynamic_moe"): {"collect_steps": None, "eval_samples": None, "eval_batch_size": None},
 }  # fmt: skip
+WHY_IDLE = {
+    "selector": "candidates are read by the loader of the run",
+    "mixer": "routers are counted in the forward passes of training (count_steps)",
+}
 
 Spec = dict[str, Any]
 
@@ -99,7 +104,7 @@ def lifted(path: str | None, role: str, name: str) -> tuple[dict[str, Any], list
     moved = LIFTED.get((role, spec["name"]), {})
     keys = {key: spec[old] for old, key in moved.items() if key is not None and spec.get(old) is not None}
     idle = [old for old, key in moved.items() if key is None and spec.get(old) is not None]
-    return keys, [f"{role} {name}: {old} is not used; candidates are read by the loader of the run" for old in idle]
+    return keys, [f"{role} {name}: {old} is not used; {WHY_IDLE[role]}" for old in idle]
 
 
 def entry(path: str | None, role: str, name: str) -> Spec:

@@ -18,7 +18,7 @@ PARAMETERS = {
     ("selector", "near"): {"indices_path": "NEAR"},
     ("selector", "tsds"): {"probs_path": "TSDS"},
     ("mixer", "ado"): {"start_step": 2, "refit_every": 1, "ignore_steps": 0},
-    ("mixer", "dynamic_moe"): {"collect_steps": 1},
+    ("mixer", "dynamic_moe"): {"count_steps": 1},
 }
 EXPERTS = {("mixer", "dynamic_moe")}  # these need a mixture of experts
 REFERENCE = {("selector", "rho_loss"), ("mixer", "doremi"), ("weighter", "rho1")}

@@ -17,7 +17,7 @@ PARAMETERS = {
     "doremi": {"reweight_eta": 50.0},
     "doge": {"eta": 0.5, "probe_samples": 5},
     "ado": {"start_step": 2, "refit_every": 2, "ignore_steps": 0},
-    "dynamic_moe": {"collect_steps": 2, "eta": 50.0},
+    "dynamic_moe": {"count_steps": 2, "eta": 50.0},
     "group_dro": {"eta": 1.0},
     "group_dro sampling": {"eta": 1.0, "act_on": "sampling"},
     "odm": {"reward_scale": 20.0},

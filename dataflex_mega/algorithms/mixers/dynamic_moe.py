@@ -7,7 +7,7 @@ share of domain i's tokens that each expert gets, a vector that sums to 1:
     weights    w  <- (1 - c) softmax(log w + eta D) + c / k
 
 The published code measures O on a few held-out batches. Here the routers are counted in the forward passes of training
-itself, over `collect_steps` steps, which costs no pass and counts every token of every rank. Nothing pulls the weights
+itself, over `count_steps` steps, which costs no pass and counts every token of every rank. Nothing pulls the weights
 back: loads that stay apart drive them towards one domain, and c alone keeps the others.
 """
 
@@ -53,14 +53,14 @@ class DynamicMoe(Mixer, NeedsLoads):
         c: the share that is spread evenly, 0 <= c < 1.
         similarity: "l2" or "cos": how loads are compared.
         layers: "last": the last layer with experts, as in the paper; "all": the mean of the distances of all of them.
-        collect_steps: steps whose tokens are counted for one update, >= 1.
+        count_steps: steps whose tokens are counted for one update, >= 1.
     """
 
     eta: float = 10.0
     c: float = 0.05
     similarity: Similarity = "l2"
     layers: Literal["last", "all"] = "last"
-    collect_steps: int = 100
+    count_steps: int = 100
     _weights: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64), init=False, repr=False)
     _counts: Tensor | None = field(default=None, init=False, repr=False)  # [L, k, E] of the window
     _loads: Tensor | None = field(default=None, init=False, repr=False)  # [L, k, E], each [E] sums to 1, or 0: unknown
@@ -71,7 +71,7 @@ class DynamicMoe(Mixer, NeedsLoads):
         rules = {
             "eta": (math.isfinite(self.eta) and self.eta > 0, "finite and > 0"),
             "c": (0 <= self.c < 1, ">= 0 and < 1"),
-            "collect_steps": (self.collect_steps >= 1, ">= 1"),
+            "count_steps": (self.count_steps >= 1, ">= 1"),
         }
         for key, (kept, rule) in rules.items():
             if not kept:
@@ -89,7 +89,7 @@ class DynamicMoe(Mixer, NeedsLoads):
         counts = stats.expert_load.double().cpu()
         self._counts = counts if self._counts is None else self._counts + counts
         self._steps += 1
-        if self._steps == self.collect_steps:
+        if self._steps == self.count_steps:
             self._update(self._counts)
             self._counts, self._steps = None, 0
 

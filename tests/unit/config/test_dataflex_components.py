@@ -106,6 +106,13 @@ def test_the_path_of_dataflexs_own_file_means_the_packaged_one() -> None:
         split({**keys, "components_cfg_file": "mine/components.yaml"}, {})
 
 
+def test_the_evaluation_of_dynamic_moe_has_nothing_to_set_here(file: str) -> None:
+    keys = {"components_cfg_file": file, "train_type": "dynamic_mix", "component_name": "dynamic_moe", "update_step": 1}
+    run = split(keys, {})
+    assert run.ours.roles()["mixer"] == {"name": "dynamic_moe", "eta": 10.0, "c": 0.05}
+    assert len([note for note in run.notes if "is not used; routers are counted" in note]) == 3
+
+
 def test_parameters_that_are_keys_of_the_run_here_become_those(tmp_path: Path) -> None:
     path = tmp_path / "components.yaml"
     params = {"focus": "low", "score_batch_size": 3, "score_num_workers": 2}

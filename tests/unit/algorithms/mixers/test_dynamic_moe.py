@@ -32,7 +32,7 @@ def double(values: Any) -> torch.Tensor:
 
 
 def made(domains: Domains = EQUAL, **parameters: Any) -> DynamicMoe:
-    mixer = DynamicMoe(**{"collect_steps": 1, **parameters})
+    mixer = DynamicMoe(**{"count_steps": 1, **parameters})
     mixer.setup(domains)
     return mixer
 
@@ -65,7 +65,7 @@ def test_golden_distances_and_weights(similarity: Any) -> None:
 
 
 def test_a_window_in_plain_python() -> None:
-    mixer, weights = made(DOMAINS, collect_steps=4), list(DOMAINS.initial)
+    mixer, weights = made(DOMAINS, count_steps=4), list(DOMAINS.initial)
     window = [[0.0] * 4 for _ in range(3)]
     for number in range(1, 25):
         counts = [[float((number * (d + 2) + 3 * e * d) % 11 + 1) for e in range(4)] for d in range(3)]
@@ -109,7 +109,7 @@ def test_a_domain_that_was_not_drawn_keeps_its_loads_and_before_its_first_it_is_
 
 
 def test_an_unfinished_window_survives_a_restart() -> None:
-    whole, resumed = made(collect_steps=3), made(collect_steps=3)
+    whole, resumed = made(count_steps=3), made(count_steps=3)
     for number in (1, 2, 3, 4):
         feed(whole, number, LOADS)
     resumed.restore(json.loads(json.dumps(whole.state())))
@@ -125,7 +125,7 @@ def test_without_counts_it_fails_and_state_of_other_domains_is_refused() -> None
         made(Domains(("a",), (1,), (1.0,))).restore(made().state())
 
 
-@pytest.mark.parametrize(("key", "value"), [("eta", 0.0), ("eta", math.nan), ("c", 1.0), ("collect_steps", 0)])
+@pytest.mark.parametrize(("key", "value"), [("eta", 0.0), ("eta", math.nan), ("c", 1.0), ("count_steps", 0)])
 def test_wrong_parameters_name_their_key(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"mixer\.dynamic_moe\.{key}: must be .*found"):
         made(**{key: value})
