@@ -15,6 +15,7 @@ HELP = """usage: dataflex-cli COMMAND [ARGUMENTS]
 
   train CONFIG [key=value ...]   train as a YAML or JSON file says; key=value changes a key for this run
   reference CONFIG [key=value ...]   write the token losses of reference_model, for doremi, rho_loss and rho1
+  store build|score|info|verify  gradient stores for LESS; `store --help` says more
   doremi FOLDER [key=value ...]  DoReMi's three runs, FOLDER/step1.yaml .. step3.yaml, one after the other
   components [ROLE ...]          the algorithms that can be a selector, mixer, reorder or weighter, and their parameters
   compare SUITE.yaml             train methods x seeds on the same budget; perplexity, cost, report, plots
@@ -41,6 +42,7 @@ MASTER_ADDR, MASTER_PORT, and for elastic runs RDZV_ID, MIN_NNODES, MAX_NNODES, 
 HANDED_ON = ("export", "chat", "api", "webui", "webchat", "eval")
 PEER = "llamafactory-cli"
 TRAIN_MODULE = "dataflex_mega.train"
+STORE_MODULE = "dataflex_mega.wiring.store_command"
 REFERENCE_MODULE = "dataflex_mega.wiring.reference_command"
 OFFLINE_MODULE = "dataflex_mega.wiring.offline"
 
@@ -63,6 +65,7 @@ def run(command: str, arguments: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": train,
         "reference": reference,
+        "store": store,
         "doremi": doremi,
         "components": components,
         "embed": lambda rest: offline("embed", rest),
@@ -190,6 +193,19 @@ def offline(name: str, arguments: list[str]) -> int:
     if asks_for_help or not needs_launcher(os.environ, device_count):
         return tools.main([name, *arguments])
     return subprocess.run(launcher(os.environ, [name, *arguments], device_count, OFFLINE_MODULE)).returncode
+
+
+def store(arguments: list[str]) -> int:
+    """Gradient stores; building and scoring in this process or under torchrun. Returns the exit status."""
+    from dataflex_mega.wiring import store_command
+
+    if store_command.wants_help(arguments):
+        return store_command.main(arguments)
+    given = store_command.arguments_of(arguments)
+    if given.command in ("info", "verify") or not needs_launcher(os.environ, device_count):
+        return store_command.main(arguments)
+    check([given.what, *given.overrides])
+    return subprocess.run(launcher(os.environ, arguments, device_count, STORE_MODULE)).returncode
 
 
 def doremi(arguments: list[str]) -> int:

@@ -16,6 +16,7 @@ from dataflex_mega.types import (
     Clock,
     HiddenSpec,
     LossNorm,
+    NeedsBatchGradients,
     NeedsGradients,
     NeedsHidden,
     Plan,
@@ -46,6 +47,7 @@ class Planner(Protocol):
         phase: str = "train",
     ) -> Plan: ...
     def drawn(self, plan: Plan, step: int) -> np.ndarray: ...
+    def global_batch(self, plan: Plan, step: int) -> np.ndarray: ...
     def counts(self, plan: Plan, step: int) -> np.ndarray: ...
     def advance(self, plan: Plan, step: int) -> Plan: ...
 
@@ -61,6 +63,8 @@ class Ranks(Protocol):
 
 class Scores(Protocol):
     """What the controller needs of signals.Scorer."""
+
+    step: int  # optimizer steps done when signals are asked for
 
     def consider(self, ids: np.ndarray) -> None: ...
     def shares(self) -> list[int]: ...
@@ -135,6 +139,7 @@ class Controller:
     target_mean: Callable[[HiddenSpec, int], Tensor] | None = None  # see signals.hidden.TargetMean
     candidates: Parts | None = None  # None: a selection considers the whole pool
     domain_gram: Callable[[int, bool, int], Tensor] | None = None  # see signals.gram.DomainGram
+    batch_gradients: Callable[[np.ndarray, int], tuple[Tensor, Tensor]] | None = None  # see wiring.batch_gradients
     last_selection: Selection | None = field(default=None, init=False)
     last_order: Any = field(default=None, init=False)  # a staged.Window
     _previous: Tensor | None = field(default=None, init=False)
@@ -225,6 +230,7 @@ class Controller:
         ids = None if self.candidates is None else self.candidates.ids(clock.update, quota)
         if ids is not None:
             self.scores.consider(ids)
+        self.scores.step = clock.step
         mine = selector.score(self.scores.table(selector.needs)).float()
         scores = self.ranks.gather_uneven(mine, self.scores.shares())
         there = torch.arange(len(scores))  # ids of what may be chosen
@@ -280,6 +286,11 @@ class Controller:
         if isinstance(weighter, NeedsHidden) and weighter.stale(state.step):
             assert self.target_mean is not None, "checked when the run was built"
             weighter.learn(self.target_mean(weighter.hidden, weighter.target_samples), state.step)
+        if isinstance(weighter, NeedsBatchGradients):
+            assert self.batch_gradients is not None, "made when the run was built"
+            ids = self.sampler.global_batch(state.plan, state.step)
+            dot, gram = self.batch_gradients(ids, state.step)
+            weighter.look(torch.from_numpy(ids), dot, gram)
         by_sample = self._by_sample(weighter, state)
         if isinstance(weighter, TokenChoice):
             return TokenWeigh(by_sample or _all_alike, weighter)

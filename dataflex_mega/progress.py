@@ -9,6 +9,31 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
+class Count:
+    """How much of one piece of work is done: a bar on a terminal, a line for each tenth in a log file."""
+
+    def __init__(self, what: str, total: int) -> None:
+        """`what`: `store: 12 blocks`, at the front of every line."""
+        self.what, self.total, self.told = what, total, 0
+        self.console = Console(stderr=True)
+        self.progress: Progress | None = None
+        if sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=self.console)
+            self.task = self.progress.add_task(what, total=total)
+            self.progress.start()
+
+    def __call__(self, done: int) -> None:
+        """`done` of `total`; the bar goes away with the last."""
+        if self.progress is not None:
+            self.progress.update(self.task, completed=done)
+            if done >= self.total:
+                self.progress.stop()
+        elif done * 10 // max(self.total, 1) > self.told or done == self.total:
+            self.told = done * 10 // max(self.total, 1)
+            self.console.print(f"{self.what}: {done}/{self.total}", highlight=False, soft_wrap=True)
+
+
 class Bar:
     """Shows step, loss, speed and the current mixture."""
 

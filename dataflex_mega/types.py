@@ -172,6 +172,67 @@ class FeatureSpec:
     seed: int = 0
 
 
+class UsesStore(ABC):
+    """A selector that may have gradient features on disk; see store.gradients."""
+
+    store_dir: str | None  # None: output_dir/gradient_store
+    store_block: int  # samples
+
+    @abstractmethod
+    def feature_spec(self) -> FeatureSpec:
+        """The projection of its features."""
+
+
+class NeedsBatchGradients(ABC):
+    """A weighter that looks at the gradients of the whole batch before the step that trains it; see
+    wiring.batch_gradients."""
+
+    target_batch: int  # target samples compared with at a step; 0: all
+
+    @property
+    @abstractmethod
+    def preconditioned(self) -> bool:
+        """Whether the samples' gradients are Adam's updates; the targets' never are."""
+
+    @abstractmethod
+    def feature_spec(self) -> FeatureSpec:
+        """The projection in which gradients are compared."""
+
+    @abstractmethod
+    def look(self, ids: Tensor, dot: Tensor, gram: Tensor) -> None:
+        """[G] ids of the step to come, [G] inner products with the targets' mean gradient, [G, G] with each other."""
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Which samples of a pool belong together; equal on every rank."""
+
+    own: Tensor  # [N] int64, number of a sample's cluster
+    distance: Tensor  # [N] float32, squared, from its centre
+
+
+class UsesClusters(ABC):
+    """A selector that scores clusters of samples by some of their members; see wiring.clusters."""
+
+    cluster_count: int
+    samples_per_cluster: int
+    clustering_method: Literal["kmeans", "spherical_kmeans", "random"]
+    clustering_max_iter: int
+    representative_strategy: Literal["random", "nearest", "farthest", "mixed"]
+    embedding_layer: int
+    combine: Literal["mean", "direction"]
+    seed: int
+    clusters: Clusters | None  # None before the first selection
+
+    @abstractmethod
+    def feature_spec(self) -> FeatureSpec:
+        """The projection for `combine: direction`."""
+
+    @abstractmethod
+    def keep(self, clusters: Clusters) -> None:
+        """Take the clusters that were found; they are part of its state."""
+
+
 class StepWeighing(ABC):
     """A mixer whose domain weights of the loss change after every step, not only with the plan."""
 

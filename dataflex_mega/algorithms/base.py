@@ -56,6 +56,8 @@ class Selector(Algorithm):
     "loss"            "loss" [n] float32, mean loss of the sample's target tokens
     "gradient_adam"   "dot" [n, S] float32, inner products of the sample's gradient with the mean of the normalised target
     "gradient_sgd"    gradients of each of S groups, and "norm2" [n], its squared norm; with Adam's moments or without
+    "store_adam"      the same two, of projected gradients that lie in a store; the selector is a types.UsesStore
+    "store_sgd"
     "clusters"        "cluster", "turn" [n] int64, "density", "transfer" [n]: groups of samples that are alike by the model's
                       hidden states; see signals.clusters
     """

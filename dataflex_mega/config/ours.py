@@ -187,6 +187,10 @@ def _check_candidates(arguments: RunArguments, selector: Spec | None) -> None:
         raise ConfigError("candidates: has no effect without a selector")
     if share < 1 and selector is not None and selector["name"] == "delta_loss":
         raise ConfigError("candidates: below 1 does not go with selector delta_loss, which compares the whole pool")
+    if share < 1 and selector is not None and selector["name"] == "less" and selector.get("mode") == "store":
+        raise ConfigError(
+            "candidates: below 1 does not go with a gradient store of the whole pool; use mode: streaming"
+        )
 
 
 def _check_mixture(arguments: RunArguments, mixer: Spec | None) -> None:

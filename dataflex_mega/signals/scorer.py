@@ -57,6 +57,8 @@ class Scorer:
     progress: Callable[[int, int], None] | None = None  # (batches done, batches in all)
     targets: Targets | None = None
     providers: Mapping[str, Provider] = field(default_factory=dict)  # by what a selector's `needs` calls the signal
+    step: int = 0  # optimizer steps done, set before every table
+
     candidates: np.ndarray | None = field(default=None, init=False)  # sorted ids, or None for the whole pool
 
     def only(self, ids: torch.Tensor) -> Scorer:
@@ -122,7 +124,7 @@ class Scorer:
         """[n] ids -> dot [n, S] with each group's direction and norm2 [n]."""
         assert self.targets is not None, "checked when the run was built"
         scorer = self.targets.scorer(adam)
-        directions = scorer.directions([self._target_batches(group) for group in self.targets.groups])
+        directions = scorer.directions(self.target_batches())
         dots, norms = [], []
         for samples, _ in self.batches(ids, steps):
             dot, norm2 = scorer.score(self.targets.collate(samples), directions)
@@ -143,19 +145,32 @@ class Scorer:
             if self.progress is not None:
                 self.progress(step + 1, steps)
 
-    def _target_batches(self, group: Pool) -> list[Batch]:
-        """This rank's share of a group, in equally many batches on every rank; fillers have no target token."""
-        assert self.targets is not None
-        per_rank = -(-len(group) // self.ranks)
-        mine = np.arange(self.rank * per_rank, min((self.rank + 1) * per_rank, len(group)))
-        made = []
-        for start in range(0, per_rank, self.batch_size):
-            here = mine[start : start + self.batch_size]
-            samples = group.fetch(here if len(here) else np.zeros(1, dtype=np.int64))
-            if not len(here):
-                samples = [replace(s, labels=np.full_like(s.labels, IGNORED)) for s in samples]
-            made.append(self.targets.collate(samples))
-        return made
+    def target_batches(self) -> list[list[Batch]]:
+        """This rank's share of each group of targets."""
+        assert self.targets is not None, "checked when the run was built"
+        return target_batches(self.targets.groups, self.targets.collate, self.batch_size, self.rank, self.ranks)
+
+
+def target_batches(
+    groups: Sequence[Pool], collate: Callable[[Sequence[Sample]], Batch], size: int, rank: int, ranks: int
+) -> list[list[Batch]]:
+    """A rank's share of each group, in equally many batches on every rank; fillers have no target token."""
+    return [_share_of_group(group, collate, size, rank, ranks) for group in groups]
+
+
+def _share_of_group(
+    group: Pool, collate: Callable[[Sequence[Sample]], Batch], size: int, rank: int, ranks: int
+) -> list[Batch]:
+    per_rank = -(-len(group) // ranks)
+    mine = np.arange(rank * per_rank, min((rank + 1) * per_rank, len(group)))
+    made = []
+    for start in range(0, per_rank, size):
+        here = mine[start : start + size]
+        samples = group.fetch(here if len(here) else np.zeros(1, dtype=np.int64))
+        if not len(here):
+            samples = [replace(s, labels=np.full_like(s.labels, IGNORED)) for s in samples]
+        made.append(collate(samples))
+    return made
 
 
 def evaluate(scorer: Scorer) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,18 @@ def products(store: GradientStore, directions: Tensor, rank: int, ranks: int) ->
     return dot, norm2
 
 
+def products_of(store: GradientStore, directions: Tensor, ids: np.ndarray) -> tuple[Tensor, Tensor]:
+    """`products` of the samples with these global ids, whichever shards they are in: ([n, S], [n]) float32."""
+    dot, norm2 = torch.zeros(len(ids), len(directions)), torch.zeros(len(ids))
+    wanted = directions.float().t().contiguous()
+    for first in range(0, len(ids), store.layout.block):
+        here = slice(first, first + store.layout.block)
+        values = store.fetch(ids[here])
+        dot[here] = values @ wanted
+        norm2[here] = values.square().sum(dim=1)
+    return dot, norm2
+
+
 def shares(store: GradientStore, ranks: int) -> list[int]:
     """Samples of each rank's share."""
     layout = store.layout
@@ -45,19 +58,26 @@ def cosines(dot: Tensor, norm2: Tensor) -> Tensor:
     return torch.where(norm > 0, dot / norm, torch.zeros_like(dot)).max(dim=1).values
 
 
-def top_k(scores: Tensor, first: int, count: int, ranks: Ranks, world: int) -> tuple[Tensor, Tensor]:
-    """Scores of this rank's candidates, ids from `first` on -> ([count] ids, [count] scores) of the best of all ranks.
+def best_cosines(store: GradientStore, directions: Tensor, rank: int, ranks: int) -> Tensor:
+    """`cosines` of `products`, [n] float32, with one block in memory and nothing kept of it but its scores."""
+    wanted, found = directions.float().t().contiguous(), []
+    for _, rows in store.share(rank, ranks):
+        values = rows.float()
+        found.append(cosines(values @ wanted, values.square().sum(dim=1)))
+    return torch.cat(found) if found else torch.zeros(0)
 
-    Highest score first, the lower id where scores are equal; the same on every rank. Each rank sends its own best `count`,
-    16 bytes each. Returns fewer when there are fewer candidates. A score that is not finite comes last.
+
+def top_k(scores: Tensor, rank: int, counts: list[int], count: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Scores of this rank's candidates -> ([count] ids, [count] scores) of the best of all ranks.
+
+    `counts`: candidates of each rank, whose ids follow on each other in rank order. Highest score first, the lower id where
+    scores are equal; the same on every rank. Each rank sends its own best `count`, or all it has where that is fewer, 16
+    bytes each. Returns fewer when there are fewer candidates. A score that is not finite comes last.
     """
     scores = torch.where(torch.isfinite(scores), scores.double(), -torch.inf)
     order = torch.sort(scores, descending=True, stable=True).indices[:count]
-    mine = torch.full((count, 2), float("nan"), dtype=torch.float64)
-    mine[: len(order), 0] = scores[order]
-    mine[: len(order), 1] = (order + first).double()  # exact below 2**53
-    both = ranks.gather_uneven(mine, [count] * world)
-    both = both[~both[:, 1].isnan()]
+    ids = (order + sum(counts[:rank])).double()  # exact below 2**53
+    both = ranks.gather_uneven(torch.stack([scores[order], ids], dim=1), [min(count, each) for each in counts])
     both = both[torch.sort(both[:, 1], stable=True).indices]
     best = both[torch.sort(both[:, 0], descending=True, stable=True).indices][:count]
     return best[:, 1].long(), best[:, 0].float()

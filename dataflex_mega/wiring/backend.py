@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from dataflex_mega.config.split import RunConfig
 from dataflex_mega.distributed.mesh import Mesh
-from dataflex_mega.types import HiddenSpec
+from dataflex_mega.types import FeatureSpec, HiddenSpec
 
 
 class Backend(Protocol):
@@ -30,6 +30,10 @@ class Backend(Protocol):
 
     def gradient_scorer(self, engine: Any, adam: bool) -> Any:
         """See signals.scorer.GradientScorer. Raises ConfigError where the engine cannot do it."""
+        ...
+
+    def feature_maker(self, engine: Any, spec: FeatureSpec, adam: bool) -> Any:
+        """See engines.fsdp.features.FeatureMaker. Raises ConfigError where the engine cannot do it."""
         ...
 
 

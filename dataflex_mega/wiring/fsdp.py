@@ -7,10 +7,11 @@ from typing import Any
 from dataflex_mega.config.split import RunConfig
 from dataflex_mega.distributed import mesh as meshes
 from dataflex_mega.engines.fsdp.engine import FSDPEngine
+from dataflex_mega.engines.fsdp.features import FeatureMaker
 from dataflex_mega.engines.fsdp.gradients import GradientScorer
 from dataflex_mega.engines.fsdp.parallel import parallelize, read_layout, unwrap
 from dataflex_mega.engines.options import Options
-from dataflex_mega.types import HiddenSpec
+from dataflex_mega.types import FeatureSpec, HiddenSpec
 
 
 class FSDPBackend:
@@ -61,3 +62,7 @@ class FSDPBackend:
     def gradient_scorer(self, engine: FSDPEngine, adam: bool) -> GradientScorer:
         """See Backend."""
         return GradientScorer(engine, adam)
+
+    def feature_maker(self, engine: FSDPEngine, spec: FeatureSpec, adam: bool) -> FeatureMaker:
+        """See Backend."""
+        return FeatureMaker(engine, spec, adam)

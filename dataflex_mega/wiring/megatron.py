@@ -121,6 +121,10 @@ class MegatronBackend:
 
         return GradientScorer(engine, adam)
 
+    def feature_maker(self, engine: Any, spec: Any, adam: bool) -> Any:
+        """See Backend."""
+        raise ConfigError("gradient features are not there with engine: megatron; engine: fsdp has them")
+
 
 def _export(export: Any, hf_config: Any, chunks: list[Any], folder: Path) -> None:
     export(chunks, hf_config, folder)

@@ -1,7 +1,8 @@
 """Who makes the signals that a selector asks for.
 
 The scorer itself makes losses and gradient scores. For anything else an entry of ENTRIES says how it is made for a run: a
-function of the run and its engine that returns a signals.scorer.Provider. A new signal is a function and a line here.
+function of the run, its engine and the selector, which returns a signals.scorer.Provider. A new signal is a function and a
+line here.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataflex_mega.algorithms.base import Selector
+from dataflex_mega.algorithms.base import Selector, Weighter
 from dataflex_mega.errors import ConfigError, did_you_mean
 from dataflex_mega.signals.clusters import Ranks, signals
 from dataflex_mega.signals.hidden import unit
 from dataflex_mega.signals.scorer import GRADIENTS, KNOWN, Provider, Scorer
-from dataflex_mega.types import HiddenSpec, NeedsClusters
+from dataflex_mega.types import HiddenSpec, NeedsBatchGradients, NeedsClusters
+from dataflex_mega.wiring import representatives, store
 
 if TYPE_CHECKING:
     from dataflex_mega.wiring.run import Build
@@ -29,14 +31,13 @@ if TYPE_CHECKING:
 class Entry:
     """A signal beyond those of the scorer."""
 
-    make: Callable[[Build, Any], Provider]  # (run, engine) -> provider
+    make: Callable[[Build, Any, Any], Provider]  # (run, engine, the selector that asks) -> provider
     engines: tuple[str, ...] = ("fsdp", "megatron")  # that have it
     targets: bool = False  # whether candidates are compared with the samples of eval_dataset
 
 
-def clusters(run: Build, engine: Any) -> Provider:
+def clusters(run: Build, engine: Any, selector: Any) -> Provider:
     """See signals.clusters; features from the model of now."""
-    selector = run.roles.selector
     assert isinstance(selector, NeedsClusters)
     spec = selector.cluster_spec()
     layers = spec.layers if spec.layers is not None else spaced(engine.depth)
@@ -59,13 +60,24 @@ def spaced(depth: int, count: int = 5) -> tuple[int, ...]:
 
 ENTRIES: dict[str, Entry] = {
     "clusters": Entry(clusters),
+    "store_adam": Entry(store.provider(adam=True), engines=("fsdp",), targets=True),
+    "cluster_adam": Entry(representatives.provider(adam=True), engines=("fsdp",), targets=True),
+    "cluster_sgd": Entry(representatives.provider(adam=False), engines=("fsdp",), targets=True),
+    "store_sgd": Entry(store.provider(adam=False), engines=("fsdp",), targets=True),
 }
+
+
+def named(algorithm: Any) -> str:
+    """The name that an algorithm has in a configuration; of one that is not of this package, its class."""
+    module = type(algorithm).__module__
+    ours = module.startswith("dataflex_mega.algorithms.")
+    return module.rpartition(".")[2] if ours else type(algorithm).__name__
 
 
 def check(engine: str, selector: Selector | None, entries: Mapping[str, Entry] = ENTRIES) -> None:
     """Raises ConfigError for a signal that nobody makes, or that the engine does not have."""
     for name in sorted(selector.needs if selector is not None else ()):
-        who = type(selector).__name__
+        who = named(selector)
         if name not in KNOWN and name not in entries:
             known = sorted({*KNOWN, *entries})
             hint = did_you_mean(name, known) or f"; there is {', '.join(known)}"
@@ -77,6 +89,13 @@ def check(engine: str, selector: Selector | None, entries: Mapping[str, Entry] =
             )
 
 
+def check_weighter(engine: str, weighter: Weighter | None) -> None:
+    """Raises ConfigError for a weighter that the engine cannot serve."""
+    if isinstance(weighter, NeedsBatchGradients) and engine != "fsdp":
+        who = named(weighter)
+        raise ConfigError(f"weighter: {who} needs gradients of the coming batch, which engine: {engine} does not have")
+
+
 def wants_targets(selector: Selector | None, entries: Mapping[str, Entry] = ENTRIES) -> bool:
     """Whether a selector compares candidates with target samples."""
     needs = selector.needs if selector is not None else frozenset()
@@ -84,6 +103,13 @@ def wants_targets(selector: Selector | None, entries: Mapping[str, Entry] = ENTR
 
 
 def providers(run: Build, engine: Any) -> dict[str, Provider]:
-    """The providers that the selectors of a run ask for, by signal."""
-    needs = frozenset().union(*(selector.needs for selector in run.measured))
-    return {name: ENTRIES[name].make(run, engine) for name in sorted(needs & set(ENTRIES))}
+    """The providers that the selectors of a run ask for, by signal. Raises ConfigError when two ask for one of them."""
+    made: dict[str, Provider] = {}
+    for selector in run.measured:
+        for name in sorted(selector.needs & set(ENTRIES)):
+            if name in made:
+                raise ConfigError(
+                    f"reorder: its scores and the selector both need the signal {name!r}; one of them may"
+                )
+            made[name] = ENTRIES[name].make(run, engine, selector)
+    return made

@@ -29,6 +29,7 @@ class Opened:
         self.roles = self._roles()
         for selector in self.measured:
             providers.check(config.engine, selector)
+        providers.check_weighter(config.engine, self.roles.weighter)
         self.backend = backend_of(config)
         self.args = lf_args.parse(lf_args.prepare(corpus.lf_keys(config)))
         self.callbacks = load_callbacks(list(self.ours.callbacks))
@@ -294,6 +295,7 @@ class Build(Opened):
         from dataflex_mega.controller import Controller
         from dataflex_mega.staged import Staged
         from dataflex_mega.wiring import mixing, targets
+        from dataflex_mega.wiring.batch_gradients import batch_gradients
         from dataflex_mega.wiring.orders import ordering_of, stages_of
         from dataflex_mega.wiring.providers import providers
 
@@ -302,7 +304,7 @@ class Build(Opened):
         parts = (self.roles, self.domains, self.schedule, self.sampler, self.ranks, scorer)
         counts = (self.split.global_batch, self.max_steps, self.data_seed)
         mean, gram = targets.mean_of_targets(self, engine), mixing.domain_gram(self, engine)
-        more = (self.limits, mean, self.candidates, gram)
+        more = (self.limits, mean, self.candidates, gram, batch_gradients(self, engine))
         if self.order is None:
             return Controller(*parts, *counts, *more)
         stages = stages_of(self, self.source)

@@ -9,8 +9,8 @@ from dataflex_mega.data.pool import Pool
 from dataflex_mega.errors import ConfigError, UserError
 from dataflex_mega.signals.hidden import TargetMean
 from dataflex_mega.signals.scorer import Targets
-from dataflex_mega.types import CutsTargets, HiddenSpec, NeedsHidden
-from dataflex_mega.wiring.providers import wants_targets
+from dataflex_mega.types import CutsTargets, HiddenSpec, NeedsBatchGradients, NeedsHidden
+from dataflex_mega.wiring.providers import named, wants_targets
 
 if TYPE_CHECKING:
     from dataflex_mega.wiring.run import Build, Opened
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def check(run: Opened) -> None:
     """Raises UserError when an algorithm compares with target samples and there are none, ConfigError for tasks that do not
     fit them."""
-    wanting = [f"selector {type(one).__name__.lower()}" for one in run.measured if wants_targets(one)]
-    if isinstance(run.roles.weighter, NeedsHidden):
+    wanting = [f"selector {named(one)}" for one in run.measured if wants_targets(one)]
+    if isinstance(run.roles.weighter, NeedsHidden | NeedsBatchGradients):
         wanting.append(f"weighter {run.specs['weighter']['name']}")
     if wanting and not run.evaluation:
         raise UserError(f"eval_dataset: {wanting[0]} needs target samples there (or val_size)")

@@ -55,7 +55,7 @@ def test_version_is_the_installed_one(capsys):
     [
         ("trian", "(did you mean 'train'?)"),
         ("exprot", "(did you mean 'export'?)"),
-        ("zzz", "; there is train, reference, doremi, components"),
+        ("zzz", "; there is train, reference, store, doremi, components"),
     ],
 )
 def test_an_unknown_command_is_one_line_with_the_nearest(capsys, command, hint):

@@ -30,9 +30,7 @@ class FeatureMaker:
             name = type(engine.optimizer).__name__
             raise ConfigError(f"gradient_type: adam needs optim: adamw_torch, found {name}; use gradient_type: sgd")
         self.engine, self.spec, self.adam = engine, spec, adam
-        for module in engine.module.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # after a forward pass alone, FSDP2 leaves the outermost group gathered
+        self._reshard()
         self.linears = trained_linears(engine.model)
         if not self.linears:
             raise ConfigError("gradient features need a linear layer that trains, and the model has none")
@@ -40,7 +38,20 @@ class FeatureMaker:
         self.layers = projections(spec, shapes)
         self.width = total_width(spec, self.layers)
         self.taps = FeatureTaps(self.linears, self.layers, spec)
-        if adam:
+        self._take_moments()
+
+    def refresh(self) -> None:
+        """Take the optimizer's moments of now; the projections stay. Every rank must call it."""
+        self._reshard()
+        self._take_moments()
+
+    def _reshard(self) -> None:
+        for module in self.engine.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after a forward pass alone, FSDP2 leaves the outermost group gathered
+
+    def _take_moments(self) -> None:
+        if self.adam:
             for name, layer in self.layers.items():
                 self._precondition(layer, self._moments(self.linears[name].weight))
 

@@ -66,7 +66,7 @@ def test_a_provider_that_nobody_asks_for_is_not_called():
 
 
 def test_unknown_signals_and_engines_without_one_are_named():
-    entries = {"length": Entry(lambda run, engine: lambda scorer, ids: {}, engines=("fsdp",), targets=True)}
+    entries = {"length": Entry(lambda run, engine, selector: lambda scorer, ids: {}, engines=("fsdp",), targets=True)}
     check("fsdp", Asks("length", "loss"), entries)
     check("megatron", None, entries)
     with pytest.raises(ConfigError, match=r"Asks needs a signal 'lenght', which nobody makes.*length"):

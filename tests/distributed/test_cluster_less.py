@@ -1,0 +1,81 @@
+"""cluster_less in whole runs: clusters of one are LESS, all processes agree, only representatives are scored."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support import corpus, runs
+
+SELECT = {
+    "eval_dataset": "tables,prose", "eval_on_each_dataset": True, "max_samples": 3, "warmup_step": 2, "update_step": 1,
+    "update_times": 2,
+}  # fmt: skip
+CLUSTERED = {"name": "cluster_less", "cluster_size": 6, "samples_per_cluster": 2}
+ONE_EACH = {"name": "cluster_less", "cluster_size": 1, "samples_per_cluster": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return corpus.write(tmp_path_factory.mktemp("clusters"))
+
+
+def config_of(folder, name, selector, **keys):
+    return runs.base(folder, output_dir=str(folder / name), selector=selector, **{**SELECT, "max_steps": 4, **keys})
+
+
+def selected(config):
+    found = sorted((Path(config["output_dir"]) / "selections").glob("step_*.json"))
+    return [
+        (json.loads(p.read_text())["indices"], next(iter(json.loads(p.read_text())["metric"].values()))) for p in found
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    made = {
+        "less": config_of(folder, "less", "less"),
+        "one": config_of(folder, "one", ONE_EACH),
+        "sgd": config_of(folder, "sgd", {"name": "less", "gradient_type": "sgd"}),
+        # As large as a layer's longest side: nothing is lost by projection.
+        "one-sum": config_of(
+            folder, "one-sum", {**ONE_EACH, "combine": "direction", "side": 512, "gradient_type": "sgd"}
+        ),
+        "mean": config_of(folder, "mean", CLUSTERED),
+        "direction": config_of(folder, "direction", {**CLUSTERED, "combine": "direction"}),
+        "saved": config_of(folder, "saved", CLUSTERED, save_strategy="steps", save_steps=3),
+    }
+    finished = runs.forked_many(1, list(made.values()))
+    assert [status for status, _ in finished] == [0] * len(made), finished
+    return made
+
+
+@pytest.mark.parametrize(("one", "less"), [("one", "less"), ("one-sum", "sgd")])
+def test_clusters_of_one_sample_are_less(alone, one, less):
+    for (ids, scores), (expected, wanted) in zip(selected(alone[one]), selected(alone[less]), strict=True):
+        assert ids == expected and scores == pytest.approx(wanted, abs=1e-5)
+
+
+def test_members_share_a_score_and_clusters_survive_a_restart(folder, alone):
+    for name in ("mean", "direction"):
+        for _, scores in selected(alone[name]):
+            assert len(set(scores)) < len(scores)
+    resumed = {**alone["saved"], "resume_from_checkpoint": str(folder / "saved" / "checkpoint-3")}
+    before = selected(alone["saved"])
+    (folder / "saved" / "selections" / "step_3.json").unlink()
+    assert runs.forked_many(1, [resumed])[0][0] == 0
+    assert selected(resumed) == before == selected(alone["mean"])
+
+
+def test_the_same_choice_on_two_and_four_processes(folder, alone):
+    for world, sharded in ((2, True), (4, False)):
+        made = [
+            {**alone[name], "output_dir": str(folder / f"{name}-{world}"), "per_device_train_batch_size": 8 // world,
+             **({"fsdp": "full_shard"} if sharded else {})}
+            for name in ("mean", "direction")
+        ]  # fmt: skip
+        finished = runs.forked_many(world, made)
+        for name, config, (status, heard) in zip(("mean", "direction"), made, finished, strict=True):
+            assert status == 0, heard
+            for (ids, scores), (expected, wanted) in zip(selected(config), selected(alone[name]), strict=True):
+                assert ids == expected and scores == pytest.approx(wanted, abs=1e-4)

@@ -1,0 +1,97 @@
+"""GREATS in whole runs: one choice however a batch is cut, equal to one made from autograd's gradients, and an effect."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from dataflex_mega.algorithms.weighters.greats import pick
+from tests.support import corpus, runs
+
+EXACT = {"name": "greats", "side": 512, "target_batch": 0}  # nothing is projected away
+KEYS = {"eval_dataset": "tables", "max_samples": 2, "max_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return corpus.write(tmp_path_factory.mktemp("greats"))
+
+
+def config_of(folder, name, **keys):
+    return runs.base(folder, output_dir=str(folder / name), **{**KEYS, "weighter": EXACT, **keys})
+
+
+def losses(config):
+    return [(row["objective"], row["grad_norm"], row["loss"]) for row in runs.rows(config)]
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    made = {
+        "exact": config_of(folder, "exact"),
+        "split": config_of(folder, "split", per_device_train_batch_size=2, gradient_accumulation_steps=4),
+        "adam": config_of(folder, "adam", weighter={"name": "greats", "gradient_type": "adam", "target_batch": 5}),
+        "all": config_of(folder, "all", weighter={**EXACT, "keep": 1.0}),
+        "plain": config_of(folder, "plain", weighter={"name": "loss", "strategy": "uniform"}),
+    }
+    finished = runs.forked_many(1, list(made.values()))
+    assert [status for status, _ in finished] == [0] * len(made), finished
+    return made
+
+
+def test_accumulation_changes_nothing_and_keeping_all_is_plain_training(alone):
+    for first, second in (("exact", "split"), ("all", "plain")):
+        np.testing.assert_allclose(losses(alone[first]), losses(alone[second]), rtol=1e-5)
+    assert abs(losses(alone["exact"])[0][0] - losses(alone["all"])[0][0]) > 1e-4
+
+
+@pytest.mark.parametrize(("world", "sharded"), [(2, True), (4, False)])
+def test_every_number_of_processes_trains_the_same(folder, alone, world, sharded):
+    made = [
+        {**alone[name], "output_dir": str(folder / f"{name}-{world}"), "per_device_train_batch_size": 8 // world,
+         **({"fsdp": "full_shard"} if sharded else {})}
+        for name in ("exact", "adam")
+    ]  # fmt: skip
+    for name, config, (status, heard) in zip(("exact", "adam"), made, runs.forked_many(world, made), strict=True):
+        assert status == 0, heard
+        np.testing.assert_allclose(losses(config), losses(alone[name]), rtol=1e-4)
+
+
+def test_products_are_those_of_autograds_gradients(folder):
+    from dataflex_mega.config.checks import check_dynamic
+    from dataflex_mega.config.load import load
+    from dataflex_mega.config.split import split
+    from dataflex_mega.lf.args import keys
+    from dataflex_mega.wiring.batch_gradients import batch_gradients
+    from dataflex_mega.wiring.run import Build
+
+    path = Path(folder / "here.yaml")
+    path.write_text(yaml.safe_dump(config_of(folder, "here")))
+    config = split(load(str(path), ()), keys())
+    check_dynamic(config)
+    run = Build(config)
+    trainer = run.trainer()
+    engine = trainer.engine
+    ids = run.sampler.global_batch(trainer.controller.first_plan(), 0)
+    before = copy.deepcopy(engine.model.state_dict())
+    dot, gram = batch_gradients(run, engine)(ids, 0)
+    assert all(torch.equal(before[name], value) for name, value in engine.model.state_dict().items())
+    assert all(p.grad is None for p in engine.model.parameters())
+    weights = [m.weight for m in engine.model.modules() if isinstance(m, torch.nn.Linear) and m.weight.requires_grad]
+
+    def gradient(sample):
+        logits = engine.model(input_ids=torch.from_numpy(sample.input_ids).unsqueeze(0)).logits[0, :-1]
+        loss = F.cross_entropy(logits, torch.from_numpy(sample.labels)[1:], ignore_index=-100)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]).double()
+
+    rows = torch.stack([gradient(sample) for sample in run.pool.fetch(ids)])
+    (group,) = run.evaluation.values()
+    target = torch.stack([gradient(sample) for sample in group.fetch(np.arange(len(group)))]).mean(0)
+    torch.testing.assert_close(dot.double(), rows @ target, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(gram.double(), rows @ rows.t(), rtol=1e-3, atol=1e-6)
+    assert pick(dot, gram, 4, 1.0).tolist() == pick(rows @ target, rows @ rows.t(), 4, 1.0).tolist()
+    trainer.loader.close()
