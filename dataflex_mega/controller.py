@@ -289,8 +289,7 @@ class Controller:
         if isinstance(weighter, NeedsBatchGradients):
             assert self.batch_gradients is not None, "made when the run was built"
             ids = self.sampler.global_batch(state.plan, state.step)
-            dot, gram = self.batch_gradients(ids, state.step)
-            weighter.look(torch.from_numpy(ids), dot, gram)
+            weighter.look(torch.from_numpy(ids), *self.batch_gradients(ids, state.step))
         by_sample = self._by_sample(weighter, state)
         if isinstance(weighter, TokenChoice):
             return TokenWeigh(by_sample or _all_alike, weighter)
