@@ -320,12 +320,13 @@ class Controller:
                 obs = replace(obs, hidden=weighter.compare(obs.hidden))
             whole = SampleObs(**{name: self.ranks.gather(rows) for name, rows in obs.weighed().items()})
             weights = torch.ones_like(whole.loss_sum)
-            if weighter is not None:
-                weights = weighter.weights(whole, state.step, self.total_steps).to(weights)
             if isinstance(by_domain, Tensor):
-                weights = weights * by_domain.to(weights)[whole.domain]
+                weights = by_domain.to(weights)[whole.domain]
             elif by_domain is not None:
-                weights = weights * by_domain(replace(whole, step_count=obs.step_count))
+                weights = by_domain(replace(whole, step_count=obs.step_count))
+            if weighter is not None:
+                own = weighter.weights(whole, state.step, self.total_steps).to(weights)
+                weights = own if by_domain is None else _product(own, weights)
             return self.ranks.own(weights, len(obs.sample_id))
 
         return weigh
@@ -364,6 +365,14 @@ class Controller:
 
 def _all_alike(obs: SampleObs) -> Tensor:
     return torch.ones_like(obs.loss_sum)
+
+
+def _product(weights: Tensor, factors: Tensor) -> Tensor:
+    """[n] weights times [n] factors, with the sum that the factors have alone: what a weighter does within the samples it
+    compares changes no domain's part of the step, and the mean of a step stays 1."""
+    product = weights * factors
+    total = product.sum()
+    return torch.where(total > 0, product * (factors.sum() / total), factors)
 
 
 def _domain_factors(plan: Plan) -> Tensor | None:

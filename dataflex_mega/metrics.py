@@ -58,6 +58,7 @@ class Metrics:
     writes: bool
     mixer_name: str | None = None
     selection_folder: Path | None = None
+    board_folder: Path | None = None  # where the losses known of each plan's samples go
     tensorboard: Any = None  # torch.utils.tensorboard.SummaryWriter
     bar: Any = None  # progress.Bar
     window: Window = field(default_factory=Window, init=False)
@@ -95,6 +96,8 @@ class Metrics:
                 **controller.roles.mixer.report(),
             }
             self._append(f"{self.mixer_name}_weights.jsonl", row)
+        if self.board_folder is not None:
+            self._boarded(self.board_folder, state, controller.board)
         order = controller.last_order
         if order is not None and order.step == state.step:
             self._append(ORDERS_FILE, vars(order))
@@ -103,15 +106,22 @@ class Metrics:
         if selection is not None and selection.step == state.step:
             self._selected(state, controller, selection)
 
+    def _boarded(self, folder: Path, state: TrainState, board: Any) -> None:
+        """What is known of the losses of a plan's samples, in DataFlex's layout; null for one that was never measured."""
+        ids = next((i for i in (state.plan.order, state.plan.chosen) if i is not None), torch.arange(board.size))
+        losses = [None if math.isnan(loss) else loss for loss in board.losses[ids].tolist()]
+        content = {
+            "indices": ids.tolist(),
+            "metric": {"loss": losses},
+            "computed_at_step": {"loss": int(board.measured[ids].max())},
+        }
+        _write_whole(folder / f"scoreboard_step_{state.step}.json", json.dumps(content))
+
     def _selected(self, state: TrainState, controller: Any, selection: Any) -> None:
         assert self.selection_folder is not None
-        self.selection_folder.mkdir(parents=True, exist_ok=True)
         needs = sorted(controller.roles.selector.needs) or ["score"]
         content = {"indices": selection.chosen.tolist(), "metric": {needs[0]: selection.scores.tolist()}}
-        target = self.selection_folder / f"step_{state.step}.json"
-        beside = target.with_suffix(".tmp")
-        beside.write_text(json.dumps(content, indent=4))
-        beside.replace(target)
+        _write_whole(self.selection_folder / f"step_{state.step}.json", json.dumps(content, indent=4))
         self._scalars(
             state.step,
             {
@@ -197,6 +207,14 @@ class Metrics:
         if self.tensorboard is not None:
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, step)
+
+
+def _write_whole(target: Path, text: str) -> None:
+    """A file that is there whole or not at all; its folder is made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_suffix(".tmp")
+    beside.write_text(text)
+    beside.replace(target)
 
 
 def step_row(state: TrainState, stats: StepStats, lr: float, domains: tuple[str, ...]) -> dict[str, Any]:

@@ -80,6 +80,7 @@ class Staged(Controller):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.schedule = self.stages.clocks.get("selector", self.schedule)
         self.board = Board(self.scores, self.ranks, sum(self.domains.sizes))  # type: ignore[arg-type]  # a Scorer
 
     @property

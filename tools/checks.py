@@ -33,6 +33,7 @@ LAYERS: dict[str, set[str]] = {
     "registry": {"algorithms.base", "plugins"},
     "ordering": {"algorithms.base"},
     "board": {"algorithms.base"},
+    "product": {"algorithms.base"},
     "controller": {"algorithms.base"},
     "staged": {"algorithms.base", "board", "controller", "ordering"},
     "schedule": set(),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dataflex_mega.config import components, orders, proportions
+from dataflex_mega.config import components, orders, pipelines, proportions
 from dataflex_mega.config.components import ROLE_OF_TYPE, SECTIONS, Spec
 from dataflex_mega.errors import ConfigError
 
@@ -24,7 +24,8 @@ class RunArguments:
         metadata={
             "help": (
                 "`static`: LLaMA-Factory's own training. `dynamic_select`, `dynamic_mix`, `dynamic_reorder`, "
-                "`dynamic_weight`: one role, named by `component_name` or by the role's key. `dynamic`: the roles "
+                "`dynamic_weight`: one role, named by `component_name` or by the role's key. `dynamic_lego`: a pipeline of "
+                "stages, each with its own clock. `dynamic`: the roles "
                 "whose keys are set, which is also what leaving `train_type` out means when one is"
             )
         },
@@ -105,6 +106,15 @@ class RunArguments:
     reorder: str | dict[str, Any] | None = field(
         default=None,
         metadata={"help": "orders samples by score: a pattern, or `name` with its parameters and those of any order"},
+    )
+    pipeline: str | dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "with `train_type: dynamic_lego`: `stages` and what a preset of the components file may have, or the name "
+                "of one; beside `component_name` it changes that preset"
+            )
+        },
     )
     weighter: str | dict[str, Any] | None = field(
         default=None, metadata={"help": "weighs samples in the loss: a name, or `name` with parameters"}
@@ -220,7 +230,17 @@ class RunArguments:
         spec = self._specs()["reorder"]
         return None if spec is None else orders.read(spec)[1]
 
+    def stages(self) -> pipelines.Pipeline | None:
+        """The pipeline of `dynamic_lego`."""
+        if self.train_type != pipelines.LEGO:
+            return None
+        return pipelines.read(self.components_cfg_file, self.component_name, self.pipeline)
+
     def _specs(self) -> dict[str, Spec | None]:
+        pipeline = self.stages()
+        if pipeline is not None:
+            first = pipeline.weighing[0] if pipeline.weighing else None
+            return {**dict.fromkeys(ROLES), **pipeline.specs, "weighter": first}
         chosen = ROLE_OF_TYPE.get(self.train_type)
         found: dict[str, Spec | None] = {}
         for role in ROLES:

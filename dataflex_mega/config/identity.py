@@ -22,7 +22,7 @@ FREE_KEYS = frozenset(
     hub_private_repo disable_gradient_checkpointing use_reentrant_gc max_steps num_train_epochs train_step
     save_only_model dataset_dir corpus_dir eval_corpus_dir media_dir tokenized_path data_shared_file_system
     callbacks resume_ignore score_batch_size prefetch tensorboard nan_loss engine components_cfg_file component_name
-    train_type selector mixer reorder weighter
+    train_type selector mixer reorder pipeline weighter
     """.split()
 )
 # Those of Megatron's keys that decide what is computed. The others say how the same is laid out.
@@ -44,5 +44,5 @@ def identity(config: RunConfig, global_batch: int, data: Mapping[str, str], role
         **({"engine": "megatron"} if config.engine == "megatron" else {}),  # whose files an FSDP run cannot read
         "global_batch_size": global_batch,
         **{f"data of {name}": value for name, value in data.items()},
-        **{role: roles.get(role) for role in ("selector", "mixer", "reorder", "weighter")},
+        **{role: roles.get(role) for role in ("selector", "mixer", "reorder", "pipeline", "weighter")},
     }

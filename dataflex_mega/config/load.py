@@ -14,7 +14,7 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from dataflex_mega.errors import ConfigError, did_you_mean
 
 SUFFIXES = (".yaml", ".yml", ".json")
-ROLE_KEYS = ("selector", "mixer", "reorder", "weighter")
+ROLE_KEYS = ("selector", "mixer", "reorder", "pipeline", "weighter")
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -8,28 +8,35 @@ from dataclasses import fields
 from typing import Any
 
 from dataflex_mega import plugins
-from dataflex_mega.config import components, proportions
+from dataflex_mega.config import components, pipelines, proportions
 from dataflex_mega.config.arguments import MOST, ROLES, RunArguments, check_proportions
 from dataflex_mega.config.components import ROLE_OF_TYPE, Spec
 from dataflex_mega.config.values import fit
 from dataflex_mega.errors import ConfigError, did_you_mean
 
-TRAIN_TYPES = ("static", "dynamic_select", "dynamic_mix", "dynamic_reorder", "dynamic_weight", "dynamic")
+TRAIN_TYPES = (
+    "static",
+    "dynamic_select",
+    "dynamic_mix",
+    "dynamic_reorder",
+    "dynamic_weight",
+    pipelines.LEGO,
+    "dynamic",
+)
 ALIASES = {"static_full": "static", "dynamic_weighting": "dynamic_weight"}
-LATER_TYPES = ("dynamic_lego",)
 # The keys that mean nothing without a role; the other ones of ours are options of the engine or mean something always.
 ROLE_KEYS = (
     "component_name", "warmup_step", "update_step", "update_times", "static_mix", "train_step", "freeze_gate",
     "early_stopping_min_delta", "mixture_sample_rule", "init_mixture_proportions", "init_mixture_proportions_file",
     "mixer_eval_dataset", "candidates", "rescore", *MOST, "reference_model", "reference_cache", "reference_dtype",
-    "plugins", *ROLES,
+    "plugins", "pipeline", *ROLES,
 )  # fmt: skip
 ENGINE_OPTIONS = (
     "lookahead", "loss_normalization", "nan_loss", "resume_ignore", "score_batch_size", "prefetch", "tensorboard"
 )  # fmt: skip
 # Of those, the ones whose loss would change what is trained; DataFlex ignores the others in static training, and says so.
 NOT_STATIC = {
-    **dict.fromkeys(ROLES, "drop train_type or choose dynamic_*"),
+    **dict.fromkeys((*ROLES, "pipeline"), "drop train_type or choose dynamic_*"),
     "static_mix": "choose train_type: dynamic_mix",
     "init_mixture_proportions": "choose train_type: dynamic_mix",
     "init_mixture_proportions_file": "choose train_type: dynamic_mix",
@@ -73,6 +80,7 @@ def parse(values: Mapping[str, Any]) -> tuple[RunArguments, list[str]]:
             f"components_cfg_file: {typed.pop('components_cfg_file')} is not here; the packaged file has its entries"
         )
     notes += _lift(typed)
+    _check_lego(typed)
     arguments = RunArguments(**typed)
     _check_roles(arguments)
     return arguments, notes
@@ -81,9 +89,14 @@ def parse(values: Mapping[str, Any]) -> tuple[RunArguments, list[str]]:
 def _lift(typed: dict[str, Any]) -> list[str]:
     """Set the keys that the picked component carries as parameters, as DataFlex's files do. -> notes."""
     role, name = ROLE_OF_TYPE.get(typed["train_type"]), typed.get("component_name")
-    if role is None or name is None or typed.get("static_mix"):
+    path = typed.get("components_cfg_file")
+    if typed["train_type"] == pipelines.LEGO:
+        pipeline = pipelines.read(path, name, typed.get("pipeline"))
+        keys, notes = pipeline.keys, list(pipeline.notes)
+    elif role is None or name is None or typed.get("static_mix"):
         return []
-    keys, notes = components.lifted(typed.get("components_cfg_file"), role, name)
+    else:
+        keys, notes = components.lifted(path, role, name)
     for key, value in keys.items():
         if typed.get(key, value) != value:
             raise ConfigError(
@@ -93,14 +106,23 @@ def _lift(typed: dict[str, Any]) -> list[str]:
     return notes
 
 
+def _check_lego(typed: Mapping[str, Any]) -> None:
+    """The roles of a pipeline are its stages, and only those of a pipeline."""
+    if typed["train_type"] != pipelines.LEGO:
+        if typed.get("pipeline") is not None:
+            raise ConfigError(f"pipeline: needs train_type: {pipelines.LEGO}, found {typed['train_type']}")
+        return
+    for key in (*ROLES, "static_mix"):
+        if typed.get(key):
+            raise ConfigError(f"{key}: train_type: {pipelines.LEGO} takes its roles from pipeline.stages; drop {key}")
+
+
 def _train_type(values: Mapping[str, Any]) -> str:
     given = values.get("train_type")
     if given is None:
         on = any(values.get(role) is not None for role in ROLES) or values.get("static_mix")
         return "dynamic" if on else "static"
     name = ALIASES.get(given, given)
-    if name in LATER_TYPES:
-        raise ConfigError(f"train_type: {given} is not available yet; allowed: {', '.join(TRAIN_TYPES)}")
     if name not in TRAIN_TYPES:
         near = did_you_mean(given, [*TRAIN_TYPES, *ALIASES])
         raise ConfigError(f"train_type: expected one of {', '.join(TRAIN_TYPES)}, found {given!r}{near}")
@@ -136,8 +158,8 @@ def _static_mix_notes(values: Mapping[str, Any]) -> list[str]:
 def _check_roles(arguments: RunArguments) -> None:
     """The roles exist, with these parameters, and the schedule lets them do something."""
     roles = arguments.roles()
-    wanted = ROLE_OF_TYPE.get(arguments.train_type)
-    if wanted is None and arguments.component_name is not None:
+    wanted, pipeline = ROLE_OF_TYPE.get(arguments.train_type), arguments.stages()
+    if wanted is None and pipeline is None and arguments.component_name is not None:
         types = ", ".join(ROLE_OF_TYPE)
         raise ConfigError(
             f"component_name: {arguments.component_name!r} needs a train_type that says its role: {types}"
@@ -149,17 +171,19 @@ def _check_roles(arguments: RunArguments) -> None:
         raise ConfigError(f"train_type: dynamic needs at least one of {', '.join(ROLES)}")
     from dataflex_mega.registry import validate  # here, since it imports torch
 
-    for role, spec in roles.items():
+    for role, spec in [*roles.items(), *(("weighter", spec) for spec in (pipeline.weighing[1:] if pipeline else ()))]:
         if spec is not None:
             validate(role, spec)
     mixer = roles["mixer"]
     _check_mixture(arguments, mixer)
     _check_limits(arguments, roles)
     _check_candidates(arguments, roles["selector"])
+    if pipeline is not None and arguments.candidates < 1 and pipeline.chain["selector"].mode == "filter":
+        raise ConfigError("candidates: below 1 does not go with mode: filter, which compares the whole pool")
     order = arguments.order()
     moving = "selector" if roles["selector"] else "mixer" if mixer and mixer["name"] != "static" else None
     moving = moving or ("reorder" if order is not None and order.kind == "dynamic" else None)
-    if moving and arguments.update_step < 1:
+    if pipeline is None and moving and arguments.update_step < 1:
         name = (roles[moving] or {})["name"]
         raise ConfigError(f"update_step: must be >= 1 for {moving} {name} to act, found {arguments.update_step}")
 

@@ -14,6 +14,7 @@ import torch
 
 from dataflex_mega.algorithms.base import Selector
 from dataflex_mega.config.orders import OrderArguments, ScoreParams
+from dataflex_mega.config.pipelines import Pipeline, StageArguments
 from dataflex_mega.errors import ConfigError, DataError
 from dataflex_mega.ordering import Direction, Ordering
 from dataflex_mega.schedule import Schedule
@@ -70,9 +71,43 @@ def fingerprint(source: Source) -> dict[str, str]:
     return {"scores": hashlib.sha256(source.fixed.numpy().tobytes()).hexdigest()[:16]}
 
 
+def weigher_of(pipeline: Pipeline, first: Any) -> Any:
+    """The weighter of a pipeline, a product where it has several; `first`: the one that is built already."""
+    from dataflex_mega.product import multiplied
+    from dataflex_mega.registry import build
+
+    made = [first, *(build("weighter", spec) for spec in pipeline.weighing[1:])]
+    return multiplied([(part, _clock(stage)) for part, stage in zip(made, pipeline.weighters, strict=True)])
+
+
+def _clock(stage: StageArguments) -> Schedule:
+    return Schedule(stage.warmup_step, stage.every, -1, repeats=False)
+
+
+def _own_clocks(pipeline: Pipeline, source: Source, order: OrderArguments | None) -> Stages:
+    """Every stage acts by its own steps."""
+    clocks = {family: _clock(stage) for family, stage in pipeline.chain.items()}
+    if pipeline.weighters:
+        clocks["weighter"] = Schedule(min(stage.warmup_step for stage in pipeline.weighters), 1, -1, repeats=False)
+    selection = pipeline.chain.get("selector")
+    return Stages(
+        clocks,
+        source,
+        rescore=order is None or order.kind == "dynamic",
+        score_every=1 if order is None else order.reorder_every,
+        consume_once=order is None or order.consume_once,
+        mode="draw" if selection is None else selection.mode,
+        keep_ratio=1.0 if selection is None else selection.keep_ratio,
+        max_age={family: stage.score_max_age for family, stage in pipeline.chain.items()},
+    )
+
+
 def stages_of(run: Build, source: Source) -> Stages:
-    """All roles act together, by warmup_step and update_step; an order that is scored once begins with the run."""
+    """How the roles act. Without a pipeline all together, by warmup_step and update_step, but for an order that is scored
+    once: it begins with the run."""
     ours, order = run.ours, run.order
+    if run.pipeline is not None:
+        return _own_clocks(run.pipeline, source, order)
     endless = Schedule(ours.warmup_step, ours.update_step, -1, repeats=False)
     clocks = {"selector": endless, "mixer": Schedule(ours.warmup_step, ours.update_step, ours.update_times, False)}
     clocks["weighter"] = endless

@@ -43,9 +43,9 @@ class Opened:
     def _roles(self) -> Any:
         from dataflex_mega.controller import Roles
         from dataflex_mega.registry import build
-        from dataflex_mega.wiring.orders import scoring_selector
+        from dataflex_mega.wiring.orders import scoring_selector, weigher_of
 
-        self.order = self.ours.order()
+        self.order, self.pipeline = self.ours.order(), self.ours.stages()
         self.scoring = scoring_selector(self.order)  # what a reorder sorts by, where it is measured
         specs = {kind: spec for kind, spec in self.ours.roles().items() if spec is not None}
         made: dict[str, Any] = {kind: build(kind, spec) for kind, spec in specs.items()}
@@ -53,6 +53,11 @@ class Opened:
         self.specs = {kind: {"name": specs[kind]["name"], **parameters_of(made[kind])} for kind in made}
         if self.order is not None:
             self.specs["reorder"].update(order=self.order.identity())
+        if self.pipeline is not None:
+            self.specs["pipeline"] = {"name": "pipeline", "stages": self.pipeline.identity()}
+            if "weighter" in made:
+                self.specs["weighter"]["others"] = list(self.pipeline.weighing[1:])
+                made["weighter"] = weigher_of(self.pipeline, made["weighter"])
         return Roles(**made)
 
     @property
@@ -115,6 +120,7 @@ class Build(Opened):
         from dataflex_mega.data.sampler import Sampler
         from dataflex_mega.schedule import Budget, Schedule, total_steps
         from dataflex_mega.wiring.orders import source_of
+        from dataflex_mega.wiring.selection import candidates_of
 
         training, ours = self.args.training, self.ours
         self.split = Split(
@@ -124,45 +130,20 @@ class Build(Opened):
             training.gradient_accumulation_steps,
         )
         selects, mixes = self.roles.selector is not None, self.roles.mixer is not None
-        orders = self.order is not None
-        self.schedule = Schedule(ours.warmup_step, ours.update_step, ours.update_times, selects and not orders)
+        staged = self.order is not None or self.pipeline is not None
+        self.schedule = Schedule(ours.warmup_step, ours.update_step, ours.update_times, selects and not staged)
         budget = Budget(
             ours.train_step, training.max_steps, training.num_train_epochs, len(self.pool), self.split.global_batch
         )
-        self.max_steps = total_steps(budget, self.schedule, selects or (orders and ours.update_step > 0), mixes)
+        self.max_steps = total_steps(
+            budget, self.schedule, ours.update_step > 0 if staged else selects, mixes and self.pipeline is None
+        )
         self.sampler = Sampler(self.pool.sizes, self.split.global_batch, self.data_seed)
         initial = ours.initial_proportions(self.pool.sizes, self.pool.names)
         self.domains = Domains(self.pool.names, self.pool.sizes, initial)
         self.limits = self._limits()
         self.source = source_of(self)
-        window = self.split.global_batch * ours.update_step
-        if selects and window > len(self.pool):
-            raise UserError(
-                f"update_step: {ours.update_step} steps of {self.split.global_batch} samples need {window} chosen samples, "
-                f"the datasets have {len(self.pool)}; at most {len(self.pool) // self.split.global_batch} steps are possible"
-            )
-        self.candidates = self._candidates(window)
-
-    def _candidates(self, window: int) -> Any:
-        """The parts of the pool that selections consider, or None for all of it. `window`: samples that one chooses."""
-        from dataflex_mega.data.candidates import Candidates
-        from dataflex_mega.types import NeedsClusters
-
-        share = self.ours.candidates
-        if share == 1:
-            return None
-        if self.ours.rescore == "incremental" and isinstance(self.roles.selector, NeedsClusters):
-            name = self.specs["selector"]["name"]
-            raise ConfigError(
-                f"rescore: incremental: selector {name} compares samples that are clustered together; use full"
-            )
-        made = Candidates(self.pool.sizes, share, self.data_seed, keeps=self.ours.rescore == "incremental")
-        if self.roles.mixer is None and window > made.total():  # with a mixer, parts are as large as its quotas
-            raise UserError(
-                f"candidates: {share} of {len(self.pool)} samples are {made.total()}, but {self.ours.update_step} steps of "
-                f"{self.split.global_batch} samples need {window}; at least {window / len(self.pool):.3g} is needed"
-            )
-        return made
+        self.candidates = candidates_of(self)
 
     def _limits(self) -> Any:
         """Floors, caps and epochs of the domains, or None without them. Raises ConfigError for ones that cannot hold."""
@@ -305,7 +286,7 @@ class Build(Opened):
         counts = (self.split.global_batch, self.max_steps, self.data_seed)
         mean, gram = targets.mean_of_targets(self, engine), mixing.domain_gram(self, engine)
         more = (self.limits, mean, self.candidates, gram, batch_gradients(self, engine))
-        if self.order is None:
+        if self.order is None and self.pipeline is None:
             return Controller(*parts, *counts, *more)
         stages = stages_of(self, self.source)
         return Staged(*parts, *counts, *more, stages=stages, ordering=ordering_of(self))
@@ -318,6 +299,7 @@ class Build(Opened):
 
     def _metrics(self) -> Any:
         from dataflex_mega.metrics import Metrics
+        from dataflex_mega.wiring.selection import boards_of, files_of
 
         writer = None
         if self.mesh.is_main and self.ours.tensorboard:
@@ -326,7 +308,6 @@ class Build(Opened):
             # What an interrupted run logged beyond the checkpoint is hidden; it is logged again.
             folder = str(self.args.training.logging_dir or self.output / "runs")
             writer = SummaryWriter(folder, purge_step=self.first_step + 1 if self.first_step else None)
-        cache = getattr(self.roles.selector, "cache_dir", None)
         mixer = self.specs["mixer"]["name"].rpartition(":")[2].lower() if "mixer" in self.specs else None
         return Metrics(
             self.output,
@@ -334,7 +315,8 @@ class Build(Opened):
             self.max_steps,
             writes=self.mesh.is_main,
             mixer_name=mixer,
-            selection_folder=Path(cache) if cache else self.output / "selections",
+            selection_folder=files_of(self),
+            board_folder=boards_of(self),
             tensorboard=writer,
             bar=self.bar,
         )

@@ -1,5 +1,8 @@
 """Whole runs that order their samples: the same on 1, 2 and 4 processes, bit-equal when continued, on both engines."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from tests.support import corpus, runs
@@ -24,6 +27,17 @@ CASES = {
         "lookahead": "exact", **WINDOWS,
     },
 }  # fmt: skip
+LEGO = {
+    "train_type": "dynamic_lego", "lookahead": "exact", "max_steps": 7, "max_samples": 4,
+    "init_mixture_proportions": [0.5, 0.3, 0.2], "eval_dataset": "tables", "eval_strategy": "steps", "eval_steps": 7,
+    "pipeline": {"save_plans": True, "stages": [
+        {"family": "selector", "component": "loss_low", "keep_ratio": 0.5, "warmup_step": 1, "every": 4},
+        {"family": "mixer", "component": "doremi", "every": 2},
+        {"family": "reorder", "component": "dynamic_saw", "every": 3, "score_max_age": 2},
+        {"family": "weighter", "component": "loss", "warmup_step": 1},
+        {"family": "weighter", "component": "focal", "warmup_step": 3},
+    ]},
+}  # fmt: skip
 SPLITS = {1: [(8, 1), (2, 4)], 2: [(2, 2)], 4: [(1, 2)]}
 
 
@@ -33,6 +47,7 @@ def folder(tmp_path_factory):
 
 
 def cases_of(folder, world):
+    cases = {**CASES, "lego": {**LEGO, "reference_model": str(folder / "model")}}
     return {
         (name, number): runs.base(
             folder,
@@ -41,7 +56,7 @@ def cases_of(folder, world):
             gradient_accumulation_steps=accumulation,
             **keys,
         )
-        for name, keys in CASES.items()
+        for name, keys in cases.items()
         for number, (micro, accumulation) in enumerate(SPLITS[world])
     }
 
@@ -63,7 +78,7 @@ def test_the_same_plans_draws_and_losses_however_a_batch_is_cut(finished):
         for row, row0 in zip(log, log0, strict=True):
             where = f"{name} on {world} processes, split {number}, step {row['step']}"
             assert row["drawn"] == row0["drawn"], where
-            if name != "mixed":  # proportions of a mixer carry the last bits of the losses
+            if name not in ("mixed", "lego"):  # proportions of a mixer carry the last bits of the losses
                 assert row["plan"] == row0["plan"], where
             for key in ("loss", "objective", "grad_norm"):
                 assert row[key] == pytest.approx(row0[key], rel=1e-5), where
@@ -78,6 +93,78 @@ def test_what_was_scored(finished):
     scored = {name: [o["scored"] for o in runs.rows(finished[name, 1, 0], "orders.jsonl")] for name in CASES}
     assert scored["gradients"] == [9, 9]
     assert scored["folding"][0] - scored["folding"][1] == scored["folding"][1] - scored["folding"][2] == 16
+
+
+def test_every_stage_of_a_pipeline_does_its_part(finished):
+    config = finished["lego", 2, 0]
+    log, output = runs.rows(config), Path(config["output_dir"])
+    kept = [json.loads(path.read_text())["indices"] for path in sorted(output.glob("selections/step_*.json"))]
+    plans = {
+        int(path.stem.rpartition("_")[2]): json.loads(path.read_text())
+        for path in output.glob("scoreboard_step_*.json")
+    }
+    assert len(kept) == 2 and sorted(plans) == list(range(7))
+    served = [sample for step in sorted(plans) for sample in plans[step]["indices"][:8]]
+    assert len(set(served)) == len(served) == 7 * 8, "no sample twice"
+    for step, plan in plans.items():
+        chosen = set(kept[0] if step < 5 else kept[1]) if step >= 1 else None
+        assert chosen is None or set(plan["indices"]) <= chosen, f"step {step} trains on what the filter kept"
+        assert len(plan["metric"]["loss"]) == len(plan["indices"])
+    assert len({tuple(row["proportions"].values()) for row in log}) > 2
+    assert "weights" in log[1] and log[-1]["weights"]["max"] > 1.01
+
+
+def test_the_loss_of_an_evaluation_is_not_weighted(folder):
+    """Without a learning rate the model stays as it is, and so does its evaluation, whatever weights the steps have."""
+    keys = {**LEGO, "learning_rate": 0.0, "max_steps": 2, "eval_steps": 2, "reference_model": str(folder / "model")}
+    lego = runs.base(folder, output_dir=str(folder / "weighted"), **keys)
+    plain = runs.base(folder, output_dir=str(folder / "plain"), mixer="static", **{
+        key: value for key, value in keys.items() if key not in ("train_type", "pipeline", "reference_model", "lookahead")
+    })  # fmt: skip
+    assert [status for status, _ in runs.forked_many(1, [lego, plain])] == [0, 0]
+    found = [[row["eval_loss"] for row in history(config) if "eval_loss" in row] for config in (lego, plain)]
+    assert found[0] == found[1] != []
+
+
+def history(config):
+    return json.loads((Path(config["output_dir"]) / "trainer_state.json").read_text())["log_history"]
+
+
+def numbers(row):
+    return {key: value for key, value in row.items() if key != "seconds"}
+
+
+def test_a_run_goes_on_bit_equal(folder):
+    """From a checkpoint in the middle of a window, into a folder of its own."""
+    more = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    cases = {"mixed": CASES["mixed"], "lego": {**LEGO, "reference_model": str(folder / "model")}}
+    configs = []
+    for name, keys in cases.items():
+        whole = runs.base(folder, output_dir=str(folder / f"{name}-whole"), **{
+            **keys, **more, "save_strategy": "steps", "save_steps": 4,
+        })  # fmt: skip
+        checkpoint = str(folder / f"{name}-whole" / "checkpoint-4")
+        moved = {**whole, "output_dir": str(folder / f"{name}-moved"), "resume_from_checkpoint": checkpoint}
+        configs += [whole, {**moved, "save_strategy": "no"}]
+    assert [heard for status, heard in runs.forked_many(2, configs) if status] == []
+    for whole, moved in (configs[:2], configs[2:]):
+        for name in ("metrics.jsonl", "orders.jsonl"):
+            log, log2 = runs.rows(whole, name), runs.rows(moved, name)
+            assert 0 < len(log2) < len(log)
+            assert [numbers(row) for row in log[-len(log2) :]] == [numbers(row) for row in log2]
+
+
+def test_both_engines_serve_the_same_order(folder):
+    pytest.importorskip("megatron.core")
+    keys = {**CASES["selected"], "selector": None, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    keys["eval_strategy"], keys["learning_rate"] = "no", 3.0e-3
+    fsdp = runs.base(folder, output_dir=str(folder / "fsdp"), **keys)
+    megatron = {**fsdp, "engine": "megatron", "output_dir": str(folder / "megatron")}
+    assert [heard for status, heard in runs.forked_many(2, [fsdp, megatron]) if status] == []
+    for row, row2 in zip(runs.rows(fsdp), runs.rows(megatron), strict=True):
+        assert row["plan"] == row2["plan"]
+        for key in ("loss", "objective", "grad_norm"):
+            assert row[key] == pytest.approx(row2[key], rel=1e-5), f"{key} at step {row['step']}"
 
 
 def test_easy_samples_come_before_hard_ones(folder):

@@ -115,11 +115,11 @@ def test_a_plug_in_is_named_by_module_and_class():
     ("keys", "message"),
     [
         ({"train_type": "dynamic_mx"}, "train_type: expected one of static, dynamic_select, dynamic_mix, dynamic_reorder, "
-         "dynamic_weight, dynamic, found 'dynamic_mx' (did you mean 'dynamic_mix'?)"),
+         "dynamic_weight, dynamic_lego, dynamic, found 'dynamic_mx' (did you mean 'dynamic_mix'?)"),
         ({"train_type": "dynamic_reorder"}, "train_type: dynamic_reorder needs component_name (one of sorting, shuffle, "),
         ({"reorder": "folding"}, "update_step: must be >= 1 for reorder folding to act, found 0"),
         ({"reorder": "folding", "max_epochs": 2, "mixer": "odm", **MOVING}, "max_epochs: does not go with a reorder, which"),
-        ({"train_type": "dynamic_lego"}, "train_type: dynamic_lego is not available yet"),
+        ({"train_type": "dynamic_lego"}, "train_type: dynamic_lego needs component_name (one of hier"),
         ({"train_type": 3}, "train_type: expected text, found 3"),
         ({"train_type": "dynamic_select"}, "train_type: dynamic_select needs component_name (one of random, loss, "
          "loss_low, loss_high, "),
