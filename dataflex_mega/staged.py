@@ -223,8 +223,8 @@ class Staged(Controller):
         return plan
 
     def _next_due(self, step: int) -> int:
-        """The next step at which a role acts, at most MAX_PLAN_STEPS away."""
-        last = step + MAX_PLAN_STEPS
+        """The next step at which a role acts, at most MAX_PLAN_STEPS away and within the run."""
+        last = min(step + MAX_PLAN_STEPS, max(self.total_steps, step + 1))
         return next((later for later in range(step + 1, last) if self._due(later)), last)
 
     def _shares_of(self, ids: Tensor) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dataflex_mega.config import checks, components, legacy, megatron, megatron_checks, orders, ours
+from dataflex_mega.config import checks, components, legacy, megatron, megatron_checks, orders, ours, pipelines
 from dataflex_mega.config.values import kinds
 from dataflex_mega.registry import CONTRACTS, Parameter, available, load_class, parameters
 
@@ -58,6 +58,10 @@ then changes its parameters."""
 
 ORDERS = """Beside the parameters of its pattern a `reorder` has these. DataFlex's layout, `pattern` with
 `pattern_params`, is read too. [Algorithms](algorithms.md#orders) says what they do."""
+
+
+PIPELINES = """`train_type: dynamic_lego` with `component_name`, a preset of the components file, or with the key `pipeline`.
+[Algorithms](algorithms.md#pipelines) says what it does. A preset has:"""
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -177,6 +181,11 @@ def document() -> str:
         "`score_params` has, by `score_source`:",
         table(("score_source", "score_params"), score_params),
         table(head, fields_of(orders.ScoreParams)),
+        "### Pipelines",
+        PIPELINES,
+        table(head, fields_of(pipelines.PipelineArguments)),
+        "A stage has:",
+        table(head, fields_of(pipelines.StageArguments)),
         "### The packaged components file",
         packaged_components(),
         "## What dynamic training does not do",

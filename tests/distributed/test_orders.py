@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from dataflex_mega.config import components, orders
+from dataflex_mega.ordering import Direction, arrange
+from dataflex_mega.registry import build
 from tests.support import corpus, runs
 
 SAW = {"num_sections": 3, "folding_ratio": 0.075, "layers": 2}
@@ -82,9 +86,11 @@ def test_the_same_plans_draws_and_losses_however_a_batch_is_cut(finished):
                 assert row["plan"] == row0["plan"], where
             for key in ("loss", "objective", "grad_norm"):
                 assert row[key] == pytest.approx(row0[key], rel=1e-5), where
-        orders, orders0 = (runs.rows(c, "orders.jsonl") for c in (config, finished[name, 1, 0]))
+        windows, windows0 = (runs.rows(c, "orders.jsonl") for c in (config, finished[name, 1, 0]))
         assert (
-            [o["step"] for o in orders] == [o["step"] for o in orders0] == list(range(1, 7, CASES[name]["update_step"]))
+            [o["step"] for o in orders]
+            == [o["step"] for o in windows0]
+            == list(range(1, 7, CASES[name]["update_step"]))
         )
 
 
@@ -165,6 +171,30 @@ def test_both_engines_serve_the_same_order(folder):
         assert row["plan"] == row2["plan"]
         for key in ("loss", "objective", "grad_norm"):
             assert row[key] == pytest.approx(row2[key], rel=1e-5), f"{key} at step {row['step']}"
+
+
+def test_static_presets_of_dataflex_by_a_number_of_each_row(folder):
+    """The mean score of what is trained is that of the pattern's first places."""
+    scores = [(7 * row) % 40 / 4 for row in range(40)]
+    rows = [json.dumps({"text": f"row {row} " * 12, "score": score}) for row, score in enumerate(scores)]
+    (folder / "data" / "scored.jsonl").write_text("\n".join(rows))
+    info = json.loads((folder / "data" / "dataset_info.json").read_text())
+    info["scored"] = {"file_name": "scored.jsonl", "columns": {"prompt": "text"}}
+    (folder / "data" / "dataset_info.json").write_text(json.dumps(info))
+    names = ["sorting", "segment", "folding", "zigzag", "stair", "saw", "shuffle"]
+    configs = [
+        runs.base(folder, output_dir=str(folder / f"static-{name}"), dataset="scored", packing=False, max_steps=3,
+                  train_type="dynamic_reorder", component_name=name)
+        for name in names
+    ]  # fmt: skip
+    assert [heard for status, heard in runs.forked_many(1, configs) if status] == []
+    for name, config in zip(names, configs, strict=True):
+        spec, order = orders.read(components.pick(None, "reorder", name))
+        direction = Direction(order.low_first, order.window_size, order.seed)
+        ids = arrange(build("reorder", spec), torch.arange(40), torch.tensor(scores), 0, direction)[:24]
+        (window,) = runs.rows(config, "orders.jsonl")
+        expected = None if name == "shuffle" else pytest.approx(sum(scores[i] for i in ids.tolist()) / 24)
+        assert (window["step"], window["end"], window["mean_score"]) == (0, 3, expected), name
 
 
 def test_easy_samples_come_before_hard_ones(folder):
