@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex_mega.config.split import RunConfig
-from dataflex_mega.errors import CheckpointError, ConfigError, UserError
+from dataflex_mega.errors import CheckpointError
 
 LARGEST_EXPONENT = 700.0  # exp of it is finite
 

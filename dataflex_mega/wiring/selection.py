@@ -32,7 +32,9 @@ def candidates_of(run: Build) -> Any:
         return None
     if run.ours.rescore == "incremental" and isinstance(run.roles.selector, NeedsClusters):
         name = run.specs["selector"]["name"]
-        raise ConfigError(f"rescore: incremental: selector {name} compares samples that are clustered together; use full")
+        raise ConfigError(
+            f"rescore: incremental: selector {name} compares samples that are clustered together; use full"
+        )
     made = Candidates(run.pool.sizes, share, run.data_seed, keeps=run.ours.rescore == "incremental")
     if run.roles.mixer is None and window > made.total():  # with a mixer, parts are as large as its quotas
         raise UserError(
