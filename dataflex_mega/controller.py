@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dataflex_mega.algorithms.base import Domains, Mixer, Reorder, Selector, Weighter
 from dataflex_mega.errors import CheckpointError, TrainingFault
+from dataflex_mega.factors import StepFactors, all_alike, domain_factors, product
 from dataflex_mega.types import (
     Clock,
     HiddenSpec,
-    LossNorm,
     NeedsBatchGradients,
     NeedsGradients,
     NeedsHidden,
@@ -207,18 +207,20 @@ class Controller:
         clock = Clock(step, self.total_steps, update, self.seed, updates)
         proportions, loss_weights = None, None
         if self.roles.mixer is not None:
-            if isinstance(self.roles.mixer, NeedsGradients):
-                assert self.domain_gram is not None, "given when the run was built"
-                against_targets = self.roles.mixer.against == "eval"
-                self.roles.mixer.learn(self.domain_gram(self.roles.mixer.probe_samples, against_targets, step))
-            asked = tuple(self.roles.mixer.proportions(clock, self._rng(step, MIX)).double().tolist())
-            proportions = self._allowed(asked, step)
-            weights = self.roles.mixer.loss_weights()
-            loss_weights = None if weights is None else tuple(weights.double().tolist())
+            proportions, loss_weights = self._ask(self.roles.mixer, clock)
         if self.roles.selector is None:
             return self.sampler.next_plan(old, step, proportions, loss_weights=loss_weights)
         chosen = self._select(self.roles.selector, clock, old, proportions)
         return self.sampler.next_plan(old, step, proportions, chosen=chosen, loss_weights=loss_weights)
+
+    def _ask(self, mixer: Mixer, clock: Clock) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
+        """What a mixer wants from now on: [k] proportions within the limits, and its domain weights of the loss."""
+        if isinstance(mixer, NeedsGradients):
+            assert self.domain_gram is not None, "given when the run was built"
+            mixer.learn(self.domain_gram(mixer.probe_samples, mixer.against == "eval", clock.step))
+        asked = tuple(mixer.proportions(clock, self._rng(clock.step, MIX)).double().tolist())
+        weights = mixer.loss_weights()
+        return self._allowed(asked, clock.step), None if weights is None else tuple(weights.double().tolist())
 
     def _rng(self, step: int, stream: int) -> torch.Generator:
         """A generator that depends on (seed, step, stream) alone."""
@@ -292,7 +294,7 @@ class Controller:
             weighter.look(torch.from_numpy(ids), *self.batch_gradients(ids, state.step))
         by_sample = self._by_sample(weighter, state)
         if isinstance(weighter, TokenChoice):
-            return TokenWeigh(by_sample or _all_alike, weighter)
+            return TokenWeigh(by_sample or all_alike, weighter)
         return by_sample
 
     def _weighs(self, step: int) -> bool:
@@ -305,7 +307,7 @@ class Controller:
                 mixer.domain_weights(), torch.tensor(state.plan.proportions).double(), mixer.loss_norm
             )
             return by_step if weighter is None else self._weigher(weighter, by_step, state)
-        by_domain = _domain_factors(state.plan)
+        by_domain = domain_factors(state.plan)
         if weighter is None and by_domain is None:
             return None
         return self._weigher(weighter, by_domain, state)
@@ -326,7 +328,7 @@ class Controller:
                 weights = by_domain(replace(whole, step_count=obs.step_count))
             if weighter is not None:
                 own = weighter.weights(whole, state.step, self.total_steps).to(weights)
-                weights = own if by_domain is None else _product(own, weights)
+                weights = own if by_domain is None else product(own, weights)
             return self.ranks.own(weights, len(obs.sample_id))
 
         return weigh
@@ -361,49 +363,3 @@ class Controller:
             self.candidates.restore(saved.get("candidates", {}))
         self._previous = saved.get("previous_selection")
         self._spent = frozenset(saved.get("spent_domains", ()))
-
-
-def _all_alike(obs: SampleObs) -> Tensor:
-    return torch.ones_like(obs.loss_sum)
-
-
-def _product(weights: Tensor, factors: Tensor) -> Tensor:
-    """[n] weights times [n] factors, with the sum that the factors have alone: what a weighter does within the samples it
-    compares changes no domain's part of the step, and the mean of a step stays 1."""
-    product = weights * factors
-    total = product.sum()
-    return torch.where(total > 0, product * (factors.sum() / total), factors)
-
-
-def _domain_factors(plan: Plan) -> Tensor | None:
-    """[k] factors of the loss from a mixer's domain weights, with mean 1 over what the plan draws."""
-    if plan.loss_weights is None:
-        return None
-    weights, shares = torch.tensor(plan.loss_weights).double(), torch.tensor(plan.proportions).double()
-    return weights / (weights * shares).sum()
-
-
-@dataclass(frozen=True)
-class StepFactors:
-    """Weighs samples by domain with weights of this very step: DoReMi's loss; see types.StepWeighing.
-
-    With c_d the step's token count of domain d (sample count where samples count the same) and C their sum, the factor of
-    domain d is C v_d / sum over domains of v c, where v_d is w_d / p_d, or w_d / c_d. The factors have mean 1 over the
-    step's tokens exactly, so the step's denominator stays C. Domains without tokens take no part.
-    """
-
-    weights: Tensor  # [k] float64, sums to 1
-    proportions: Tensor  # [k] float64, of the plan
-    loss_norm: LossNorm
-
-    def __call__(self, obs: SampleObs) -> Tensor:
-        """Samples -> [n] float32 factors. Raises TrainingFault when the engine does not say how many tokens the step has."""
-        if obs.step_count is None:
-            raise TrainingFault("domain weights of a step need SampleObs.step_count, which the engine did not give")
-        counts = obs.step_count.double()
-        weights, proportions = self.weights.to(counts), self.proportions.to(counts)
-        shares = proportions if self.loss_norm == "token" else counts
-        ratio = torch.where((shares > 0) & (counts > 0), weights / shares, 0.0)
-        total = (ratio * counts).sum()
-        factors = torch.where(total > 0, ratio * (counts.sum() / total), 1.0)
-        return factors.to(obs.loss_sum)[obs.domain]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dataflex_mega.algorithms.base import Domains, Weighter
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.types import HiddenSpec, NeedsHidden, NeedsReference, SampleObs, TokenChoice
+from dataflex_mega.types import HiddenSpec, NeedsBatchGradients, NeedsHidden, NeedsReference, SampleObs, TokenChoice
 
 
 class When(Protocol):
@@ -88,6 +88,8 @@ def multiplied(parts: Sequence[tuple[Weighter, When]]) -> Weighter:
     for part, _ in parts:
         if isinstance(part, TokenChoice | NeedsReference):
             raise ConfigError(f"pipeline.stages: weighter {_name(part)} chooses tokens and cannot be one of several")
+        if isinstance(part, NeedsBatchGradients):
+            raise ConfigError(f"pipeline.stages: weighter {_name(part)} chooses samples and cannot be one of several")
     comparing = [pair for pair in parts if isinstance(pair[0], NeedsHidden)]
     if len(comparing) > 1:
         names = " and ".join(_name(part) for part, _ in comparing)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dataflex_mega.algorithms.base import Selector
 from dataflex_mega.board import Board
-from dataflex_mega.controller import MAX_PLAN_STEPS, MIX, SELECT, Controller, When
+from dataflex_mega.controller import MAX_PLAN_STEPS, SELECT, Controller, When
 from dataflex_mega.ordering import Ordering
 from dataflex_mega.types import Clock, Plan, TrainState
 
@@ -141,12 +141,8 @@ class Staged(Controller):
         return Clock(step, self.total_steps, when.update_number(step), self.seed, when.total_updates(self.total_steps))
 
     def _mix(self, step: int) -> None:
-        mixer = self.roles.mixer
-        assert mixer is not None
-        asked = mixer.proportions(self._clock("mixer", step), self._rng(step, MIX)).double().tolist()
-        self.shares = self._allowed(tuple(asked), step)
-        weights = mixer.loss_weights()
-        self.loss_weights = None if weights is None else tuple(weights.double().tolist())
+        assert self.roles.mixer is not None
+        self.shares, self.loss_weights = self._ask(self.roles.mixer, self._clock("mixer", step))
 
     def _keep(self, step: int, old: Plan) -> None:
         """Ask the selector. The samples of its window, or a part of the pool."""
