@@ -123,7 +123,8 @@ def config_of(
         "model_name_or_path": str(folder / "model"), "train_from_scratch": True, "stage": "pt",
         "dataset_dir": str(folder / "data"), "dataset": ",".join(names[0]), "eval_dataset": ",".join(names[1]),
         "eval_on_each_dataset": True, "cutoff_len": options.length, "finetuning_type": "full", "seed": seed,
-        "warmup_step": options.warmup, "update_step": options.every, "update_times": options.updates,
+        "max_steps": options.steps, "warmup_step": options.warmup, "update_step": options.every,
+        "update_times": options.updates,
         "per_device_train_batch_size": 16, "per_device_eval_batch_size": 32, "learning_rate": 3e-3,
         "lr_scheduler_type": "cosine", "warmup_steps": options.warmup // 2, "logging_steps": 1000, "disable_tqdm": True,
         "save_strategy": "no", "eval_strategy": "no", "disable_gradient_checkpointing": True, "tensorboard": False,
@@ -257,13 +258,13 @@ def draw(results: dict[str, dict[str, list[Outcome]]], target: Path) -> None:
 
 
 def settings_of(options: argparse.Namespace) -> list[Setting]:
-    """What was asked for, or the demo's two: instructions in a mixed pool, and two domains at once."""
+    """What was asked for, or the demo's two: instructions in a mixed pool, and source code."""
     if not options.setting:
         pool = [options.data / f"{name}.jsonl" for name in DOMAINS]
         held = {name: options.data / f"{name}_validation.jsonl" for name in DOMAINS}
         return [
             Setting("instructions", pool, [held["demo_alpaca_text"]]),
-            Setting("wiki-and-python", pool, [held["demo_wiki"], held["demo_python"]]),
+            Setting("source code", pool, [held["demo_python"]]),
         ]
     found = []
     for given in options.setting:
@@ -282,9 +283,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--setting", action="append", help="NAME=POOL,...:TARGET,...; may be given several times")
     parser.add_argument("--output", type=Path, default=ROOT / ".demo" / "less_vs_random", help="folder to write")
     for name, value, what in (
-        ("seeds", 3, "seeds"), ("warmup", 20, "steps before the first selection"), ("every", 15, "steps of a selection"),
-        ("updates", 2, "selections"), ("measure", 5, "steps between two measurements"), ("length", 64, "tokens a sample"),
-        ("hidden", 48, "hidden size"), ("layers", 2, "layers"), ("characters", 25_000, "of each source of the pool"),
+        ("seeds", 3, "seeds"), ("steps", 100, "steps of a run"), ("warmup", 20, "steps before a first selection"),
+        ("every", 15, "steps of a selection"), ("updates", 2, "selections until the next warm-up"),
+        ("measure", 10, "steps between two measurements"), ("length", 64, "tokens a sample"),
+        ("hidden", 48, "hidden size"), ("layers", 2, "layers"), ("characters", 35_000, "of each source of the pool"),
         ("target", 6_000, "characters of each target"), ("held_out", 12_000, "characters measured, of each target"),
     ):  # fmt: skip
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"{what} ({value})")
@@ -297,9 +299,9 @@ def main() -> int:
     for setting in settings_of(options):
         results[setting.name] = run_setting(setting, options)
         good &= report(setting, results[setting.name])
-    draw(results, options.output / "less_vs_random.png")
-    plain = {s: {m: [vars(o) for o in runs] for m, runs in found.items()} for s, found in results.items()}
-    (options.output / "results.json").write_text(json.dumps(plain, indent=1))
+        draw(results, options.output / "less_vs_random.png")
+        plain = {s: {m: [vars(o) for o in runs] for m, runs in found.items()} for s, found in results.items()}
+        (options.output / "results.json").write_text(json.dumps(plain, indent=1))
     print(f"\n{options.output}: less_vs_random.png, results.json")
     return 0 if good else 1
 

@@ -37,7 +37,7 @@ def test_targets_and_held_out_text_are_different_rows_of_one_file(study, tmp_pat
 def test_settings_are_read_from_the_command_line_or_are_the_demos(study):
     given = study.settings_of(Namespace(setting=["a=x.jsonl,y.jsonl:z.jsonl"], data=Path("d")))
     assert given == [study.Setting("a", [Path("x.jsonl"), Path("y.jsonl")], [Path("z.jsonl")])]
-    assert [len(s.targets) for s in study.settings_of(Namespace(setting=None, data=Path("d")))] == [1, 2]
+    assert [len(s.targets) for s in study.settings_of(Namespace(setting=None, data=Path("d")))] == [1, 1]
     with pytest.raises(SystemExit, match="expected NAME=POOL"):
         study.settings_of(Namespace(setting=["a=x.jsonl"], data=Path("d")))
 
