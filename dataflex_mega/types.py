@@ -204,6 +204,33 @@ class NeedsBatchGradients(ABC):
 
 
 @dataclass(frozen=True)
+class SamplingSpec:
+    """How answers are drawn from a model."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0  # 0: any token
+    top_p: float = 1.0
+
+
+class UsesPolicy(ABC):
+    """A selector whose targets are rewards of what the model of now answers; see wiring.policy."""
+
+    reward: str
+    mc_samples: int
+    max_prompt_length: int
+    seed: int
+
+    @abstractmethod
+    def sampling(self) -> SamplingSpec:
+        """How answers are drawn."""
+
+    @abstractmethod
+    def factors(self, rewards: Tensor) -> Tensor:
+        """[P, mc_samples] rewards -> [P, mc_samples] factors of the answers' log-probabilities."""
+
+
+@dataclass(frozen=True)
 class Clusters:
     """Which samples of a pool belong together; equal on every rank."""
 

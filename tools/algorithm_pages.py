@@ -38,6 +38,7 @@ ALSO_WANTS = {
     "NeedsLoads": "how many tokens of each domain every expert gets, counted in the training forward pass",
     "NeedsGradients": "inner products of the domains' gradients, at every update",
     "TokenChoice": "the loss of every token",
+    "UsesPolicy": "answers of the model to the prompts of `eval_dataset`",
     "UsesClusters": "hidden states of the whole pool, once",
     "NeedsBatchGradients": "gradients of the batch that is about to be trained",
 }

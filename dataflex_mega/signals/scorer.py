@@ -124,7 +124,13 @@ class Scorer:
         """[n] ids -> dot [n, S] with each group's direction and norm2 [n]."""
         assert self.targets is not None, "checked when the run was built"
         scorer = self.targets.scorer(adam)
-        directions = scorer.directions(self.target_batches())
+        return self.compared(scorer, scorer.directions(self.target_batches()), ids, steps)
+
+    def compared(
+        self, scorer: GradientScorer, directions: Any, ids: np.ndarray, steps: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """[n] ids -> dot [n, S] with each direction and norm2 [n]. `steps`: see `batches`."""
+        assert self.targets is not None, "checked when the run was built"
         dots, norms = [], []
         for samples, _ in self.batches(ids, steps):
             dot, norm2 = scorer.score(self.targets.collate(samples), directions)

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from dataflex_mega.algorithms.base import Selector, Weighter
 from dataflex_mega.errors import ConfigError, did_you_mean
+from dataflex_mega.signals import rewards
 from dataflex_mega.signals.clusters import Ranks, signals
 from dataflex_mega.signals.hidden import unit
 from dataflex_mega.signals.scorer import GRADIENTS, KNOWN, Provider, Scorer
-from dataflex_mega.types import HiddenSpec, NeedsBatchGradients, NeedsClusters
-from dataflex_mega.wiring import representatives, store
+from dataflex_mega.types import HiddenSpec, NeedsBatchGradients, NeedsClusters, UsesPolicy
+from dataflex_mega.wiring import policy, representatives, store
 
 if TYPE_CHECKING:
     from dataflex_mega.wiring.run import Build
@@ -33,6 +34,7 @@ class Entry:
 
     make: Callable[[Build, Any, Any], Provider]  # (run, engine, the selector that asks) -> provider
     engines: tuple[str, ...] = ("fsdp", "megatron")  # that have it
+    stage: str | None = None  # the only one that has it
     targets: bool = False  # whether candidates are compared with the samples of eval_dataset
 
 
@@ -60,6 +62,8 @@ def spaced(depth: int, count: int = 5) -> tuple[int, ...]:
 
 ENTRIES: dict[str, Entry] = {
     "clusters": Entry(clusters),
+    "policy_adam": Entry(policy.provider(adam=True), engines=("fsdp",), targets=True, stage="sft"),
+    "policy_sgd": Entry(policy.provider(adam=False), engines=("fsdp",), targets=True, stage="sft"),
     "store_adam": Entry(store.provider(adam=True), engines=("fsdp",), targets=True),
     "cluster_adam": Entry(representatives.provider(adam=True), engines=("fsdp",), targets=True),
     "cluster_sgd": Entry(representatives.provider(adam=False), engines=("fsdp",), targets=True),
@@ -74,8 +78,10 @@ def named(algorithm: Any) -> str:
     return module.rpartition(".")[2] if ours else type(algorithm).__name__
 
 
-def check(engine: str, selector: Selector | None, entries: Mapping[str, Entry] = ENTRIES) -> None:
-    """Raises ConfigError for a signal that nobody makes, or that the engine does not have."""
+def check(
+    engine: str, selector: Selector | None, entries: Mapping[str, Entry] = ENTRIES, stage: str | None = None
+) -> None:
+    """Raises ConfigError for a signal that nobody makes, or that the engine or the stage does not have."""
     for name in sorted(selector.needs if selector is not None else ()):
         who = named(selector)
         if name not in KNOWN and name not in entries:
@@ -87,6 +93,10 @@ def check(engine: str, selector: Selector | None, entries: Mapping[str, Entry] =
             raise ConfigError(
                 f"selector: {who} needs the signal {name!r}, which engine: {engine} does not have; {others} has"
             )
+        if name in entries and stage is not None and entries[name].stage not in (None, stage):
+            raise ConfigError(f"stage: selector {who} needs stage: {entries[name].stage}, found {stage}")
+    if isinstance(selector, UsesPolicy):
+        rewards.load(selector.reward)
 
 
 def check_weighter(engine: str, weighter: Weighter | None) -> None:

@@ -28,7 +28,7 @@ class Opened:
         self.config, self.ours = config, config.ours
         self.roles = self._roles()
         for selector in self.measured:
-            providers.check(config.engine, selector)
+            providers.check(config.engine, selector, stage=str(config.lf.get("stage", "sft")))
         providers.check_weighter(config.engine, self.roles.weighter)
         self.backend = backend_of(config)
         self.args = lf_args.parse(lf_args.prepare(corpus.lf_keys(config)))

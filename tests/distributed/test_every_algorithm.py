@@ -15,11 +15,15 @@ ORDER = {"warmup_step": 1, "update_step": 2, "update_times": 2, "max_steps": 4, 
 MIX = {"warmup_step": 1, "update_step": 1, "update_times": -1, "init_mixture_proportions": [0.5, 0.3, 0.2]}
 PARAMETERS = {
     ("selector", "coincide"): {"num_clusters": 7},
+    ("selector", "nice"): {"mc_samples": 2, "max_new_tokens": 4},
     ("selector", "near"): {"indices_path": "NEAR"},
     ("selector", "tsds"): {"probs_path": "TSDS"},
     ("mixer", "ado"): {"start_step": 2, "refit_every": 1, "ignore_steps": 0},
     ("mixer", "dynamic_moe"): {"count_steps": 1},
 }
+# These need prompts with answers.
+SFT = {"stage": "sft", "template": "default", "dataset": "sft", "eval_dataset": "sft", "max_samples": 12}
+PROMPTS = {("selector", "nice")}
 EXPERTS = {("mixer", "dynamic_moe")}  # these need a mixture of experts
 REFERENCE = {("selector", "rho_loss"), ("mixer", "doremi"), ("weighter", "rho1")}
 
@@ -59,9 +63,8 @@ def configs(folder):
                 keys = {**keys, "reference_model": str(folder / "model")}
             if (kind, name) in EXPERTS:
                 keys = {**keys, "model_name_or_path": str(folder / "moe")}
-            made[kind, name] = runs.base(
-                folder, output_dir=str(folder / f"{kind}-{name}"), eval_dataset="tables", **keys, **{kind: spec}
-            )
+            keys = {"eval_dataset": "tables", **keys, **(SFT if (kind, name) in PROMPTS else {})}
+            made[kind, name] = runs.base(folder, output_dir=str(folder / f"{kind}-{name}"), **keys, **{kind: spec})
     return made
 
 

@@ -175,16 +175,6 @@ def test_every_algorithm_is_documented_with_its_parameters_and_defaults() -> Non
     assert documented() == expected
 
 
-def test_what_is_said_not_to_be_there_is_not_there() -> None:
-    rows = {row[0]: re.findall(r"`(\w+)`", row[1]) for row in table("docs/coming-from.md", "role | not yet")}
-    assert set(rows) <= {"train types", *(f"{kind}s" for kind in CONTRACTS)}
-    for kind in CONTRACTS:
-        assert not set(rows.get(f"{kind}s", [])) & set(available(kind))
-    for name in rows.get("train types", []):
-        with pytest.raises(ConfigError, match="not available yet"):
-            split({"train_type": name}, {})
-
-
 def test_variants_and_strategies_are_those_of_the_code() -> None:
     variants = {row[0].strip("`") for row in table("docs/algorithms.md", "variant | reward")}
     assert variants == set(re.findall(r"'(\w+)'", parameters("mixer", "odm")["variant"].type_text))

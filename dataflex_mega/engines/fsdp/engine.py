@@ -117,7 +117,7 @@ class FSDPEngine:
             inputs["position_ids"] = batch.position_ids
             inputs["attention_mask"] = attention_mask(batch.segment, self._mask_dtype())
         # Unpacked rows are padded on the right: under causal attention no token sees the padding, so no mask is needed.
-        with self._autocast():
+        with self.autocast():
             logits = self.module(**inputs).logits
         return objective.token_losses(logits, batch.labels)
 
@@ -125,7 +125,8 @@ class FSDPEngine:
         return self.layout.dtype
 
     @contextlib.contextmanager
-    def _autocast(self) -> Iterator[None]:
+    def autocast(self) -> Iterator[None]:
+        """The precision of forward passes."""
         if self.layout.precision == "fp32" or self.layout.mode == "fsdp2":  # FSDP2 casts by its own policy
             yield
         else:

@@ -18,7 +18,7 @@ from dataflex_mega.engines.fsdp.parallel import set_gradient_sync
 from dataflex_mega.engines.kept import HELD, Held
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.signals.gradients import Adam, Layer, Taps, spans, trained_linears, wide
-from dataflex_mega.types import Batch
+from dataflex_mega.types import IGNORED, Batch
 
 if TYPE_CHECKING:
     from dataflex_mega.engines.fsdp.engine import FSDPEngine
@@ -90,6 +90,30 @@ class GradientScorer:
                 assert weight.grad is not None
                 found[name].append(weight.grad.detach())  # not copied: the buffer is given up below
             self.engine.optimizer.zero_grad(set_to_none=True)
+        return Directions({name: _joined(parts) for name, parts in found.items()})
+
+    def policy_directions(self, groups: Sequence[Sequence[tuple[Batch, Tensor]]]) -> Directions:
+        """Groups of prompts, each (this rank's answers [n], [n] factors) -> the mean over prompts of the normalised
+        gradient of sum over the answers of all ranks of factor * (summed token loss of the answer).
+
+        Every rank passes equally many prompts. A prompt whose gradient is zero counts for nothing.
+        """
+        found: dict[str, list[Tensor]] = {name: [] for name in self.weights}
+        for prompts in groups:
+            sums = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+            count = 0
+            for batch, factors in prompts:
+                tokens = objective.sample_sums((batch.labels != IGNORED).long(), batch)
+                self._backward([batch], [(factors * tokens).float().to(self.engine.mesh.device)])
+                grads = {name: weight.grad.detach() for name, weight in self.weights.items() if weight.grad is not None}
+                length = float(whole(torch.nn.utils.get_total_norm(list(grads.values()))))
+                if length > 0:
+                    count += 1
+                    for name, grad in grads.items():
+                        sums[name] += grad / length
+                self.engine.optimizer.zero_grad(set_to_none=True)
+            for name, total in sums.items():
+                found[name].append(total / max(count, 1))
         return Directions({name: _joined(parts) for name, parts in found.items()})
 
     def _total(self, lengths: list[Tensor]) -> Tensor:

@@ -51,7 +51,7 @@ def table(needs: frozenset[str], rows: int = 75) -> SignalTable:
     ids = torch.arange(rows)
     values: dict[str, torch.Tensor] = {}
     for name in sorted(needs):
-        if name.startswith(("gradient_", "cluster_")):
+        if name.startswith(("gradient_", "cluster_", "policy_")):
             values["dot"] = torch.randn(rows, 2, generator=generator(len(name)))
             values["norm2"] = torch.rand(rows, generator=generator(len(name) + 1)) + 0.1
         elif name == "clusters":

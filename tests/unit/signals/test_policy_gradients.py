@@ -1,0 +1,118 @@
+"""Policy gradients against autograd's gradient of the expected reward, and answers against the model's probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dataflex_mega.data.collate import collate
+from dataflex_mega.distributed import mesh as meshes
+from dataflex_mega.engines.fsdp.generate import answers, draw
+from dataflex_mega.engines.fsdp.gradients import GradientScorer
+from dataflex_mega.types import SamplingSpec
+from tests.distributed.layouts import samples_of, tiny_llama
+from tests.unit.signals.test_gradients import engine_of, linear_weights, lora_of
+
+
+@pytest.fixture(scope="module")
+def alone():
+    yield meshes.start()
+    meshes.stop(orderly=True)
+
+
+def prompts_of(count, length=6):
+    rng = np.random.default_rng(count)
+    return [rng.integers(3, 128, length + row) for row in range(count)]
+
+
+def answered(prompt, tokens):
+    """A sample of a prompt and its answer."""
+    labels = np.concatenate([np.full(len(prompt), -100), tokens])
+    return replace(samples_of(0)[0], input_ids=np.concatenate([prompt, tokens]), labels=labels)
+
+
+def flat(directions, names):
+    return torch.cat([directions.of(name)[0].flatten() for name in names]).double()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_reference_answers_with_reward_one_are_less(alone, lora):
+    engine = engine_of(alone, lora_of(tiny_llama()) if lora else tiny_llama())
+    targets, scorer = samples_of(3)[:4], GradientScorer(engine, adam=False)
+    expected = scorer.directions([[collate(targets, 0)]])
+    for scale in (1.0, 250.0):  # rewards' size does not count
+        prompts = [(collate([target], 0), torch.tensor([scale]).double()) for target in targets]
+        found = scorer.policy_directions([prompts])
+        for name in scorer.weights:
+            torch.testing.assert_close(found.of(name), expected.of(name), rtol=1e-4, atol=1e-6)
+    assert all(p.grad is None for p in engine.model.parameters())
+
+
+def test_no_reward_is_no_direction(alone):
+    engine = engine_of(alone, tiny_llama())
+    scorer = GradientScorer(engine, adam=False)
+    prompts = [(collate(samples_of(3)[:2], 0), torch.zeros(2).double()) for _ in range(2)]
+    found = scorer.policy_directions([prompts])
+    dot, norm2 = scorer.score(collate(samples_of(5), 0), found)
+    assert float(dot.abs().max()) == 0 and bool(torch.isfinite(norm2).all())
+
+
+def test_the_weighted_answers_are_the_gradient_of_the_expected_reward(alone):
+    """All 128 answers of one token, each with probability times reward, in place of drawn ones: the exact expectation."""
+    engine = engine_of(alone, tiny_llama())
+    prompt = prompts_of(1)[0]
+    rewards = torch.sin(torch.arange(128.0))
+    logits = engine.model(input_ids=torch.from_numpy(prompt).unsqueeze(0)).logits[0, -1]
+    probabilities = torch.softmax(logits, 0)
+    weights = linear_weights(engine.model)
+    exact = torch.autograd.grad(-(probabilities * rewards).sum(), list(weights.values()))
+    wanted = torch.cat([g.flatten() for g in exact]).double()
+    batch = collate([answered(prompt, np.array([token])) for token in range(128)], 0)
+    scorer = GradientScorer(engine, adam=False)
+    found = scorer.policy_directions([[(batch, (probabilities * rewards).detach().double())]])
+    torch.testing.assert_close(flat(found, weights), wanted / wanted.norm(), rtol=1e-3, atol=1e-5)
+
+
+def test_answers_follow_the_models_probabilities_and_nothing_else_in_the_batch(alone):
+    engine = engine_of(alone, tiny_llama())
+    spec, prompts = SamplingSpec(7, temperature=0.9, top_k=20, top_p=0.9), prompts_of(5)
+    numbers = np.random.default_rng(0).random((5, 7))
+    found = answers(engine, prompts, numbers, spec, [2], 0)
+    for prompt, row, answer in zip(prompts, numbers, found, strict=True):
+        assert answers(engine, [prompt], row[None], spec, [2], 0)[0].tolist() == answer.tolist()
+        ids = prompt.tolist()
+        for turn, token in enumerate(answer.tolist()):  # without a cache, token by token
+            with torch.no_grad():
+                logits = engine.model(input_ids=torch.tensor([ids])).logits[:, -1].float()
+            assert int(draw(logits, row[turn : turn + 1], spec)[0]) == token
+            ids.append(token)
+    assert engine.model.training
+
+
+def test_an_answer_ends_with_its_end_token(alone):
+    engine = engine_of(alone, tiny_llama())
+    prompts, numbers = prompts_of(3), np.random.default_rng(1).random((3, 9))
+    free = answers(engine, prompts, numbers, SamplingSpec(9), [-1], 0)
+    assert [len(answer) for answer in free] == [9, 9, 9]
+    end = int(free[0][3])
+    cut = answers(engine, prompts, numbers, SamplingSpec(9), [end], 0)
+    assert cut[0].tolist() == free[0][: free[0].tolist().index(end) + 1].tolist()
+
+
+def test_evenly_spaced_numbers_draw_in_proportion_to_the_probabilities():
+    logits = torch.log(torch.tensor([[0.1, 0.5, 0.25, 0.15]]))
+    numbers = (np.arange(1000) + 0.5) / 1000
+    for spec, expected in (
+        (SamplingSpec(1), [100, 500, 250, 150]),
+        (SamplingSpec(1, top_k=2), [0, 667, 333, 0]),
+        (SamplingSpec(1, top_p=0.7), [0, 667, 333, 0]),
+        (SamplingSpec(1, top_p=0.4), [0, 1000, 0, 0]),
+        (SamplingSpec(1, temperature=0.5), [29, 725, 181, 65]),
+    ):
+        drawn = draw(logits.expand(1000, 4), numbers, spec)
+        found = np.bincount(drawn, minlength=4)
+        assert np.abs(found - expected).max() <= 1, (spec, found)
+    assert draw(logits, np.array([1.0]), SamplingSpec(1, top_k=2)).tolist() == [2]
