@@ -40,7 +40,6 @@ REFUSED = {
     "mixture_of_depths": STATIC_DOES,
     "fp8": "bf16 is there",
     "fp8_enable_fsdp_float8_all_gather": "bf16 is there",
-    "use_mca": "engine: megatron, or the variable USE_MCA=1, asks for the Megatron engine",
     "use_hyper_parallel": STATIC_DOES,
     "parallelism_config": "fsdp: full_shard is there",
     "accelerator_config": STATIC_DOES,

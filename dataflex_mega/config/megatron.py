@@ -15,6 +15,7 @@ from dataflex_mega.errors import ConfigError, did_you_mean
 
 Engine = Literal["fsdp", "megatron"]
 ENGINE_VARIABLES = ("USE_MCA", "USE_MEGATRON_BRIDGE")
+ENGINE_KEY = "use_mca"  # LLaMA-Factory's, in some of its published YAMLs
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ class MegatronArguments:
     moe_shared_expert_overlap: bool = field(default=False, metadata={"help": "compute shared experts during dispatch"})
     moe_router_dtype: Literal["fp32", "fp64"] | None = field(default=None, metadata={"help": "precision of the router"})
     mtp_num_layers: int | None = field(default=None, metadata={"help": "layers that predict further tokens"})
-    calculate_per_token_loss: bool = field(default=False, metadata={"help": "divide by tokens and not by samples"})
+    calculate_per_token_loss: bool = field(
+        default=False, metadata={"help": "divide losses by tokens: is so in any case"}
+    )
     transformer_impl: Literal["local", "transformer_engine"] | None = field(
         default=None, metadata={"help": "whose layers are used"}
     )
@@ -90,9 +93,13 @@ class MegatronArguments:
     )
     overlap_grad_reduce: bool = field(default=False, metadata={"help": "reduce gradients during backward"})
     overlap_param_gather: bool = field(default=False, metadata={"help": "gather parameters during forward"})
-    delay_grad_reduce: bool = field(default=False, metadata={"help": "reduce gradients of all stages together"})
+    delay_grad_reduce: bool = field(
+        default=False, metadata={"help": "reduce all stages' gradients together: is so in any case"}
+    )
     accumulate_allreduce_grads_in_fp32: bool = field(default=False, metadata={"help": "sum gradients in fp32"})
-    check_for_nan_in_loss_and_grad: bool = field(default=False, metadata={"help": "stop at NaN"})
+    check_for_nan_in_loss_and_grad: bool = field(
+        default=False, metadata={"help": "look for NaN: is so in any case; see `nan_loss`"}
+    )
     ddp_average_in_collective: bool = field(default=False, metadata={"help": "average inside the collective"})
     ddp_bucket_size: int | None = field(default=None, metadata={"help": "parameters reduced at once"})
     optimizer: Literal["adam", "sgd"] | None = field(default=None, metadata={"help": "Megatron's optimizer"})
@@ -100,9 +107,11 @@ class MegatronArguments:
     optimizer_offload_fraction: float = field(default=0.0, metadata={"help": "share of the state that is kept there"})
     sequence_packing: bool = field(default=False, metadata={"help": "several samples in a row"})
     use_packed_sequences: bool = field(default=False, metadata={"help": "the same, Megatron-Bridge's name"})
-    save_hf_model: bool = field(default=False, metadata={"help": "also save in Hugging Face layout"})
+    save_hf_model: bool = field(default=False, metadata={"help": "also save in Hugging Face layout: is so in any case"})
     save_merged_model: bool = field(default=False, metadata={"help": "save LoRA merged into the model"})
-    export_hf_on_finish: bool = field(default=False, metadata={"help": "save in Hugging Face layout at the end"})
+    export_hf_on_finish: bool = field(
+        default=False, metadata={"help": "save in Hugging Face layout at the end: is so in any case"}
+    )
     ckpt_format: Literal["legacy", "torch_dist"] | None = field(
         default=None, metadata={"help": "layout of checkpoints"}
     )
@@ -125,6 +134,14 @@ REFUSED = {
     "fp8_recipe": "bf16: true is there",
     "ddp_average_in_collective": "gradients are summed and divided once, by the tokens of the whole step",
     "save_merged_model": "LoRA is there with engine: fsdp",
+}
+# Key -> what is said when it is set: it is there anyway, or has nothing to do.
+ANYWAY = {
+    "calculate_per_token_loss": "losses are divided by tokens in any case; loss_normalization: sample divides by samples",
+    "check_for_nan_in_loss_and_grad": "every step is checked in any case; nan_loss says what then",
+    "delay_grad_reduce": "all pipeline stages start a reduction together in any case",
+    "save_hf_model": "the model is saved in Hugging Face layout at the end in any case",
+    "export_hf_on_finish": "the model is saved in Hugging Face layout at the end in any case",
 }
 PRECISIONS = {"bf16_mixed": "bf16", "bf16-mixed": "bf16", "16_mixed": "fp16", "16-mixed": "fp16", "fp32": "", "32": ""}
 
@@ -149,6 +166,11 @@ def parse(values: Mapping[str, Any]) -> MegatronArguments:
             f"mixed_precision: expected one of {', '.join(PRECISIONS)}, found {arguments.mixed_precision!r}{near}"
         )
     return arguments
+
+
+def notes_of(arguments: MegatronArguments) -> list[str]:
+    """What a user who set a key should know of it, a line each."""
+    return [f"{key}: {said}" for key, said in ANYWAY.items() if getattr(arguments, key)]
 
 
 def asking(arguments: MegatronArguments) -> list[str]:
@@ -176,7 +198,7 @@ def resolve_engine(engine: str, keys: Sequence[str], variable: str | None) -> En
     Args:
         engine: `auto`, `fsdp` or `megatron`.
         keys: what `asking` returned.
-        variable: what `engine_of_environment` returned.
+        variable: what `engine_of_environment` returned, or ENGINE_KEY.
 
     Raises:
         ConfigError: `engine: fsdp` beside something that asks for Megatron.

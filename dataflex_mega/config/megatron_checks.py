@@ -21,7 +21,11 @@ REFUSED = {
     "adapter_name_or_path": FSDP_DOES,
     "loraplus_lr_ratio": FSDP_DOES,
     "optim_args": FSDP_DOES,
+    "upcast_layernorm": FSDP_DOES,
+    "upcast_lmhead_output": "token losses are float32 in any case",
 }
+# How attention is computed: torch's own, which is flash attention on a GPU, or Transformer Engine's.
+ATTENTION = ("auto", "sdpa", "fa2")
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 
@@ -36,6 +40,9 @@ def check_megatron(config: RunConfig) -> None:
         value: Any = config.lf.get(key)
         if not (value is None or value is False or value == 0 or value in ("", [], {})):
             raise ConfigError(f"{key}: engine: megatron does not do this; {instead}")
+    attention = str(config.lf.get("flash_attn", "auto"))
+    if attention not in ATTENTION:
+        raise ConfigError(f"flash_attn: engine: megatron takes {', '.join(ATTENTION)}, found {attention!r}")
     optim = str(config.lf.get("optim", "adamw_torch"))
     if optim not in OPTIMIZERS:
         raise ConfigError(f"optim: engine: megatron takes {', '.join(OPTIMIZERS)}, found {optim!r}")

@@ -48,8 +48,10 @@ NOT_STATIC = {
 LOOKALIKES = {"warmup_step": "; the learning rate's warm-up is warmup_steps", "train_step": "; or use max_steps"}
 
 
-def parse(values: Mapping[str, Any]) -> tuple[RunArguments, list[str]]:
+def parse(values: Mapping[str, Any], own_loop: bool = False) -> tuple[RunArguments, list[str]]:
     """Our keys of a configuration -> (checked arguments, notes for the user).
+
+    `own_loop`: static training is our own too, as with engine: megatron, and heeds the engine's options.
 
     Raises ConfigError naming the key for a wrong type, a value out of range, an algorithm or parameter that does not
     exist, keys that contradict each other, and keys that would have no effect.
@@ -67,7 +69,8 @@ def parse(values: Mapping[str, Any]) -> tuple[RunArguments, list[str]]:
         total = math.fsum(typed["init_mixture_proportions"])
         typed["init_mixture_proportions"] = [x / total for x in typed["init_mixture_proportions"]]
     if typed["train_type"] == "static":
-        return RunArguments(**typed), _check_static(typed, explicit="train_type" in values)
+        idle = _check_static(typed, "train_type" in values) + ([] if own_loop else _set(typed, ENGINE_OPTIONS))
+        return RunArguments(**typed), [f"static training does not use {', '.join(idle)}"] if idle else []
     notes = []
     if typed.get("static_mix") and typed.get("selector") is None:
         notes = _static_mix_notes(typed)
@@ -136,7 +139,8 @@ def _set(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
 
 
 def _check_static(values: Mapping[str, Any], explicit: bool) -> list[str]:
-    """Static training heeds none of the role keys. Asked for, that is noted; derived, they were meant to do something."""
+    """Static training heeds none of the role keys, which are returned. Asked for, that is noted; derived, they were meant to
+    do something."""
     idle = _set(values, ROLE_KEYS)
     if not explicit and idle:
         key = idle[0]
@@ -146,8 +150,7 @@ def _check_static(values: Mapping[str, Any], explicit: bool) -> list[str]:
     for key in idle:
         if key in NOT_STATIC:
             raise ConfigError(f"{key}: has no effect with train_type: {values['train_type']}; {NOT_STATIC[key]}")
-    idle += _set(values, ENGINE_OPTIONS)
-    return [f"static training does not use {', '.join(idle)}"] if idle else []
+    return idle
 
 
 def _static_mix_notes(values: Mapping[str, Any]) -> list[str]:

@@ -42,11 +42,14 @@ def split(config: Mapping[str, Any], lf_keys: Mapping[str, str], variable: str |
     """
     raw, notes = legacy.modernise(config, {*lf_keys, *OUR_KEYS, *MEGATRON_KEYS})
     _refuse_unknown(raw, [*lf_keys, *OUR_KEYS, *MEGATRON_KEYS])
-    arguments, more = ours.parse({key: value for key, value in raw.items() if key in OUR_KEYS})
     layout = megatron.parse({key: value for key, value in raw.items() if key in MEGATRON_KEYS})
-    engine = megatron.resolve_engine(arguments.engine, megatron.asking(layout), variable)
-    corpus.check_engine(arguments, engine)
     lf = {key: fit_loosely(key, value, lf_keys[key]) for key, value in raw.items() if _is_lf(key, lf_keys)}
+    if lf.pop(megatron.ENGINE_KEY, False):  # the key says what the variable does
+        variable = variable or megatron.ENGINE_KEY
+    engine = megatron.resolve_engine(raw.get("engine", "auto"), megatron.asking(layout), variable)
+    mine = {key: value for key, value in raw.items() if key in OUR_KEYS}
+    arguments, more = ours.parse(mine, own_loop=engine == "megatron")
+    corpus.check_engine(arguments, engine)
     lf.update(megatron.as_lf_keys(layout, lf))
     return RunConfig(
         lf=lf,
@@ -54,7 +57,7 @@ def split(config: Mapping[str, Any], lf_keys: Mapping[str, str], variable: str |
         megatron=layout,
         engine=engine,
         raw={**raw, **lf},
-        notes=[*notes, *more],
+        notes=[*notes, *more, *megatron.notes_of(layout)],
     )
 
 

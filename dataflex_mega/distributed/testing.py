@@ -20,14 +20,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_processes(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
-    """Call `function(mesh, *args)` in `world` spawned processes joined by gloo -> their results in rank order.
+def run_processes(function: Callable[..., Any], world: int, *args: Any, start_method: str = "spawn") -> list[Any]:
+    """Call `function(mesh, *args)` in `world` new processes joined by gloo -> their results in rank order.
 
     `function` must be importable (defined at module level); its result goes through torch.save. An exception in any
     process ends all of them and is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_entry, (world, free_port(), folder, function, args), nprocs=world, join=True)
+        entry_args = (world, free_port(), folder, function, args)
+        mp.start_processes(_entry, entry_args, nprocs=world, join=True, start_method=start_method)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 

@@ -33,13 +33,13 @@ def _members(batch: Batch) -> Tensor:
     return (batch.segment.unsqueeze(1) == index.view(1, -1, 1)).float()
 
 
-def pool(hidden: Tensor, batch: Batch, pooling: str, first: int = 0) -> Tensor:
-    """[b, s, h] hidden states of positions first .. first + s - 1 -> [n, h] float32, their part of each sample's vector.
+def pool(hidden: Tensor, batch: Batch, pooling: str, places: Tensor | None = None) -> Tensor:
+    """[b, s, h] hidden states of the [s] positions `places`, or of all -> [n, h] float32, their part of each sample's sum.
 
     Parts of a sequence that lies on several ranks add up. A matrix product, since adding by index has no fixed order on a
     GPU.
     """
-    here = slice(first, first + hidden.shape[1])
+    here = slice(None) if places is None else places
     weights = position_weights(batch, pooling)[:, here]
     if not batch.packed and len(weights) == len(batch.sample_id):  # not so where a pipeline has cut or filled the rows
         return torch.einsum("bs,bsh->bh", weights, hidden.float())
@@ -47,9 +47,9 @@ def pool(hidden: Tensor, batch: Batch, pooling: str, first: int = 0) -> Tensor:
     return torch.einsum("bns,bsh->nh", shares, hidden.float())
 
 
-def vectors(hidden: Tensor, batch: Batch, spec: HiddenSpec, first: int = 0) -> Tensor:
+def vectors(hidden: Tensor, batch: Batch, spec: HiddenSpec, places: Tensor | None = None) -> Tensor:
     """`pool`, with what the spec wants before and after it."""
-    pooled = pool(torch.tanh(hidden.float()) if spec.squash else hidden, batch, spec.pooling, first)
+    pooled = pool(torch.tanh(hidden.float()) if spec.squash else hidden, batch, spec.pooling, places)
     return unit(pooled) if spec.unit else pooled
 
 

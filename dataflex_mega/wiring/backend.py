@@ -15,8 +15,13 @@ class Backend(Protocol):
     mesh: Mesh  # from `start` on
     notes: tuple[str, ...]  # what the user should be told, from `start` on
 
-    def start(self, args: Any) -> None:
-        """Join the processes. `args`: what lf.args.parse returned. Raises ConfigError."""
+    def start(self, args: Any, tokens: int) -> None:
+        """Join the processes. Raises ConfigError, before that where it can.
+
+        Args:
+            args: what lf.args.parse returned.
+            tokens: how many the tokenizer has.
+        """
         ...
 
     def engine(

@@ -20,7 +20,7 @@ class FSDPBackend:
     def __init__(self, config: RunConfig) -> None:
         self.config, self.ours = config, config.ours
 
-    def start(self, args: Any) -> None:
+    def start(self, args: Any, tokens: int) -> None:  # a Hugging Face model can grow
         """See Backend."""
         self.args = args
         self.mesh = meshes.start()

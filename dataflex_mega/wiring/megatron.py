@@ -24,32 +24,48 @@ class MegatronBackend:
     def __init__(self, config: RunConfig) -> None:
         """Everything that the configuration, the model's own and the number of processes can tell."""
         version.check()
+        from dataflex_mega.engines.megatron.settings import Training
+
         self.config, self.ours, self.keys = config, config.ours, config.megatron
         self.layout = layout.read_layout(self.keys, int(os.environ.get("WORLD_SIZE", "1")))
         self.shape = shape.Shape.of(_hf_config(config.lf), math.lcm(VOCAB_MULTIPLE, self.layout.tensor))
         accumulation = int(config.lf.get("gradient_accumulation_steps") or 1)
         length = int(config.lf.get("cutoff_len") or 0)
         layout.check(self.layout, self.shape, self.keys, accumulation, length)
+        self._settings(Training("adam", 0.0, 0.0, (0.9, 0.999), 1e-8, 0.0, self._precision()))  # for what it refuses
 
-    def start(self, args: Any) -> None:
+    def start(self, args: Any, tokens: int) -> None:
         """See Backend."""
         from dataflex_mega.engines.megatron import processes
-        from dataflex_mega.engines.megatron.settings import settings
 
+        if tokens > self.shape.vocab:
+            raise ConfigError(
+                f"model_name_or_path: the tokenizer has {tokens} tokens, the model {self.shape.vocab}; engine: fsdp can "
+                "grow the model with resize_vocab"
+            )
         self.args = args
+        self.settings = self._settings(self._training())
         with cpu.redirected():
-            self.settings = settings(self.keys, self.layout, self.shape, self._training())
             self.mesh = processes.start(meshes.start(), self.layout)
         self.notes = (f"engine: megatron, {self.layout.describe()}", *self.settings.notes)
+
+    def _settings(self, training: Any) -> Any:
+        from dataflex_mega.engines.megatron.settings import settings
+
+        with cpu.redirected():
+            return settings(self.keys, self.layout, self.shape, training)
+
+    def _precision(self) -> str:
+        precision = "bf16" if self.config.lf.get("bf16") else "fp16" if self.config.lf.get("fp16") else "fp32"
+        if precision == "fp16" and cpu.needed():
+            raise ConfigError("fp16: this machine has no device that trains in fp16; use bf16: true or neither")
+        return precision
 
     def _training(self) -> Any:
         from dataflex_mega.engines.megatron.settings import Training
 
         training = self.args.training
         by_name = "sgd" if str(training.optim).rpartition(".")[2].lower() == "sgd" else "adam"
-        precision = "bf16" if self.config.lf.get("bf16") else "fp16" if self.config.lf.get("fp16") else "fp32"
-        if precision == "fp16" and cpu.needed():
-            raise ConfigError("fp16: this machine has no device that trains in fp16; use bf16: true or neither")
         return Training(
             optimizer=self.keys.optimizer or by_name,
             lr=training.learning_rate,
@@ -57,7 +73,8 @@ class MegatronBackend:
             betas=(training.adam_beta1, training.adam_beta2),
             eps=training.adam_epsilon,
             max_grad_norm=training.max_grad_norm,
-            precision=precision,
+            precision=self._precision(),
+            packs=bool(self.config.lf.get("packing") or self.config.lf.get("neat_packing")),
         )
 
     def engine(
@@ -70,11 +87,6 @@ class MegatronBackend:
 
         if hidden is not None:
             check(hidden)
-        if len(tokenizer) > self.shape.vocab:
-            raise ConfigError(
-                f"model_name_or_path: the tokenizer has {len(tokenizer)} tokens, the model {self.shape.vocab}; "
-                "engine: fsdp can grow the model with resize_vocab"
-            )
         options = Options(
             domains=domains,
             max_grad_norm=self.args.training.max_grad_norm,

@@ -22,6 +22,7 @@ class Opened:
         from dataflex_mega.distributed.collectives import Collectives
         from dataflex_mega.lf import args as lf_args
         from dataflex_mega.lf.callbacks import load_callbacks
+        from dataflex_mega.lf.model import load_tokenizer
         from dataflex_mega.wiring import corpus, providers
         from dataflex_mega.wiring.backend import backend_of
 
@@ -33,7 +34,8 @@ class Opened:
         self.backend = backend_of(config)
         self.args = lf_args.parse(lf_args.prepare(corpus.lf_keys(config)))
         self.callbacks = load_callbacks(list(self.ours.callbacks))
-        self.backend.start(self.args)
+        self.tokenizer_module, self.template = load_tokenizer(self.args)
+        self.backend.start(self.args, len(self.tokenizer_module["tokenizer"]))
         self.mesh = self.backend.mesh
         self.say(*(f"note: {note}" for note in self.backend.notes))
         self.ranks = Collectives(self.mesh)
@@ -71,16 +73,14 @@ class Opened:
         from dataflex_mega.data.collate import collate
         from dataflex_mega.data.pool import Domain, Pool
         from dataflex_mega.lf.data import load_data
-        from dataflex_mega.lf.model import load_tokenizer
         from dataflex_mega.wiring import corpus, mixing, targets
         from dataflex_mega.wiring.offline_files import check_files
 
-        self.tokenizer_module, template = load_tokenizer(self.args)
         if self.ours.corpus_dir is not None:
             bundle, notes = corpus.load(self.config, self.args, self.tokenizer_module["tokenizer"])
             self.say(*notes)
         else:
-            bundle = load_data(self.args, self.tokenizer_module, template)
+            bundle = load_data(self.args, self.tokenizer_module, self.template)
         self.pool = Pool(bundle.domains)
         self.evaluation = {name: Pool([Domain(name or "eval", rows)]) for name, rows in bundle.evaluation.items()}
         targets.check(self)

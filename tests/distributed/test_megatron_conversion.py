@@ -8,8 +8,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from dataflex_mega.distributed.testing import run_processes
 from dataflex_mega.engines.named_init import NamedInit, reinitialise
+from tests.support import runs
 from tests.support.corpus import tool
 from tests.unit.engines.megatron import small
 
@@ -112,7 +112,7 @@ def results(folder):
     """(processes, layout, model) -> what each rank found."""
     found = {}
     for world in LAYOUTS:
-        ranks = run_processes(convert_all, world, folder, world)
+        ranks = runs.forked(convert_all, world, folder, world)
         for layout, name in ranks[0]:
             found[world, layout, name] = [rank[layout, name] for rank in ranks]
     return found
@@ -220,7 +220,8 @@ def test_files_are_shared_out_over_writers_and_no_larger_than_asked(results, fol
 
 @pytest.fixture
 def run_tool(monkeypatch):
-    """tools/convert.py with its arguments -> the exit status."""
+    """tools/convert.py with its arguments -> the exit status. Its processes are forked, which is quicker."""
+    monkeypatch.setattr("dataflex_mega.distributed.testing.run_processes", runs.forked)
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(variable, raising=False)
     return lambda *arguments: tool("convert").main([str(a) for a in arguments])

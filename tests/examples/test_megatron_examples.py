@@ -2,11 +2,14 @@
 examples; sizes, lengths and paths are overridden."""
 
 import json
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from dataflex_mega.config.split import split
 from dataflex_mega.corpus import command
@@ -18,15 +21,16 @@ EXAMPLES = {path.stem: path for path in sorted((corpus.ROOT / "examples" / "mega
 RECIPE = "slimpajama_1b5_64gpus"
 WORLDS = {"pretrain_odm_tp2_pp2": 4, "sft_select_tp2": 2, "weight_dp2": 2, "moe_ep2": 2, RECIPE: 2}
 STEPS = 3
-# The keys of examples/megatron/qwen2_vl_full.yaml and qwen3_moe_full.yaml of LLaMA-Factory 0.9.5, without the names of
-# models, data, template and folder. A size of 4 is halved below, for half as many processes.
+# The keys of LLaMA-Factory's examples/megatron/qwen2_vl_full.yaml and qwen3_moe_full.yaml, and of its
+# examples/megatron_bridge/llama3_sft.yaml with finetuning_type: full, without the names of models, data, template and
+# folder. A size of 4 is halved below, for half as many processes.
 QWEN2_VL = {
     "image_max_pixels": 262144, "video_max_pixels": 16384, "do_train": True, "stage": "sft", "finetuning_type": "full",
     "preprocessing_num_workers": 8, "cutoff_len": 4096, "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 2, "num_train_epochs": 2, "learning_rate": 2e-5, "logging_steps": 1, "save_steps": 100,
     "lr_scheduler_type": "cosine", "bf16": True, "tensor_model_parallel_size": 4, "sequence_parallel": True,
     "pipeline_model_parallel_size": 2, "bias_activation_fusion": True, "apply_rope_fusion": True,
-    "use_distributed_optimizer": True,
+    "use_distributed_optimizer": True, "use_mca": True,
 }  # fmt: skip
 QWEN3_MOE = {
     "do_train": True, "stage": "sft", "finetuning_type": "full", "preprocessing_num_workers": 8, "cutoff_len": 4096,
@@ -36,6 +40,16 @@ QWEN3_MOE = {
     "apply_rope_fusion": True, "use_distributed_optimizer": True, "overlap_param_gather": True,
     "overlap_grad_reduce": True, "moe_grouped_gemm": True, "moe_token_dispatcher_type": "alltoall",
     "expert_model_parallel_size": 2, "recompute_granularity": "full",
+}  # fmt: skip
+LLAMA3_BRIDGE = {
+    "stage": "sft", "do_train": True, "finetuning_type": "full", "cutoff_len": 2048, "preprocessing_num_workers": 8,
+    "logging_steps": 1, "overwrite_output_dir": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+    "num_train_epochs": 3, "max_steps": 1000, "save_steps": 3000, "learning_rate": 5.0e-6, "lr_scheduler_type": "cosine",
+    "warmup_steps": 10, "adam_beta1": 0.9, "adam_beta2": 0.999, "weight_decay": 0.0, "max_grad_norm": 1.0, "bf16": True,
+    "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 1,
+    "expert_model_parallel_size": 1, "sequence_parallel": False, "use_distributed_optimizer": True,
+    "overlap_param_gather": True, "overlap_grad_reduce": True, "mixed_precision": "bf16_mixed",
+    "use_packed_sequences": False, "export_hf_on_finish": False,
 }  # fmt: skip
 SMALL = {"cutoff_len": 64, "preprocessing_num_workers": None, "max_steps": STEPS, "save_steps": None, "bf16": True}
 
@@ -56,7 +70,7 @@ def folder(tmp_path_factory):
 
 def other_models(folder):
     """The Mixtral of `tools/tiny_model.py --experts 4`, a Qwen2 and a Qwen3-MoE, with the same tokenizer."""
-    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3MoeConfig
+    from transformers import Qwen2Config, Qwen3MoeConfig
 
     maker = corpus.tool("tiny_model")
     options = maker.ModelOptions(hidden=32, layers=2, heads=4, kv_heads=2, vocab=512, experts=4)
@@ -112,8 +126,9 @@ def theirs(folder, name, keys, model, **sizes):
 def finished(folder):
     """Name -> configuration."""
     made = {name: shrunk(folder, name) for name in EXAMPLES}
-    worlds = {**WORLDS, "qwen2_vl_full": 4, "qwen3_moe_full": 4}
+    worlds = {**WORLDS, "qwen2_vl_full": 4, "qwen3_moe_full": 4, "llama3_sft": 2}
     made["qwen2_vl_full"] = theirs(folder, "qwen2_vl_full", QWEN2_VL, "qwen2", tensor_model_parallel_size=2)
+    made["llama3_sft"] = theirs(folder, "llama3_sft", LLAMA3_BRIDGE, "model")
     made["qwen3_moe_full"] = theirs(folder, "qwen3_moe_full", QWEN3_MOE, "qwen3_moe", pipeline_model_parallel_size=2)
     heard = {}
     for world in (2, 4):
@@ -135,13 +150,44 @@ def test_every_example_trains_on_its_layout(finished, name):
         assert {"eval_prose_loss", "eval_tables_loss"} <= {key for row in history for key in row}
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl_full", "qwen3_moe_full"])
+# Name -> what is said of a key whose kernel is not there.
+NOTES = {
+    "qwen2_vl_full": "apply_rope_fusion: needs Transformer Engine",
+    "qwen3_moe_full": "moe_token_dispatcher_type: alltoall needs a CUDA device",
+    "llama3_sft": "overlap_grad_reduce: needs a CUDA device",
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
 def test_the_keys_of_llamafactorys_examples_train(finished, name):
     made, heard = finished
     assert [row["step"] for row in runs.rows(made[name])] == list(range(1, STEPS + 1))
-    assert "note: apply_rope_fusion: needs Transformer Engine" in heard[name], "what is not there is said"
-    if name == "qwen3_moe_full":
-        assert "moe_token_dispatcher_type: alltoall needs a CUDA device" in heard[name]
+    assert "engine: megatron" in heard[name]
+    assert torch.cuda.is_available() or f"note: {NOTES[name]}" in heard[name]
+
+
+@pytest.mark.parametrize("name", ["pretrain_odm_tp2_pp2", "moe_ep2", "qwen3_moe_full"])
+def test_the_export_command_of_llamafactory_takes_what_was_trained(finished, tmp_path, name):
+    made, _ = finished
+    keys = {
+        "model_name_or_path": made[name]["output_dir"], "template": "default", "export_dir": str(tmp_path / "exported"),
+        "infer_dtype": "bfloat16" if made[name].get("bf16") else "float32", "trust_remote_code": False,
+    }  # fmt: skip
+    runs.forked(export_command, 1, keys, tmp_path / "export.yaml")
+    loaded, trained = (
+        AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "exported", made[name]["output_dir"])
+    )
+    for (key, found), (_, expected) in zip(loaded.named_parameters(), trained.named_parameters(), strict=True):
+        assert torch.equal(found, expected), key
+
+
+def export_command(_mesh, keys, path):
+    """`llamafactory-cli export path` in this process."""
+    from llamafactory.cli import main
+
+    path.write_text(yaml.safe_dump(keys))
+    with mock.patch.object(sys, "argv", ["llamafactory-cli", "export", str(path)]):
+        main()
 
 
 def test_the_recipe_is_of_the_size_it_says(folder):

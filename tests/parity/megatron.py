@@ -22,6 +22,7 @@ ROLES = {
 }  # fmt: skip
 TENSOR, PIPELINE = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 VIRTUAL, EXPERT = "virtual_pipeline_model_parallel_size", "expert_model_parallel_size"
+CONTEXT = "context_parallel_size"
 SEQUENCE = {"sequence_parallel": True}
 SHARDED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 # (name, model, processes, micro-batch, accumulation, keys); the first of each model is what the others are compared with
@@ -37,12 +38,16 @@ LAYOUTS = [
     ("DP2, sharded optimizer, overlaps", "dense", 2, 2, 2, {"engine": "megatron", **SHARDED}),
     ("TP2 x PP2", "dense", 4, 2, 4, {TENSOR: 2, PIPELINE: 2, **SEQUENCE}),
     ("PP2 x DP2", "dense", 4, 1, 4, {PIPELINE: 2, "use_distributed_optimizer": True}),
+    ("CP2", "dense", 2, 4, 2, {CONTEXT: 2}),
+    ("CP2 x PP2, sharded optimizer", "dense", 4, 2, 4, {CONTEXT: 2, PIPELINE: 2, **SHARDED}),
+    ("CP2 x TP2 + SP", "dense", 4, 4, 2, {CONTEXT: 2, TENSOR: 2, **SEQUENCE}),
     ("PP2, everything recomputed", "dense", 2, 2, 4,
      {PIPELINE: 2, "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
     ("FSDP engine", "experts", 1, 8, 1, {}),
     ("Megatron", "experts", 1, 4, 2, {"engine": "megatron"}),
     ("EP2 (DP2)", "experts", 2, 2, 2, {EXPERT: 2}),
     ("TP2 + SP", "experts", 2, 4, 2, {TENSOR: 2, **SEQUENCE}),
+    ("CP2 x EP2 (DP1)", "experts", 2, 4, 2, {CONTEXT: 2, EXPERT: 2}),
     ("EP2 x PP2 (DP2)", "experts", 4, 2, 2, {EXPERT: 2, PIPELINE: 2}),
 ]  # fmt: skip
 TITLES = ("loss", "objective", "grad_norm")
@@ -69,17 +74,17 @@ def prepare(folder):
     return folder
 
 
-def config_of(folder, layout, steps=STEPS, **more):
-    """The YAML of a layout: a warm-up of a few steps, then a new selection and mixture every so many."""
+def config_of(folder, layout, **more):
+    """The YAML of a layout: a warm-up of a few steps, then a new selection and mixture every four."""
     name, model, _, micro, accumulation, keys = layout
-    every = 4 if steps >= 20 else 2
-    often = {"warmup_step": every, "update_step": every, "update_times": steps // every - 1}
+    often = {"warmup_step": 4, "update_step": 4, "update_times": 4}
     output = f"{model}-{name}".replace(" ", "-").replace(",", "")
     sizes = {
-        "model_name_or_path": str(folder / model), "output_dir": str(folder / "out" / output), "max_steps": steps,
-        "max_samples": 16,  # documents of a domain: a selection scores all of their windows
-        "per_device_eval_batch_size": 64, "learning_rate": 1.0e-3, "per_device_train_batch_size": micro,
+        "model_name_or_path": str(folder / model), "output_dir": str(folder / "out" / output), "max_steps": STEPS,
+        "max_samples": 8,  # documents of a domain: a selection scores all of their windows
+        "per_device_eval_batch_size": 64, "learning_rate": 1.0e-3, "weight_decay": 0.1, "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": accumulation,
+        "adam_epsilon": 1.0e-6,  # with 1e-8, rounding alone decides the updates of gradients that are near zero
     }  # fmt: skip
     return runs.base(folder, **{**sizes, **ROLES, **often, **keys, **more})
 

@@ -12,12 +12,14 @@ from tests.parity import megatron
 from tests.support import corpus, runs
 
 pytest.importorskip("megatron.core")
-STEPS = 6
+STEPS, FEW = megatron.STEPS, 6
+TWICE = {"warmup_step": 6, "update_step": 7, "update_times": 2}  # re-planning takes most of a run's time
 BY_NAME = {(layout[1], layout[0]): layout for layout in megatron.LAYOUTS}
 FIRST = {"dense": BY_NAME["dense", "FSDP engine"], "experts": BY_NAME["experts", "FSDP engine"]}
 NAMES = [
     ("dense", "TP2"), ("dense", "TP2 + SP"), ("dense", "PP2"), ("dense", "PP2 x VPP2"),
-    ("dense", "DP2, sharded optimizer, overlaps"), ("dense", "TP2 x PP2"), ("experts", "EP2 (DP2)"),
+    ("dense", "DP2, sharded optimizer, overlaps"), ("dense", "TP2 x PP2"), ("experts", "EP2 (DP2)"), ("dense", "CP2"),
+    ("dense", "CP2 x PP2, sharded optimizer"), ("experts", "CP2 x EP2 (DP1)"),
 ]  # fmt: skip
 NO_ROLES = {
     "selector": None, "mixer": None, "weighter": None, "warmup_step": None, "update_step": None, "update_times": None,
@@ -25,6 +27,9 @@ NO_ROLES = {
 }  # fmt: skip
 DOREMI = {**NO_ROLES, "mixer": {"name": "doremi"}, "update_step": 2, "update_times": -1}
 RHO1 = {**NO_ROLES, "weighter": {"name": "rho1", "keep": 0.6}, "init_mixture_proportions": None}
+EVALUATES = {
+    "eval_dataset": "prose,tables", "eval_on_each_dataset": True, "eval_strategy": "steps", "eval_steps": 10,
+}  # fmt: skip
 # Name -> (keys, the layout that is compared with the FSDP engine)
 REFERENCES = {
     "doremi": (DOREMI, BY_NAME["dense", "TP2 x PP2"]),
@@ -56,6 +61,7 @@ LESS = {
 EVEN = {
     **NO_ROLES, "mixer": "static", "weighter": "custom", "lr_scheduler_type": "constant",
     "use_distributed_optimizer": True,
+    "weight_decay": 0.0,  # a bare loop without Megatron-LM's scheduler decays norms too
 }  # fmt: skip
 
 
@@ -66,19 +72,19 @@ def folder(tmp_path_factory):
 
 def jobs_of(folder):
     """(what it is, layout, configuration) of every run; those of one number of processes share them."""
-    made = [(name, BY_NAME[name], config(folder, BY_NAME[name])) for name in NAMES]
-    made += [((model, "FSDP engine"), layout, config(folder, layout)) for model, layout in FIRST.items()]
+    made = [(name, BY_NAME[name], config(folder, BY_NAME[name], **EVALUATES)) for name in NAMES]
+    made += [((model, "FSDP engine"), layout, config(folder, layout, **EVALUATES)) for model, layout in FIRST.items()]
     for name, (keys, layout) in REFERENCES.items():
         for where in (FIRST["dense"], layout):
             # The FSDP engine compares over a whole step, as rho1 does with micro-batches only where they are the same.
             split = {} if name != "rho1" else {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-            more = {**keys, **split, "reference_model": str(folder / "model")}
+            more = {**keys, **split, "max_steps": FEW, "reference_model": str(folder / "model")}
             made.append(((name, where[0]), where, config(folder, where, name, **more)))
     for name, (keys, layout) in HIDDEN.items():
         for where in (FIRST["dense"], layout):
             # Where micro-batches are compared one by one they have to be the same.
             split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2} if "micro" in name else {}
-            more = {**keys, **split, "eval_dataset": "tables", "max_samples": 4}
+            more = {**keys, **split, "max_steps": FEW, "eval_dataset": "tables", "max_samples": 4}
             made.append(((name, where[0]), where, config(folder, where, name, **more)))
     layout = BY_NAME["dense", "TP2 x PP2"]
     made += [(("less", where[0]), where, config(folder, where, "less", **LESS)) for where in (FIRST["dense"], layout)]
@@ -89,8 +95,15 @@ def jobs_of(folder):
 
 
 def config(folder, layout, name="", **keys):
-    made = megatron.config_of(folder, layout, STEPS, **keys)
+    made = megatron.config_of(folder, layout, **{**TWICE, **keys})
     return {**made, "output_dir": f"{made['output_dir']}-{name}".replace(" ", "-").replace("'", "")}
+
+
+def evaluations(config):
+    """Step -> what evaluation found, by name."""
+    state = json.loads((Path(config["output_dir"]) / "trainer_state.json").read_text())
+    found = [(row["step"], {k: v for k, v in row.items() if k.startswith("eval_")}) for row in state["log_history"]]
+    return {step: values for step, values in found if values}
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +190,8 @@ def configs_of_bare(keys):
 
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
     optimizer = OptimizerConfig(
-        optimizer="adam", lr=keys["learning_rate"], weight_decay=0.0, clip_grad=1.0, use_distributed_optimizer=True,
-        params_dtype=torch.float32,
+        optimizer="adam", lr=keys["learning_rate"], weight_decay=keys["weight_decay"], adam_eps=keys["adam_epsilon"],
+        clip_grad=1.0, use_distributed_optimizer=True, params_dtype=torch.float32,
     )  # fmt: skip
     return ddp, optimizer
 
@@ -190,10 +203,20 @@ def configs_of_bare(keys):
 def test_losses_norms_mixtures_draws_selections_and_weights_are_those_of_the_fsdp_engine(finished, name):
     found, expected = (megatron.outcome(finished[key]) for key in (name, (name[0], "FSDP engine")))
     assert len(found[0]) == len(expected[0]) == STEPS
-    assert list(found[1]) == ["step_2.json", "step_4.json"]
+    assert list(found[1]) == ["step_13.json", "step_6.json"]
     for key, difference in megatron.differences(found[0], expected[0]).items():
         assert difference < 1e-5, key
     assert megatron.same_data(found, expected)
+
+
+@pytest.mark.parametrize("name", NAMES, ids=" ".join)
+def test_evaluations_of_each_dataset_are_those_of_the_fsdp_engine(finished, name):
+    found, expected = (evaluations(finished[key]) for key in (name, (name[0], "FSDP engine")))
+    assert list(found) == list(expected) == [10, 20]
+    for step, values in expected.items():
+        assert {"eval_prose_loss", "eval_tables_loss"} <= set(values)
+        for key, value in values.items():
+            assert key.endswith("_loss") and found[step][key] == pytest.approx(value, rel=1e-5), (step, key)
 
 
 def test_the_roles_did_something(finished):
@@ -212,7 +235,7 @@ def test_runs_against_a_reference_model_are_those_of_the_fsdp_engine(finished, n
         assert row["weights"] == pytest.approx(row0["weights"], rel=1e-5)
     if name.startswith("doremi"):
         mine, theirs = (runs.rows(made, "doremi_weights.jsonl") for made in (found, expected))
-        assert len(mine) == STEPS // 2 and mine[0]["domain_weights"] != mine[-1]["domain_weights"]
+        assert len(mine) == FEW // 2 and mine[0]["domain_weights"] != mine[-1]["domain_weights"]
         for row, row0 in zip(mine, theirs, strict=True):
             assert row["domain_weights"] == pytest.approx(row0["domain_weights"], rel=1e-5)
     blocks = [sorted((Path(made["output_dir"]) / "reference").glob("block-*.bin")) for made in (found, expected)]
@@ -222,7 +245,7 @@ def test_runs_against_a_reference_model_are_those_of_the_fsdp_engine(finished, n
 @pytest.mark.parametrize("name", HIDDEN)
 def test_weights_by_hidden_states_are_those_of_the_fsdp_engine(finished, name):
     found, expected = (runs.rows(finished[name, key]) for key in (HIDDEN[name][1][0], "FSDP engine"))
-    assert len(found) == STEPS
+    assert len(found) == FEW
     for row, row0 in zip(found, expected, strict=True):
         for key in ("loss", "objective", "grad_norm"):
             assert row[key] == pytest.approx(row0[key], rel=2e-5), (row["step"], key)

@@ -15,5 +15,6 @@ import dataflex_mega.train  # noqa: E402
 
 with contextlib.suppress(ImportError):
     import dataflex_mega.engines.megatron.build
+    import dataflex_mega.engines.megatron.offline
 
 LOADED = (llamafactory, peft, dataflex_mega)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
 
-from dataflex_mega.distributed.testing import free_port
+from dataflex_mega.distributed.testing import free_port, run_processes
 
 
 def base(folder, **keys):
@@ -56,12 +56,23 @@ def forked_many(world, configs, run=None):
 
     `run`: what is called with each configuration, defined at the top of a module; `train_here` unless given.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.preload"])
+    context = _fork_server()
     queue = context.SimpleQueue()
     arguments = (world, free_port(), configs, False, queue, run or train_here)
     mp.start_processes(_process, arguments, nprocs=world, join=True, start_method="forkserver")
     return queue.get()
+
+
+def forked(function, world, *arguments):
+    """`run_processes` in processes forked from a server that has imported everything."""
+    _fork_server()
+    return run_processes(function, world, *arguments, start_method="forkserver")
+
+
+def _fork_server():
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.preload"])
+    return context
 
 
 def _process(rank, world, port, configs, plain, queue, run):
@@ -120,8 +131,7 @@ def rows(config, name="metrics.jsonl"):
 
 def start(config, world):
     """Start a run in `world` processes forked from a server that has imported everything -> the processes."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.preload"])
+    context = _fork_server()
     port = free_port()
     started = [context.Process(target=_forked, args=(rank, world, port, config)) for rank in range(world)]
     for process in started:

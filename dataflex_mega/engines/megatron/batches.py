@@ -45,11 +45,14 @@ def cut(batch: Batch, rows: int, multiple: int) -> list[Batch]:
     return [replace(whole, **{name: split[i] for name, split in parts.items()}) for i in range(count)]
 
 
-def closed(segment: Tensor) -> Tensor:
+def closed(segment: Tensor, rows: Tensor | None = None) -> Tensor:
     """[b, S] segments -> [b, 1, S, S], true where attention is closed: to later positions and to other samples.
 
-    Padding attends to padding, because a row of a softmax that is closed everywhere is not a number.
+    `rows`: [s] positions, of which alone the rows are made, [b, 1, s, S]. Padding attends to padding, because a row of a
+    softmax that is closed everywhere is not a number.
     """
-    same = segment.unsqueeze(2) == segment.unsqueeze(1)
-    causal = torch.ones(segment.shape[1], segment.shape[1], dtype=torch.bool, device=segment.device).tril()
+    places = torch.arange(segment.shape[1], device=segment.device)
+    rows = places if rows is None else rows
+    same = segment[:, rows].unsqueeze(2) == segment.unsqueeze(1)
+    causal = rows.unsqueeze(1) >= places
     return (same & causal).logical_not().unsqueeze(1)

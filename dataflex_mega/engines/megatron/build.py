@@ -33,7 +33,7 @@ CUT_ALONG = (((ColumnParallelLinear, VocabParallelEmbedding), 0), ((RowParallelL
 def chunks_of(shape: Shape, settings: Settings, seed: int) -> list[Any]:
     """This stage's bare chunks, on the device, not yet filled."""
     seed_everything(seed)
-    chunks: list[Any] = list(build_chunks(shape, settings.model, settings.transformer_engine))
+    chunks: list[Any] = list(build_chunks(shape, settings.model, settings.transformer_engine, settings.own_attention))
     for chunk in chunks:
         for module in chunk.modules():
             _mark(module)
@@ -79,7 +79,7 @@ def assemble(
 
     Args:
         schedule: an optimizer -> its learning-rate schedule, as torch and transformers make them.
-        micro_rows: rows of a micro-batch in passes without gradients.
+        micro_rows: rows of a micro-batch of gradient scores.
         writer: (chunks, folder) writes the model in Hugging Face layout.
     """
     wrapped = wrap(chunks, settings)

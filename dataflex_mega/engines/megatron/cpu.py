@@ -9,6 +9,7 @@ Covered, as of megatron-core 0.16.1:
     torch.cuda.get_rng_state, manual_seed                 tensor_parallel/random.py
     _get_cuda_rng_state, _set_cuda_rng_state              tensor_parallel/random.py
     Tensor.cuda, factories and .to with a CUDA device     schedules, optimizer, gradient buffers, checkpoints
+    factories with pin_memory=True                        rotary embeddings under context parallelism
     Tensor.type() == "torch.cuda.FloatTensor"             optimizer: which parameters it takes
     moe_utils.te_general_gemm                             a name that 0.16 leaves undefined without Transformer Engine
 """
@@ -85,6 +86,7 @@ class _OnCpu(TorchFunctionMode):
             return func(args[0]).replace("torch.", "torch.cuda.", 1)
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
         if func is Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], CPU, *args[2:])
         return func(*args, **kwargs)

@@ -20,6 +20,7 @@ from dataflex_mega import objective
 from dataflex_mega.distributed.collectives import Collectives
 from dataflex_mega.distributed.mesh import Mesh
 from dataflex_mega.engines.megatron import batches, checkpoint, cpu, processes
+from dataflex_mega.engines.megatron.context import Context
 from dataflex_mega.engines.megatron.hidden import Listener
 from dataflex_mega.engines.megatron.layout import Layout
 from dataflex_mega.engines.megatron.rates import Rates
@@ -28,6 +29,9 @@ from dataflex_mega.engines.options import Options
 from dataflex_mega.engines.stats import StepSums
 from dataflex_mega.errors import NotFinite
 from dataflex_mega.types import IGNORED, Batch, HiddenSpec, SampleObs, StepStats, Weigh
+
+# A forward-only pass cuts its batch into that many micro-batches for each stage: stages wait for 1 part in 4, or less.
+PARTS_A_STAGE = 4
 
 
 @dataclass
@@ -40,15 +44,16 @@ class MegatronEngine:
     mesh: Mesh
     layout: Layout
     options: Options
-    micro_rows: int  # rows of a micro-batch, for passes without gradients
+    micro_rows: int  # rows of a micro-batch of gradient scores; what a training step has room for
     writer: Any = None  # see export.py: what is needed to write the model in Hugging Face layout
     collectives: Collectives = field(init=False)
 
     def __post_init__(self) -> None:
         self.collectives = Collectives(self.mesh)
         self.config = self.chunks[0].config
+        self.context = Context.current()
         self.last = processes.is_last_stage()
-        self.listener = Listener(self.chunks, self.layout)
+        self.listener = Listener(self.chunks, self.layout, self.context)
         self.routers = Routers(self.chunks, self.layout) if self.options.loads else None
         self._gathers = False  # whether parameters are gathered by hooks of the forward pass
         self._connect()
@@ -116,14 +121,16 @@ class MegatronEngine:
 
         def forward(source: Iterator[tuple[int, Batch]], model: Any) -> tuple[Tensor, Any]:
             number, batch = next(source)
-            mask = batches.closed(batch.segment) if batch.packed else None
+            part, rows = self.context.share(batch)
+            mask = batches.closed(batch.segment, rows) if batch.packed else None
             if watch is not None:
                 watch.begin(number)
-            with self.listener.listening(model, spec) as heard, self._counting(model, batch):
-                output = model(batch.input_ids, batch.position_ids, mask, labels=batch.labels.clamp(min=0))
+            with self.listener.listening(model, spec) as heard, self._counting(model, part):
+                output = model(part.input_ids, part.position_ids, mask, labels=part.labels.clamp(min=0))
             if watch is not None:
                 watch.end(number, output)
-            return output, partial(loss, number, batch, self.listener.vectors(heard, batch, spec))
+            vectors = self.listener.vectors(heard, batch, spec)
+            return output, partial(self._with_whole_rows, partial(loss, number, batch, vectors))
 
         sources = [iter(list(enumerate(micros))) for _ in self.chunks]
         get_forward_backward_func()(
@@ -135,6 +142,11 @@ class MegatronEngine:
             micro_batch_size=len(micros[0].input_ids),
             forward_only=forward_only,
         )
+
+    def _with_whole_rows(self, loss: Any, part: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """`loss` of the token losses of all ranks that share the rows; what it is divided by counts once for all of them."""
+        total, count, logs = loss(self.context.whole(part))
+        return total, count if self.context.rank == 0 else torch.zeros_like(count), logs
 
     def _weights_of_step(
         self, micros: Sequence[Batch], weigh: Weigh, counts: Tensor
@@ -259,8 +271,9 @@ class MegatronEngine:
         """`_passed` of a batch in evaluation mode, cut into micro-batches where there is a pipeline."""
         self.mode(training=False)
         whole = self.same_shape([batch])[0]
-        rows = self.micro_rows if self.layout.pipeline > 1 else len(whole.input_ids)
-        found = self._passed(batches.cut(whole, rows, self.layout.pipeline if self.layout.interleaved > 1 else 1), spec)
+        count = PARTS_A_STAGE * self.layout.pipeline if self.layout.pipeline > 1 else 1
+        multiple = self.layout.pipeline if self.layout.interleaved > 1 else 1
+        found = self._passed(batches.cut(whole, -(-len(whole.input_ids) // count), multiple), spec)
         self.mode(training=True)
         return found
 

@@ -217,6 +217,11 @@ def _check(engine: MegatronEngine) -> None:
     config, layout = engine.config, engine.layout
     if config.transformer_impl != "local":
         raise ConfigError(f"transformer_impl: gradient scores need local, found {config.transformer_impl}")
+    if layout.context > 1:
+        raise ConfigError(
+            f"context_parallel_size: gradient scores need whole rows on a rank, found {layout.context}; tensor and pipeline "
+            "sizes make room for long ones"
+        )
     if config.fp16:
         raise ConfigError("fp16: gradient scores would underflow; use bf16: true or neither")
     if config.num_moe_experts and (layout.expert * layout.expert_tensor) % layout.tensor:

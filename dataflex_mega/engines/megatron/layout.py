@@ -30,8 +30,9 @@ class Layout:
 
     @property
     def length_multiple(self) -> int:
-        """What the width of a batch must be a multiple of."""
-        return math.lcm(8, self.tensor if self.sequence_parallel else 1)
+        """What the width of a batch must be a multiple of: context parallelism cuts it into two pieces a rank."""
+        pieces = 2 * self.context if self.context > 1 else 1
+        return math.lcm(8, pieces * (self.tensor if self.sequence_parallel else 1))
 
     def describe(self) -> str:
         """`TP2 x PP2 x DP1`, for messages."""
@@ -49,16 +50,15 @@ def read_layout(keys: Any, world: int) -> Layout:
         keys.pipeline_model_parallel_size,
         keys.context_parallel_size,
     )
+    parts = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
     if context > 1:
+        parts["context_parallel_size"] = context
+    product = math.prod(parts.values())
+    if world % product:
+        sizes = " x ".join(f"{key.partition('_')[0]} {size}" for key, size in parts.items())
         raise ConfigError(
-            f"context_parallel_size: {context} needs ring attention, which this engine does not have; "
-            "sequence_parallel, recompute_granularity: full and tensor_model_parallel_size make room for long sequences"
-        )
-    sizes = f"tensor {tensor} x pipeline {pipeline}"
-    if world % (tensor * pipeline):
-        raise ConfigError(
-            f"tensor_model_parallel_size, pipeline_model_parallel_size: {sizes} = {tensor * pipeline} does not divide the "
-            f"{world} process{'es' if world > 1 else ''} of this run"
+            f"{', '.join(parts)}: {sizes} = {product} does not divide the {world} process{'es' if world > 1 else ''} of "
+            "this run"
         )
     expert = keys.expert_model_parallel_size
     expert_tensor = keys.expert_tensor_parallel_size or (tensor if expert == 1 else 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from dataflex_mega.engines.megatron.context import Context
 from dataflex_mega.engines.megatron.kernels import fused_rms_norm
 from dataflex_mega.engines.megatron.shape import Shape, inverse_frequencies
 
@@ -41,7 +44,10 @@ class Norm(nn.Module):
 
 
 class Attention(MegatronModule):
-    """Causal attention through torch's scaled_dot_product_attention: flash attention on a GPU, no [s, s] matrix."""
+    """Causal attention through torch's scaled_dot_product_attention: flash attention on a GPU, no [s, s] matrix.
+
+    Under context parallelism s positions of a row are this rank's, and S are the whole row's; otherwise both are the same.
+    """
 
     def __init__(
         self,
@@ -57,6 +63,7 @@ class Attention(MegatronModule):
         self.grouped = groups is not None and groups != heads
         self.scale = softmax_scale
         self.dropout = config.attention_dropout
+        self.context = Context.current()
 
     def forward(
         self,
@@ -67,20 +74,19 @@ class Attention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         **_unused: Any,
     ) -> Tensor:
-        """[s, b, heads, d] of this rank -> [s, b, heads * d]. `attention_mask`: [b, 1, s, s], true where closed."""
+        """[s, b, heads, d] of this rank -> [s, b, heads * d]. `attention_mask`: [b, 1, s, S], true where closed."""
         s, b = query.shape[:2]
+        if self.context.size > 1:
+            key, value = self.context.gather(key, value)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        mask = None if attention_mask is None else attention_mask.logical_not()
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=self.scale,
-            enable_gqa=self.grouped,
-        )
+        dropout = self.dropout if self.training else 0.0
+        options = {"dropout_p": dropout, "scale": self.scale, "enable_gqa": self.grouped}
+        if attention_mask is not None:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask.logical_not(), **options)
+        elif self.context.size > 1:
+            out = self.context.attend(q, k, v, **options)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
         return out.permute(2, 0, 1, 3).reshape(s, b, -1)
 
 
@@ -100,25 +106,37 @@ class Model(GPTModel):
         return super().compute_language_model_loss(labels, logits)
 
 
-def build_chunks(shape: Shape, config: TransformerConfig, transformer_engine: bool) -> list[Model]:
+def build_chunks(
+    shape: Shape, config: TransformerConfig, transformer_engine: bool, own_attention: bool = False
+) -> list[Model]:
     """The chunks of this pipeline stage: one, or several when stages are interleaved. Parallel state must be up.
 
-    Parameters are on the current device and not initialised; weights.load fills all of them.
+    Parameters are on the current device and not initialised; weights.load fills all of them. `own_attention`: Attention
+    stands in Transformer Engine's layers too.
     """
     count = config.virtual_pipeline_model_parallel_size
-    return [_chunk(shape, config, transformer_engine, number) for number in range(count or 1)]
+    spec_of = partial(_spec, config, transformer_engine, own_attention)
+    return [_chunk(shape, config, number, spec_of) for number in range(count or 1)]
 
 
-def _chunk(shape: Shape, config: TransformerConfig, transformer_engine: bool, number: int) -> Model:
-    stage = number if config.virtual_pipeline_model_parallel_size else None
-    spec = get_gpt_decoder_block_spec(
+def _spec(config: TransformerConfig, transformer_engine: bool, own_attention: bool, stage: int | None) -> Any:
+    """The layers of a chunk."""
+    spec: Any = get_gpt_decoder_block_spec(
         config, use_transformer_engine=transformer_engine, normalization="RMSNorm", vp_stage=stage
     )
     if not transformer_engine:
         _use_own_parts(spec)
+    elif own_attention:
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = Attention
+    return spec
+
+
+def _chunk(shape: Shape, config: TransformerConfig, number: int, spec_of: Callable[[int | None], Any]) -> Model:
+    stage = number if config.virtual_pipeline_model_parallel_size else None
     model = Model(
         config=config,
-        transformer_layer_spec=spec,  # type: ignore[arg-type]  # a block spec is taken too
+        transformer_layer_spec=spec_of(stage),  # type: ignore[arg-type]  # a block spec is taken too
         vocab_size=shape.padded_vocab,
         max_sequence_length=shape.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),

@@ -38,12 +38,13 @@ def start(mesh: Mesh, layout: Layout) -> Mesh:
 
 
 def _stage_group(layout: Layout) -> dist.ProcessGroup | None:
-    """The ranks with this one's tensor-parallel rank: every data-parallel share at every pipeline stage."""
+    """The ranks with this one's tensor- and context-parallel rank: every data-parallel share at every pipeline stage."""
     if layout.pipeline == 1:
         return None
-    # Megatron numbers ranks with the tensor dimension first, so it is the remainder.
-    groups: list[Any] = [dist.new_group(list(range(t, layout.world, layout.tensor))) for t in range(layout.tensor)]
-    return groups[parallel_state.get_tensor_model_parallel_rank()]
+    # Megatron numbers ranks with the tensor dimension first and the context dimension second, so both are the remainder.
+    inner = layout.tensor * layout.context
+    groups: list[Any] = [dist.new_group(list(range(rest, layout.world, inner))) for rest in range(inner)]
+    return groups[dist.get_rank() % inner]
 
 
 def is_last_stage() -> bool:

@@ -36,8 +36,8 @@ class Routers:
     def into(self, sums: LoadSums) -> Iterator[None]:
         """Inside, `counting` adds to `sums`.
 
-        With sequence parallelism each tensor-parallel rank sees its own positions, and their counts are summed at the end;
-        without it all ranks see all of them.
+        With sequence parallelism each tensor-parallel rank sees its own positions, with context parallelism each rank that
+        shares rows, and their counts are summed at the end; without either all ranks see all of them.
         """
         self.sums = sums
         try:
@@ -46,6 +46,8 @@ class Routers:
             self.sums = None
         if self.layout.sequence_parallel:
             dist.all_reduce(sums.total, group=parallel_state.get_tensor_model_parallel_group())
+        if self.layout.context > 1:
+            dist.all_reduce(sums.total, group=parallel_state.get_context_parallel_group())
 
     @contextmanager
     def counting(self, model: Any, batch: Batch) -> Iterator[None]:

@@ -44,6 +44,7 @@ class Training:
     eps: float
     max_grad_norm: float
     precision: str  # fp32, bf16, fp16
+    packs: bool = False  # whether rows may hold several samples
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,16 @@ class Settings:
     ddp: DistributedDataParallelConfig
     optimizer: OptimizerConfig
     transformer_engine: bool
+    own_attention: (
+        bool  # also in Transformer Engine's layers: its own knows neither packed rows as ours are, nor shares of rows
+    )
     notes: tuple[str, ...]
 
 
 def settings(keys: Any, layout: Layout, shape: Shape, training: Training) -> Settings:
     """`keys`: config.megatron.MegatronArguments. Raises ConfigError for what is not there."""
     engine = _transformer_engine(keys.transformer_impl)
-    fused, notes = _fusions(keys, engine)
+    fused, notes = _fusions(keys, engine, layout, shape)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[training.precision]
     precision = {"bf16": training.precision == "bf16", "fp16": training.precision == "fp16", "params_dtype": dtype}
     model = {
@@ -104,7 +108,8 @@ def settings(keys: Any, layout: Layout, shape: Shape, training: Training) -> Set
         made = TransformerConfig(**model), DistributedDataParallelConfig(**ddp), OptimizerConfig(**optimizer)
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"engine: megatron-core refuses this configuration: {str(error).splitlines()[0]}") from error
-    return Settings(*made, transformer_engine=engine, notes=tuple(notes))
+    own = training.packs or layout.context > 1
+    return Settings(*made, transformer_engine=engine, own_attention=own, notes=tuple(notes))
 
 
 def _transformer_engine(wanted: str | None) -> bool:
@@ -114,7 +119,7 @@ def _transformer_engine(wanted: str | None) -> bool:
     return there and wanted != "local"
 
 
-def _fusions(keys: Any, transformer_engine: bool) -> tuple[dict[str, bool], list[str]]:
+def _fusions(keys: Any, transformer_engine: bool, layout: Layout, shape: Shape) -> tuple[dict[str, bool], list[str]]:
     """(key -> whether it is on, a note for each that was asked for and cannot be)."""
     there = {"a CUDA device": torch.cuda.is_available(), "Transformer Engine": transformer_engine}
     on: dict[str, bool] = {}
@@ -131,7 +136,15 @@ def _fusions(keys: Any, transformer_engine: bool) -> tuple[dict[str, bool], list
         notes.append(
             "moe_token_dispatcher_type: alltoall needs a CUDA device, which is not here; allgather does the same"
         )
-    return on, notes
+    if keys.overlap_p2p_comm and layout.interleaved == 1:
+        notes.append("overlap_p2p_comm: only interleaved stages overlap, and those do in any case")
+    return on, notes + _notes_without_experts(keys, shape)
+
+
+def _notes_without_experts(keys: Any, shape: Shape) -> list[str]:
+    """A line for each key of experts that was set for a model without them."""
+    set_keys = [f.name for f in fields(keys) if f.name.startswith("moe_") and getattr(keys, f.name) != f.default]
+    return [f"{key}: a {shape.model_type} has no experts" for key in set_keys if shape.experts is None]
 
 
 def _sizes(shape: Shape) -> dict[str, Any]:
@@ -170,8 +183,8 @@ def _parallel(keys: Any, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
         "sequence_parallel": layout.sequence_parallel,
         "pipeline_dtype": dtype,
         # Between two interleaved stages both neighbours are the same rank, and batched messages get mixed up.
-        "overlap_p2p_comm": (keys.overlap_p2p_comm and layout.pipeline > 1) or interleaved,
-        "batch_p2p_comm": not (keys.overlap_p2p_comm or interleaved),
+        "overlap_p2p_comm": interleaved,  # megatron-core's other schedule has no overlap
+        "batch_p2p_comm": not interleaved,
         "variable_seq_lengths": keys.variable_seq_lengths,
         "pipeline_model_parallel_layout": keys.pipeline_model_parallel_layout,
         "account_for_embedding_in_pipeline_split": keys.account_for_embedding_in_pipeline_split,
@@ -191,7 +204,8 @@ def _parallel(keys: Any, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
 def _experts(keys: Any, shape: Shape, fused: Mapping[str, bool]) -> dict[str, Any]:
     experts = shape.experts
     if experts is None:
-        return {}
+        # Not used, but megatron-core's default is refused beside variable_seq_lengths.
+        return {"moe_token_dispatcher_type": "alltoall"}
     return {
         "num_moe_experts": experts.count,
         "moe_router_topk": experts.top_k,

@@ -71,7 +71,7 @@ def test_what_dynamic_training_does(check, keys):
         ("load_best_model_at_end", True), ("neftune_noise_alpha", 5.0), ("fp8", True),
         ("fp8_enable_fsdp_float8_all_gather", True), ("label_smoothing_factor", 0.1), ("compute_accuracy", True),
         ("torch_compile", True), ("interleave_probs", "0.5,0.5"), ("disable_shuffling", True), ("push_to_hub", True),
-        ("use_swanlab", True), ("tokenized_path", "cache"), ("use_mca", True), ("accelerator_config", {"a": 1}),
+        ("use_swanlab", True), ("tokenized_path", "cache"), ("accelerator_config", {"a": 1}),
     ],
 )  # fmt: skip
 def test_what_dynamic_training_does_not_do_is_refused_by_name(check, key, value):

@@ -7,6 +7,7 @@ from dataflex_mega.config.megatron import (
     as_lf_keys,
     asking,
     engine_of_environment,
+    notes_of,
     parse,
     resolve_engine,
 )
@@ -59,6 +60,12 @@ def test_what_the_engine_does_not_do_is_refused_by_name(given, message):
     with pytest.raises(ConfigError) as caught:
         parse(given)
     assert str(caught.value).startswith(message)
+
+
+def test_what_is_done_anyway_is_said():
+    assert notes_of(parse({})) == []
+    said = notes_of(parse({"calculate_per_token_loss": True, "export_hf_on_finish": True}))
+    assert [line.partition(":")[0] for line in said] == ["calculate_per_token_loss", "export_hf_on_finish"]
 
 
 def test_megatrons_words_for_llamafactorys_keys():

@@ -80,6 +80,8 @@ def test_old_keys_are_translated_and_noted(lf_keys):
 def test_notes_of_our_keys_come_with_those_of_old_ones(lf_keys):
     notes = split({"no_cuda": True, "train_type": "static", "warmup_step": 3}, lf_keys).notes
     assert notes == ["no_cuda is now use_cpu: True", "static training does not use warmup_step"]
+    assert split({"train_type": "static", "prefetch": 7}, lf_keys).notes == ["static training does not use prefetch"]
+    assert split({"engine": "megatron", "prefetch": 7}, lf_keys).notes == [], "its static training is our own loop"
 
 
 def test_who_asks_for_megatron(lf_keys):
@@ -87,6 +89,10 @@ def test_who_asks_for_megatron(lf_keys):
     assert split({"engine": "megatron"}, lf_keys).engine == "megatron"
     assert split({"tensor_model_parallel_size": 2}, lf_keys).engine == "megatron"
     assert split({"stage": "pt"}, lf_keys, "USE_MCA").engine == "megatron"
+    asked = split({"use_mca": True}, lf_keys)
+    assert asked.engine == "megatron" and "use_mca" not in asked.lf
+    assert split({"use_mca": False}, lf_keys).engine == "fsdp"
+    assert fails({"engine": "fsdp", "use_mca": True}, lf_keys).startswith("engine: fsdp, but use_mca=1 asks for")
     assert fails({"engine": "fsdp", "tensor_model_parallel_size": 2}, lf_keys).startswith("engine: fsdp, but tensor_")
 
 

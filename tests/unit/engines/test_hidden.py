@@ -75,15 +75,9 @@ def test_vectors_are_those_of_each_sample_alone(alone, pooling, layer, pack):
 def test_parts_of_a_sequence_add_up():
     batch = collate(samples_of(2), 0, 64)
     states = torch.randn(*batch.input_ids.shape, 3)
-    parts = [pool(part, batch, "late", first) for first, part in enumerate_parts(states)]
+    shares = torch.randperm(states.shape[1]).split([5, 20, states.shape[1] - 25])
+    parts = [pool(states[:, places], batch, "late", places) for places in shares]
     torch.testing.assert_close(sum(parts), pool(states, batch, "late"))
-
-
-def enumerate_parts(states):
-    first = 0
-    for part in states.split([5, 20, states.shape[1] - 25], dim=1):
-        yield first, part
-        first += part.shape[1]
 
 
 def test_a_layer_that_is_not_there_is_refused(alone):

@@ -32,6 +32,7 @@ COVERED = {
     "factory on the current device": lambda: torch.empty(2, device=torch.cuda.current_device()).device == CPU,
     "factory on cuda": lambda: torch.tensor([0.0], dtype=torch.float, device="cuda").device == CPU,
     "factory on cuda:1": lambda: torch.zeros(1, device=torch.device("cuda:1")).device == CPU,
+    "factory in pinned memory": lambda: torch.tensor([0], pin_memory=True).device == CPU,
     "Tensor.type": lambda: torch.ones(1).type() == "torch.cuda.FloatTensor",
     "_get_cuda_rng_state": lambda: torch.equal(rng._get_cuda_rng_state(), torch.get_rng_state()),
     "te_general_gemm": lambda: hasattr(moe_utils, "te_general_gemm"),

@@ -31,6 +31,7 @@ def keys(**given):
             {T: 2, P: 2, V: 3, "sequence_parallel": True}, 4, Layout(4, 2, 2, 3, expert_tensor=2, sequence_parallel=True),
             "TP2 x PP2 x DP1 x 3 chunks a stage, sequence parallel",
         ),
+        ({"context_parallel_size": 2, P: 2}, 8, Layout(8, pipeline=2, context=2), "PP2 x CP2 x DP2"),
         ({E: 4, P: 2}, 8, Layout(8, pipeline=2, expert=4), "PP2 x EP4 x DP4"),
         ({T: 2, E: 2, ET: 2, "sequence_parallel": True}, 4,
          Layout(4, 2, expert=2, expert_tensor=2, sequence_parallel=True), "TP2 x EP2 x DP2, sequence parallel"),
@@ -49,7 +50,11 @@ def test_sizes_make_a_layout(given, world, expected, words):
         ({T: 2, P: 4}, 4, f"{T}, {P}: tensor 2 x pipeline 4 = 8 does not divide the 4 processes"),
         ({E: 3}, 4, f"{E}: experts 3 x expert tensor 1 x pipeline 1 does not divide the 4 processes"),
         ({"sequence_parallel": True}, 2, f"sequence_parallel: needs {T} > 1, found 1"),
-        ({"context_parallel_size": 2}, 2, "context_parallel_size: 2 needs ring attention"),
+        (
+            {"context_parallel_size": 2, T: 2},
+            2,
+            f"{T}, {P}, context_parallel_size: tensor 2 x pipeline 1 x context 2 = 4",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_the_processes(given, world, message):
