@@ -30,7 +30,8 @@ REFERENCE = {("selector", "rho_loss"), ("mixer", "doremi"), ("weighter", "rho1")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return corpus.write_experts(corpus.write(tmp_path_factory.mktemp("algorithms")))
+    made = corpus.write_experts(corpus.write(tmp_path_factory.mktemp("algorithms")))
+    return corpus.write_reference(made)
 
 
 def pool_size(folder):
@@ -60,7 +61,7 @@ def configs(folder):
             spec = {"name": name, **{key: files.get(value, value) for key, value in given.items()}}
             keys = {"selector": SELECT, "mixer": MIX, "reorder": ORDER, "weighter": {}}[kind]
             if (kind, name) in REFERENCE:
-                keys = {**keys, "reference_model": str(folder / "model")}
+                keys = {**keys, "reference_model": str(folder / "reference")}
             if (kind, name) in EXPERTS:
                 keys = {**keys, "model_name_or_path": str(folder / "moe")}
             keys = {"eval_dataset": "tables", **keys, **(SFT if (kind, name) in PROMPTS else {})}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
@@ -68,4 +69,18 @@ def write_experts(folder, experts=4):
     maker.make_model(options).save_pretrained(folder / "moe")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / "moe" / file).write_bytes((folder / "model" / file).read_bytes())
+    return folder
+
+
+def write_reference(folder):
+    """`reference/`: the model with noise on it, since against itself rounding alone would say what exceeds what."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    reference = folder / "reference"
+    shutil.copytree(folder / "model", reference)
+    weights = load_file(reference / "model.safetensors")
+    noise = torch.Generator().manual_seed(7)
+    moved = {name: w + 0.02 * torch.randn(w.shape, generator=noise) for name, w in weights.items()}
+    save_file(moved, reference / "model.safetensors", metadata={"format": "pt"})
     return folder
