@@ -14,8 +14,8 @@ SELECT = {"warmup_step": 1, "update_step": 1, "update_times": 3, "max_steps": 4,
 ORDER = {"warmup_step": 1, "update_step": 2, "update_times": 2, "max_steps": 4, "max_samples": 12}
 MIX = {"warmup_step": 1, "update_step": 1, "update_times": -1, "init_mixture_proportions": [0.5, 0.3, 0.2]}
 PARAMETERS = {
-    ("selector", "coincide"): {"num_clusters": 7},
     ("selector", "nice"): {"mc_samples": 2, "max_new_tokens": 4},
+    ("selector", "coincide"): {"num_clusters": 7, "embedding_layers": [-1]},  # Megatron has the last one only
     ("selector", "near"): {"indices_path": "NEAR"},
     ("selector", "tsds"): {"probs_path": "TSDS"},
     ("mixer", "ado"): {"start_step": 2, "refit_every": 1, "ignore_steps": 0},
@@ -58,7 +58,7 @@ def configs(folder):
     for kind in CONTRACTS:
         for name in available(kind):
             given = PARAMETERS.get((kind, name), {})
-            spec = {"name": name, **{key: files.get(value, value) for key, value in given.items()}}
+            spec = {"name": name, **{key: files.get(str(value), value) for key, value in given.items()}}
             keys = {"selector": SELECT, "mixer": MIX, "reorder": ORDER, "weighter": {}}[kind]
             if (kind, name) in REFERENCE:
                 keys = {**keys, "reference_model": str(folder / "reference")}
@@ -103,7 +103,7 @@ def test_one_and_two_processes_agree_for_every_algorithm(alone):
 
 def test_the_megatron_engine_agrees_for_every_algorithm_or_refuses_it_by_name(alone):
     """Two tensor-parallel processes against one process of the FSDP engine, and what README says of either engine."""
-    tensor = {"engine": "megatron", "tensor_model_parallel_size": 2}
+    tensor = {"engine": "megatron", "tensor_model_parallel_size": 2, "sequence_parallel": True}
     halves = {key: {**c, **tensor, "output_dir": c["output_dir"] + "-tp2"} for key, c in alone.items()}
     ran = set()
     for key, (status, heard) in zip(halves, runs.train_many(2, list(halves.values())), strict=True):

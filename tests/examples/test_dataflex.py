@@ -2,13 +2,10 @@
 
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file, save_file
 
 from tests.support import corpus, runs
 from tests.unit.config.test_dataflex_components import ROLES, SHIPPED
@@ -43,7 +40,7 @@ def test_the_table_has_every_component():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Data and models under the names that the examples use; every row carries a score."""
-    made = corpus.write(tmp_path_factory.mktemp("dataflex"))
+    made = corpus.write_experts(corpus.write(tmp_path_factory.mktemp("dataflex")))
     data = made / "data"
     scored = [{**row, "score": (7 * number) % 23} for number, row in enumerate(corpus.instructions())]
     (data / "scored.json").write_text(json.dumps(scored))
@@ -51,14 +48,7 @@ def folder(tmp_path_factory):
     alpaca = {"demo_alpaca": {"file_name": "scored.json"}, "demo_alpaca_validation": info["sft"]}
     texts = {f"demo_{new}": info[old] for new, old in (("c4", "prose"), ("wiki", "tables"), ("python", "code"))}
     (data / "dataset_info.json").write_text(json.dumps({**info, **alpaca, **texts}))
-    reference = made / "reference"
-    shutil.copytree(made / "model", reference)
-    noise = torch.Generator().manual_seed(7)
-    moved = {
-        name: w + 0.02 * torch.randn(w.shape, generator=noise)
-        for name, w in load_file(reference / "model.safetensors").items()
-    }
-    save_file(moved, reference / "model.safetensors", metadata={"format": "pt"})
+    corpus.write_reference(made)
     np.save(made / "near.npy", np.arange(24).reshape(2, -1))
     np.save(made / "tsds.npy", np.full(24, 1 / 24))
     (made / "step_10.json").write_text(json.dumps({"indices": list(range(12)), "metric": {"loss": [1.0] * 12}}))
@@ -70,6 +60,7 @@ def further(folder, name):
     return {
         "near": {"selector": {"indices_path": str(folder / "near.npy")}},
         "tsds": {"selector": {"probs_path": str(folder / "tsds.npy")}},
+        "dynamic_moe": {"model_name_or_path": str(folder / "moe")},
         "doremi": {"reference_model": str(folder / "reference")},
         "reuse_selector_scores": {"reorder": {"score_params": {"cache_path": str(folder / "step_10.json")}}},
     }.get(name, {})
@@ -81,14 +72,16 @@ def config_of(folder, row, engine):
     config.update(
         model_name_or_path=str(folder / "model"), dataset_dir=str(folder / "data"), component_name=name,
         output_dir=str(folder / f"{role}-{name}-{engine}"), warmup_step=1, save_strategy="no", tensorboard=False,
-        plot_loss=False, **SMALL,
+        plot_loss=False, num_train_epochs=1.0, **SMALL,
     )  # fmt: skip
     if "update_step" in config:
         config.update(update_step=1, update_times=STEPS - 1)
     else:
         config["train_step"] = STEPS
     if engine == "megatron":
-        config.update(engine="megatron", tensor_model_parallel_size=2)
+        config.update(engine="megatron", tensor_model_parallel_size=2, sequence_parallel=True)
+        if name == "coincide":  # the other layers are on other pipeline stages
+            config["selector"] = {"embedding_layers": [-1]}
     return {**config, **further(folder, name)}
 
 
