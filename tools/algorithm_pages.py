@@ -89,10 +89,11 @@ def section(kind: str, name: str) -> str:
 
 
 def examples() -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every YAML of examples/, by path, with its keys."""
+    """Every YAML of examples/ that needs no file of an earlier run, by path, with its keys."""
     for path in sorted((ROOT / "examples").rglob("*.yaml")):
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and "model_name_or_path" in found:
+        ready = "init_mixture_proportions_file" not in (found or {})  # else it waits for what another command writes
+        if isinstance(found, dict) and "model_name_or_path" in found and ready:
             yield path.relative_to(ROOT), found
 
 
