@@ -82,11 +82,8 @@ class MegatronBackend:
     ) -> Any:
         """See Backend."""
         from dataflex_mega.engines.megatron.build import assemble, chunks_of
-        from dataflex_mega.engines.megatron.hidden import check
         from dataflex_mega.lf.optim import build_scheduler
 
-        if hidden is not None:
-            check(hidden)
         options = Options(
             domains=domains,
             max_grad_norm=self.args.training.max_grad_norm,

@@ -21,7 +21,7 @@ from dataflex_mega.signals import rewards
 from dataflex_mega.signals.clusters import Ranks, signals
 from dataflex_mega.signals.hidden import unit
 from dataflex_mega.signals.scorer import GRADIENTS, KNOWN, Provider, Scorer
-from dataflex_mega.types import HiddenSpec, NeedsBatchGradients, NeedsClusters, UsesPolicy
+from dataflex_mega.types import HiddenSpec, NeedsBatchGradients, NeedsClusters, NeedsHidden, UsesPolicy
 from dataflex_mega.wiring import policy, representatives, store
 
 if TYPE_CHECKING:
@@ -104,6 +104,21 @@ def check_weighter(engine: str, weighter: Weighter | None) -> None:
     if isinstance(weighter, NeedsBatchGradients) and engine != "fsdp":
         who = named(weighter)
         raise ConfigError(f"weighter: {who} needs gradients of the coming batch, which engine: {engine} does not have")
+
+
+def check_layers(engine: str, kind: str, name: str, algorithm: Any) -> None:
+    """Raises ConfigError for hidden states that the engine cannot hear: Megatron's has those of the last layer."""
+    if engine != "megatron":
+        return
+    key, layers = "embed_layer", None
+    if isinstance(algorithm, NeedsHidden):
+        layers = (algorithm.hidden.layer,)
+    elif isinstance(algorithm, NeedsClusters):
+        key, layers = "embedding_layers", algorithm.cluster_spec().layers or "null"
+    if layers is not None and layers != (-1,):
+        only = "-1" if key == "embed_layer" else "[-1]"
+        found = layers if isinstance(layers, str) else list(layers)
+        raise ConfigError(f"{kind}.{name}.{key}: engine: megatron has the last layer only; set {only}, found {found}")
 
 
 def wants_targets(selector: Selector | None, entries: Mapping[str, Entry] = ENTRIES) -> bool:

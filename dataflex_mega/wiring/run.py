@@ -31,6 +31,8 @@ class Opened:
         for selector in self.measured:
             providers.check(config.engine, selector, stage=str(config.lf.get("stage", "sft")))
         providers.check_weighter(config.engine, self.roles.weighter)
+        for kind, spec in self.specs.items():
+            providers.check_layers(config.engine, kind, spec["name"], getattr(self.roles, kind, None))
         self.backend = backend_of(config)
         self.args = lf_args.parse(lf_args.prepare(corpus.lf_keys(config)))
         self.callbacks = load_callbacks(list(self.ours.callbacks))

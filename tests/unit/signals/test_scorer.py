@@ -8,7 +8,9 @@ from dataflex_mega.algorithms.base import Selector
 from dataflex_mega.data.collate import collate
 from dataflex_mega.data.pool import Domain, Pool
 from dataflex_mega.errors import ConfigError
+from dataflex_mega.registry import build
 from dataflex_mega.signals.scorer import Scorer
+from dataflex_mega.wiring import providers
 from dataflex_mega.wiring.providers import Entry, check, wants_targets
 
 
@@ -75,3 +77,27 @@ def test_unknown_signals_and_engines_without_one_are_named():
         check("megatron", Asks("length"), entries)
     assert wants_targets(Asks("length"), entries) and wants_targets(Asks("gradient_sgd"), entries)
     assert not wants_targets(Asks("loss"), entries) and not wants_targets(None, entries)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "said"),
+    [
+        ("selector", {"name": "coincide"}, r"selector\.coincide\.embedding_layers: .* set \[-1\], found null"),
+        ("selector", {"name": "coincide", "embedding_layers": [1, -1]}, r"found \[1, -1\]"),
+        (
+            "weighter", {"name": "joint_update_aware", "embed_layer": 2},
+            r"weighter\.joint_update_aware\.embed_layer: .* set -1, found \[2\]",
+        ),
+    ],
+)  # fmt: skip
+def test_layers_that_megatron_cannot_hear_are_refused_by_name(kind, spec, said):
+    made = build(kind, spec)
+    providers.check_layers("fsdp", kind, spec["name"], made)
+    with pytest.raises(ConfigError, match=said):
+        providers.check_layers("megatron", kind, spec["name"], made)
+
+
+def test_the_last_layer_and_algorithms_without_layers_are_fine_on_megatron():
+    last = {"name": "coincide", "embedding_layers": [-1]}
+    for kind, spec in (("selector", last), ("weighter", {"name": "adapt"}), ("selector", {"name": "loss"})):
+        providers.check_layers("megatron", kind, spec["name"], build(kind, spec))
