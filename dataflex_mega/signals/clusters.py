@@ -18,6 +18,7 @@ from dataflex_mega.signals.hidden import unit
 from dataflex_mega.types import ClusterSpec
 
 ROWS = 4096  # rows of features that are compared with all centres at once
+SAME = 1e-9  # distances of kernel means that differ by less are the same
 PER_CLUSTER, MOST = 20, 10_000  # samples of a cluster and number of clusters, where none is given
 
 
@@ -99,7 +100,10 @@ def order(members: Tensor, single: float = 1.0) -> tuple[Tensor, float]:
     near, inside, outside = torch.zeros(n, dtype=torch.float64), 0.0, 0.0  # to the chosen; sums over the chosen
     for size in range(1, n + 1):
         gap = (inside + 2 * near + 1) / size**2 - 2 * (outside + columns) / (n * size)
-        pick = int(gap.masked_fill(turn >= 0, torch.inf).argmin())
+        gap = gap.masked_fill(turn >= 0, torch.inf)
+        pick = int(
+            (gap <= gap.min() + SAME).nonzero()[0]
+        )  # either of two members is as good: not for rounding to decide
         turn[pick] = size - 1
         inside += float(2 * near[pick] + 1)
         outside += float(columns[pick])

@@ -91,6 +91,13 @@ def test_the_greedy_choice_is_the_best_next_one_by_the_distance_of_kernel_means(
     assert density == pytest.approx(sum(pairs) / len(pairs))
 
 
+def test_of_members_that_are_as_good_the_first_is_taken():
+    """Two members are symmetric; without a tolerance rounding would put the second one first now and then."""
+    for seed in range(50):
+        pair = torch.randn(2, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert order(F.normalize(pair))[0].tolist() == [0, 1]
+
+
 def blobs(count, per):
     generator = torch.Generator().manual_seed(1)
     middles = F.normalize(torch.randn(count, 8, generator=generator))
