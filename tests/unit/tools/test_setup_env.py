@@ -29,7 +29,7 @@ def test_an_unknown_extra_is_refused_before_anything_is_installed(
     setup: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert setup.main(["--target", str(tmp_path / "venv"), "--extras", "dev,devv"]) == 2
-    assert "--extras devv: pyproject.toml has dev, docs, megatron, offline" in capsys.readouterr().err
+    assert "--extras devv: pyproject.toml has dev, docs, megatron, metrics, offline" in capsys.readouterr().err
     assert not (tmp_path / "venv").exists()
 
 
