@@ -100,7 +100,9 @@ def nesting(node: ast.AST, depth: int = 0) -> int:
 
 
 def parameter_names(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
-    """All parameters but self and cls."""
+    """All parameters but self and cls. A Triton kernel has as many as it needs: it takes no objects."""
+    if any(ast.unparse(decorator) == "triton.jit" for decorator in function.decorator_list):
+        return []
     args = function.args
     every = [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg]
     return [a.arg for a in every if a is not None and a.arg not in {"self", "cls"}]

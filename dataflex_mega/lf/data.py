@@ -7,6 +7,7 @@ rows it takes leave their domains.
 
 from __future__ import annotations
 
+import itertools
 import contextlib
 import copy
 import io
@@ -37,7 +38,7 @@ class DatasetRows:
 
     def __init__(self, dataset: Any, no_loss_on: int | None) -> None:
         columns = [name for name in ("input_ids", "labels") if name in dataset.column_names]
-        self._dataset = dataset.select_columns(columns).with_format("numpy")
+        self._dataset = dataset.select_columns(columns).with_format("arrow")
         self._no_loss_on = no_loss_on
 
     def __len__(self) -> int:
@@ -46,13 +47,25 @@ class DatasetRows:
     def fetch(self, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """[n] row numbers -> n pairs of int64 arrays (input_ids, labels), aligned position by position."""
         table = self._dataset[rows.tolist()]
-        inputs = [np.asarray(ids, dtype=np.int64) for ids in table["input_ids"]]
-        if "labels" in table:
-            labels = [np.asarray(ids, dtype=np.int64) for ids in table["labels"]]
+        inputs = _arrays(table["input_ids"])
+        if "labels" in table.column_names:
+            labels = _arrays(table["labels"])
         else:
             # Pre-training rows: every token is a target but padding tokens, as in LLaMA-Factory's collator.
             labels = [np.where(ids == self._no_loss_on, -100, ids) for ids in inputs]
         return list(zip(inputs, labels, strict=True))
+
+
+def _arrays(column: Any) -> list[np.ndarray]:
+    """A column of lists in Arrow's memory -> int64 arrays of their own.
+
+    The numpy format of `datasets` would do the same, but up to 4.0 it fails beside a torchvision without VideoReader.
+    """
+    found = []
+    for chunk in column.chunks:
+        values, ends = chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
+        found += [values[a:b].astype(np.int64) for a, b in itertools.pairwise(ends)]
+    return found
 
 
 def load_data(args: LFArgs, tokenizer_module: dict[str, Any], template: Any) -> DataBundle:

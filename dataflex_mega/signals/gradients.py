@@ -7,7 +7,7 @@ targets replaces the stored features of all candidates, and no random projection
 For a linear layer y = a W^T the gradient of sample i is the sum over its positions of (dL/dy_t) a_t^T. Hooks keep the input
 a and, when the backward pass brings dL/dy, form that sum in tiles, apply Adam element by element, and add the tile's dot
 products and squared norm to the sample's. Weight gradients are never computed: the backward pass is asked only for the
-gradient of the embeddings' output.
+gradient of the embeddings' output. On a GPU signals/kernels.py does the same with fewer passes.
 
 Counted are the weights of linear layers that train, LoRA's included. Embeddings, norms and biases are left out, as usual
 for gradient-based selection; a weight tied to the embedding counts by its use as output layer alone, in candidates as in
@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from dataflex_mega.errors import TrainingFault
 
 TILE = 1 << 18  # elements of a gradient tile: 1 MB of float32, which stays in a core's cache
+GPU_TILE = 1 << 24  # there the cost of starting an operation counts for more
+HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,18 @@ class Adam:
     betas: tuple[float, float]
     eps: float
 
-    def rows(self, rows: slice) -> Tile:
-        """What the update of some rows of the weight needs, once for all samples."""
+    def constants(self) -> tuple[float, float, float, float, float]:
+        """(a, b, gain, share, floor): the update is (a m + gain g) / (sqrt(b v + share g^2) + floor)."""
         b1, b2 = self.betas
         t = self.step + 1
         scale = (1 - b2**t) ** 0.5  # with c = 1 - b1^t the update is (scale / c) m' / (sqrt(v') + scale eps)
         factor = scale / (1 - b1**t)
-        return Tile(
-            self.first[rows] * (b1 * factor), self.second[rows] * b2, (1 - b1) * factor, 1 - b2, scale * self.eps
-        )
+        return b1 * factor, b2, (1 - b1) * factor, 1 - b2, scale * self.eps
+
+    def rows(self, rows: slice) -> Tile:
+        """What the update of some rows of the weight needs, once for all samples."""
+        keep_first, keep_second, gain, share, floor = self.constants()
+        return Tile(wide(self.first[rows]) * keep_first, wide(self.second[rows]) * keep_second, gain, share, floor)
 
     def update(self, gradient: Tensor) -> Tensor:
         """[..., d_out, d_in] gradients -> updates of the same shape."""
@@ -128,20 +133,22 @@ def add_layer(sums: Sums, layer: Layer, inputs: Tensor, grads: Tensor, where: Se
 
     `where`: the spans of samples, at most one a sample; without it every row is a sample of its own.
     """
-    inputs, grads = wide(inputs), wide(grads)
+    on_gpu = inputs.device.type == "cuda"
+    if not (on_gpu and inputs.dtype == grads.dtype and inputs.dtype in HALF):
+        inputs, grads = wide(inputs), wide(grads)
     if where is None:
-        where = [Span(row, row, 0, inputs.shape[1]) for row in range(len(inputs))]
-    directions = layer.directions() if layer.directions is not None else None
+        where = rows_of(inputs)
+    directions = wide(layer.directions()) if layer.directions is not None else None
     adam = layer.adam() if layer.adam is not None else None
     d_in, d_out = inputs.shape[-1], grads.shape[-1]
-    rows = max(1, min(d_out, TILE // d_in))
+    rows = max(1, min(d_out, (GPU_TILE if on_gpu else TILE) // d_in))
     for first in range(0, d_out, rows):
         part = slice(first, min(first + rows, d_out))
         here = None if directions is None else directions[:, part].flatten(1).t()  # [rows * d_in, S]
         moments = None if adam is None else adam.rows(part)
         for span in where:
             cut = slice(span.start, span.stop)
-            tile = torch.mm(grads[span.row, cut, part].t(), inputs[span.row, cut])  # [rows, d_in]
+            tile = product(grads[span.row, cut, part].t(), inputs[span.row, cut])  # [rows, d_in]
             if moments is not None:
                 tile = moments.update(tile)
             flat = tile.flatten()
@@ -150,14 +157,41 @@ def add_layer(sums: Sums, layer: Layer, inputs: Tensor, grads: Tensor, where: Se
                 sums.dot[span.sample] += flat @ here
 
 
+def rows_of(inputs: Tensor) -> list[Span]:
+    """The spans of [b, T, ...] inputs when every row is a sample."""
+    return [Span(row, row, 0, inputs.shape[1]) for row in range(len(inputs))]
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix product, of half-precision factors too, with float32 or float64 sums that are not rounded afterwards."""
+    if left.dtype in HALF:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left, right)
+
+
+class Plain:
+    """The sums of one batch with torch's own operations."""
+
+    def __init__(self, sums: Sums, where: Sequence[Span] | None) -> None:
+        self.sums, self.where = sums, where
+
+    def add(self, layer: Layer, inputs: Tensor, grads: Tensor) -> None:
+        """See `add_layer`."""
+        add_layer(self.sums, layer, inputs, grads, self.where)
+
+    def finish(self) -> None:
+        """`sums` are up to date after every layer."""
+
+
 @dataclass
 class Taps:
-    """Hooks on the linear layers of a model. Inside `listening` a backward pass adds to `sums`."""
+    """Hooks on the linear layers of a model. Inside `listening` a backward pass adds to sums, which are ready after it."""
 
     modules: dict[str, nn.Linear]
     layers: dict[str, Layer]
-    sums: Sums | None = field(default=None, init=False)
-    where: Sequence[Span] | None = field(default=None, init=False)
+    make: Any = Plain  # what adds a batch up, or kernels.Fused; see signals.capability
+    adder: Any = field(default=None, init=False)
+    latest: tuple[Tensor, Tensor] | None = field(default=None, init=False)  # see `_as_multiplied`
 
     @contextmanager
     def listening(
@@ -169,32 +203,42 @@ class Taps:
         dtype: torch.dtype = torch.float32,
     ) -> Iterator[Sums]:
         """Collect over one forward and backward pass of a batch; `where`: see `add_layer`."""
-        self.sums, self.where = Sums.zeros(samples, directions, device, dtype), where
+        sums = Sums.zeros(samples, directions, device, dtype)
+        self.adder = (Plain if dtype == torch.float64 else self.make)(sums, where)
         handles = [module.register_forward_hook(self._tap(name)) for name, module in self.modules.items()]
         try:
-            yield self.sums
+            yield sums
+            self.adder.finish()
         finally:
             for handle in handles:
                 handle.remove()
-            self.sums = self.where = None
+            self.adder = self.latest = None
 
     def _tap(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def after_forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if not output.requires_grad:  # the first of two forward passes under activation checkpointing
                 return
-            inputs = args[0].detach()
+            inputs = self._as_multiplied(args[0], output.dtype)
             output.register_hook(lambda grad: self._add(name, inputs, grad))
 
         return after_forward
 
+    def _as_multiplied(self, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+        """Inputs as the layer multiplied them: under autocast, in half precision. Layers that follow each other with the
+        same inputs, like those of queries, keys and values, share what is kept for the backward pass."""
+        if inputs.dtype == dtype:
+            return inputs.detach()
+        if self.latest is None or self.latest[0] is not inputs:
+            self.latest = (inputs, inputs.detach().to(dtype))
+        return self.latest[1]
+
     def _add(self, name: str, inputs: Tensor, grad: Tensor) -> None:
-        assert self.sums is not None
         if inputs.dim() != 3:
             raise TrainingFault(
                 f"gradient scores: the input of {name} has shape {tuple(inputs.shape)}, which does not tell samples apart"
             )
         with torch.no_grad():
-            add_layer(self.sums, self.layers[name], inputs, grad.detach(), self.where)
+            self.adder.add(self.layers[name], inputs, grad.detach())
 
 
 def trained_linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -45,7 +45,16 @@ def for_gradients(run: Build, engine: Any) -> Targets | None:
     """What gradient scores compare with."""
     found = groups(run)
     collate = partial(run.collate, pack_length=None)
-    return Targets(found, partial(run.backend.gradient_scorer, engine), collate) if found else None
+    return Targets(found, partial(_scorer, run, engine, set()), collate) if found else None
+
+
+def _scorer(run: Build, engine: Any, said: set[str], adam: bool) -> Any:
+    """The backend's scorer; the first time with a line about what it computes with."""
+    made = run.backend.gradient_scorer(engine, adam)
+    if hasattr(made, "choice") and made.choice.line not in said:
+        said.add(made.choice.line)
+        run.say(made.choice.line)
+    return made
 
 
 def hidden_spec(run: Build) -> HiddenSpec | None:

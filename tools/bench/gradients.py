@@ -4,16 +4,22 @@ Both are timed in turn on real text (the demo's), in one process and one thread;
 is 1.2 for full models and 1.1 for LoRA, with one direction and Adam's moments.
 
     make demo-data && python tools/bench/gradients.py
+
+On a GPU, `--precision bf16` (float32 weights under autocast) or `pure_bf16` and a larger model; peak memory is then that of
+a score as a ratio to a training step's, and `--kernels triton,torch` compares the kernel with torch's operations.
+
+    python tools/bench/gradients.py --hidden 2048 --layers 22 --vocab 32000 --length 512 --batch 16 --precision bf16
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,62 +49,101 @@ def real_batches(options: argparse.Namespace) -> list[Any]:
 
 
 def build(options: argparse.Namespace, lora: bool) -> Any:
-    """An engine with a random Llama of the given size that has taken two steps, so that Adam has moments."""
+    """An engine with a random Llama of the given size, without optimizer steps yet."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from dataflex_mega.distributed import mesh
     from dataflex_mega.engines.fsdp.engine import FSDPEngine, Options
     from dataflex_mega.engines.fsdp.parallel import Layout
 
-    hidden = options.hidden
+    hidden, joined = options.hidden, mesh.start()
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=options.layers,
-        num_attention_heads=max(4, hidden // 64), num_key_value_heads=max(2, hidden // 128), tie_word_embeddings=False,
+        vocab_size=options.vocab, hidden_size=hidden, intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=options.layers, num_attention_heads=max(4, hidden // 64),
+        num_key_value_heads=max(2, hidden // 512), tie_word_embeddings=False,
     )  # fmt: skip
-    model: Any = LlamaForCausalLM(config)
+    with joined.device:
+        model: Any = LlamaForCausalLM(config)
     if lora:
         from peft import LoraConfig, get_peft_model
 
+        if options.precision != "fp32":
+            model.to(torch.bfloat16)  # as LLaMA-Factory loads it; what LoRA adds stays float32
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    elif options.precision == "pure_bf16":
+        model.to(torch.bfloat16)
+    model.to(joined.device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    return FSDPEngine(model, optimizer, scheduler, mesh.start(), Layout("single"), Options(1))
+    precision = "fp32" if options.precision == "fp32" else "bf16"
+    return FSDPEngine(model, optimizer, scheduler, joined, Layout("single", precision), Options(1))
 
 
 def lap(work: Callable[[], Any]) -> float:
     """Seconds of a call."""
+    wait()
     start = time.perf_counter()
     work()
+    wait()
     return time.perf_counter() - start
+
+
+def wait() -> None:
+    """For what the GPU has still to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak(work: Callable[[], Any]) -> float:
+    """GiB that a call has allocated at most, with all that was there before."""
+    if not torch.cuda.is_available():
+        return float("nan")
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 def plain(engine: Any, batch: Any) -> None:
     """Forward and backward, as in training."""
-    engine.token_losses(batch).sum().backward()
+    engine.token_losses(batch.to(engine.mesh.device)).sum().backward()
     engine.optimizer.zero_grad(set_to_none=True)
 
 
-def measure(options: argparse.Namespace, lora: bool) -> dict[str, list[float]]:
-    """Ratio of each kind of score to a plain pass, a number for each round."""
+def measure(options: argparse.Namespace, lora: bool) -> Iterator[tuple[str, list[float], float]]:
+    """(kind of score, its ratio to a plain pass in each round, its peak memory as a ratio to a training step's)."""
     from dataflex_mega.engines.fsdp.gradients import GradientScorer
 
     engine, batches = build(options, lora), real_batches(options)
     for batch in batches[:2]:
         engine.train_step([batch], None)
-    kinds: dict[str, Callable[[Any], Any]] = {}
-    for name, adam, groups in (("sgd, S=1", False, 1), ("adam, S=1", True, 1), ("adam, S=16", True, 16)):
-        scorer = GradientScorer(engine, adam)
-        directions = scorer.directions([[batches[2 + g]] for g in range(groups)])
-        kinds[name] = lambda batch, s=scorer, d=directions: s.score(batch, d)
-    ratios: dict[str, list[float]] = {name: [] for name in kinds}
+    step = peak(lambda: engine.train_step([batches[2]], None))
+    base = statistics.median([lap(lambda: plain(engine, batches[0])) for _ in range(5)])
+    size = sum(p.numel() for p in engine.model.parameters())
+    print(f"# {size / 1e6:.0f}M parameters, {base * 1000:.1f} ms a pass, {step:.1f} GiB a training step", flush=True)
+    for kernel in options.kernels.split(","):
+        for groups in (int(s) for s in options.directions.split(",")):
+            os.environ["DATAFLEX_GRADIENT_KERNEL"] = kernel
+            scorers = [GradientScorer(engine, adam) for adam in (False, True)]
+            if kernel != "auto":
+                assert scorers[0].choice.fused == (kernel == "triton")
+            directions = scorers[0].directions([[batches[3 + g % 4]] for g in range(groups)])
+            for scorer in scorers:
+                name = f"{kernel} {'adam' if scorer.adam else 'sgd'}, S={groups}"
+                yield name, *compare(options, engine, batches, lambda b, s=scorer, d=directions: s.score(b, d), step)
+            del directions, scorers
+
+
+def compare(
+    options: argparse.Namespace, engine: Any, batches: list[Any], score: Callable[[Any], Any], step: float
+) -> tuple[list[float], float]:
+    """(ratio in each round, peak memory of a score / of a training step)."""
+    ratios: list[float] = []
     for number in range(options.rounds + 1):
         batch = batches[number % len(batches)]
-        base = lap(lambda b=batch: plain(engine, b))
-        for name, work in kinds.items():
-            spent = lap(lambda b=batch, w=work: w(b))
-            if number:  # the first round warms up
-                ratios[name].append(spent / base)
-    return ratios
+        base, spent = lap(lambda b=batch: plain(engine, b)), lap(lambda b=batch: score(b))
+        if number:  # the first round warms up
+            ratios.append(spent / base)
+    return ratios, peak(lambda: score(batches[0])) / step
 
 
 def main() -> int:
@@ -106,20 +151,31 @@ def main() -> int:
     parser.add_argument("--demo", type=Path, default=ROOT / ".demo", help="folder with data/ and model/ (.demo)")
     parser.add_argument("--hidden", type=int, default=256, help="hidden size (256)")
     parser.add_argument("--layers", type=int, default=4, help="layers (4)")
+    parser.add_argument("--vocab", type=int, default=4096, help="vocabulary, at least the demo's 4096 (4096)")
     parser.add_argument("--length", type=int, default=352, help="tokens a sample (352)")
     parser.add_argument("--batch", type=int, default=8, help="samples a batch (8)")
     parser.add_argument("--rounds", type=int, default=15, help="rounds (15)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "pure_bf16"), default="fp32", help="(fp32)")
+    parser.add_argument("--kernels", default="auto", help="of auto, torch, triton (auto)")
+    parser.add_argument("--directions", default="1,16", help="numbers of directions (1,16)")
+    parser.add_argument("--models", default="full,lora", help="which (full,lora)")
     options = parser.parse_args()
+    from dataflex_mega.distributed import mesh
+
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(f"score / forward + backward, {options.rounds} rounds, {options.batch} x {options.length} tokens")
-    print(f"{'':20}{'median':>9}{'quartiles':>20}{'budget':>9}")
-    for lora, budget in ((False, 1.2), (True, 1.1)):
-        for name, values in measure(options, lora).items():
+    print(f"{'':26}{'median':>9}{'quartiles':>20}{'budget':>9}{'memory':>9}", flush=True)
+    for model in options.models.split(","):
+        for name, values, memory in measure(options, model == "lora"):
             low, middle, high = statistics.quantiles(values, n=4)
-            limit = f"{budget:.1f}" if name == "adam, S=1" else ""
-            label = f"{'LoRA' if lora else 'full'} {name}"
-            print(f"{label:20}{middle:9.3f}{f'{low:.3f} - {high:.3f}':>20}{limit:>9}")
+            limit = ("1.1" if model == "lora" else "1.2") if name.endswith("adam, S=1") else ""
+            spread = f"{low:.3f} - {high:.3f}"
+            print(f"{f'{model} {name}':26}{middle:9.3f}{spread:>20}{limit:>9}{memory:9.2f}", flush=True)
+        gc.collect()  # the engine and its hooks refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    mesh.stop(orderly=True)
     return 0
 
 

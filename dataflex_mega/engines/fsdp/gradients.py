@@ -17,7 +17,8 @@ from dataflex_mega.engines.fsdp.experts import WEIGHTS, ExpertTaps, trained_expe
 from dataflex_mega.engines.fsdp.parallel import set_gradient_sync
 from dataflex_mega.engines.kept import HELD, Held
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.signals.gradients import Adam, Layer, Taps, spans, trained_linears, wide
+from dataflex_mega.signals.capability import choose
+from dataflex_mega.signals.gradients import Adam, Layer, Taps, spans, trained_linears
 from dataflex_mega.types import IGNORED, Batch
 
 if TYPE_CHECKING:
@@ -37,14 +38,14 @@ class Directions:
         return len(next(iter(self.by_layer.values())))
 
     def of(self, name: str) -> Tensor:
-        """[S, d_out, d_in], gathered for this layer alone."""
+        """[S, d_out, d_in] as they are stored, gathered for this layer alone."""
         parts = self.by_layer[name]
         if isinstance(parts, Tensor):
-            return wide(parts)
-        return self.held.get(name, self._gather, 4 * len(parts) * parts[0].numel())
+            return parts
+        return self.held.get(name, self._gather, parts[0].element_size() * len(parts) * parts[0].numel())
 
     def _gather(self, name: str) -> Tensor:
-        return torch.stack([wide(whole(tensor)) for tensor in self.by_layer[name]])
+        return torch.stack([whole(tensor) for tensor in self.by_layer[name]])
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -73,6 +74,7 @@ class GradientScorer:
         if not self.weights:
             raise ConfigError("gradient scores need a linear layer that trains, and the model has none")
         self.held = Held(HELD // 2)
+        self.choice = choose(engine.mesh.device)  # torch's operations or the kernel
 
     # -- directions ----------------------------------------------------------------------------------------------
 
@@ -90,7 +92,8 @@ class GradientScorer:
                 assert weight.grad is not None
                 found[name].append(weight.grad.detach())  # not copied: the buffer is given up below
             self.engine.optimizer.zero_grad(set_to_none=True)
-        return Directions({name: _joined(parts) for name, parts in found.items()})
+        # Taken out one by one, so that there are not two copies of all.
+        return Directions({name: _joined(found.pop(name)) for name in list(found)})
 
     def policy_directions(self, groups: Sequence[Sequence[tuple[Batch, Tensor]]]) -> Directions:
         """Groups of prompts, each (this rank's answers [n], [n] factors) -> the mean over prompts of the normalised
@@ -168,11 +171,12 @@ class GradientScorer:
         samples = len(batch.sample_id)
         dtype = torch.float64 if next(iter(self.weights.values())).dtype == torch.float64 else torch.float32
         taps, experts = (
-            Taps(self.linears, {name: layer(name) for name in self.linears}),
+            Taps(self.linears, {name: layer(name) for name in self.linears}, self.choice.adder),
             ExpertTaps(self.experts, layer),
         )
         first: list[Tensor] = []
         with (
+            self._frozen(),
             self._evaluating(lambda _m, _a, output: _entered(first, output)),
             taps.listening(samples, count, engine.mesh.device, where, dtype) as sums,
             experts.listening(batch.segment, sums),
@@ -181,8 +185,26 @@ class GradientScorer:
             torch.autograd.grad(self._weighted(batch, ones), first[:1])
         return sums.dot, sums.norm2
 
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Layers do not keep their inputs for a weight gradient that nobody asks for; what the taps keep is enough.
+
+        FSDP2 makes the gathered parameters itself, and is left alone.
+        """
+        sharded = isinstance(self.engine.module, FSDPModule)
+        weights = [] if sharded else [linear.weight for linear in self.linears.values()]
+        for weight in weights:
+            weight.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for weight in weights:
+                weight.requires_grad_(True)
+
     def _moments(self, name: str, expert: int | None) -> Adam:
-        found: Adam = self.held.get(name, self._gather_moments, 8 * self.weights[name].numel())
+        state: dict[str, Any] = self.engine.optimizer.state.get(self.weights[name], {})
+        sharded = any(hasattr(tensor, "full_tensor") for tensor in state.values())
+        found: Adam = self.held.get(name, self._gather_moments, 8 * self.weights[name].numel() if sharded else 0)
         return found if expert is None else replace(found, first=found.first[expert], second=found.second[expert])
 
     def _gather_moments(self, name: str) -> Adam:
@@ -191,9 +213,9 @@ class GradientScorer:
         group = next(g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
         state: dict[str, Any] = optimizer.state.get(weight, {})
         if not state:
-            zeros = torch.zeros(weight.shape, device=self.engine.mesh.device)
+            zeros = torch.zeros((), device=self.engine.mesh.device).expand(weight.shape)
             return Adam(zeros, zeros, 0, group["betas"], group["eps"])
-        first, second = wide(whole(state["exp_avg"])), wide(whole(state["exp_avg_sq"]))
+        first, second = whole(state["exp_avg"]), whole(state["exp_avg_sq"])
         return Adam(first, second, int(whole(torch.as_tensor(state["step"]))), group["betas"], group["eps"])
 
 
