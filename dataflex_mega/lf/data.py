@@ -7,10 +7,10 @@ rows it takes leave their domains.
 
 from __future__ import annotations
 
-import itertools
 import contextlib
 import copy
 import io
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
