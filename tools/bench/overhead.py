@@ -8,6 +8,8 @@ Second part: rounds of a few steps of our loop without a role and of LLaMA-Facto
 model, data, batch size and optimizer. The budget is 1.00 (not slower).
 
     make demo-data && python tools/bench/overhead.py --rounds 60
+
+On a GPU, `--model FOLDER --bf16 --roles none,mix+weight --no-peer` measures a larger model; tokens a second are printed too.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ ROLES: dict[str, dict[str, Any]] = {
 def keys_of(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     """A pre-training run on the demo's four domains."""
     return {
-        "model_name_or_path": str(options.demo / "model"),
+        "model_name_or_path": str(options.model or options.demo / "model"),
         "train_from_scratch": True,
         "stage": "pt",
         "do_train": True,
@@ -52,6 +54,7 @@ def keys_of(options: argparse.Namespace, output: Path) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "per_device_train_batch_size": options.batch,
         "learning_rate": 1.0e-4,
+        "bf16": options.bf16,
         "logging_steps": 1_000_000,
         "save_strategy": "no",
         "disable_gradient_checkpointing": True,
@@ -76,8 +79,12 @@ def our_trainer(keys: dict[str, Any], roles: dict[str, Any]) -> tuple[Any, Any]:
 
 def lap(work: Any) -> float:
     """Seconds of a call."""
+    import torch
+
     start = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -91,16 +98,26 @@ def show(title: str, ratios: dict[str, list[float]], budget: float) -> None:
 
 def compare_roles(options: argparse.Namespace, folder: Path) -> None:
     """The first part."""
-    made = {name: our_trainer(keys_of(options, folder / name.replace("+", "-")), r) for name, r in ROLES.items()}
+    made = {
+        name: our_trainer(keys_of(options, folder / name.replace("+", "-")), r)
+        for name, r in ROLES.items()
+        if name in options.roles.split(",")
+    }
     for trainer, state in made.values():
         for _ in range(3):
             trainer.advance(state)
+    seconds: list[float] = []
     order, ratios = list(made), {name: [] for name in made if name != "none"}
     for number in range(options.rounds):
         random.Random(number).shuffle(order)
         spent = {name: lap(lambda t=made[name]: t[0].advance(t[1])) for name in order}
+        seconds.append(spent["none"])
         for name, values in ratios.items():
             values.append(spent[name] / spent["none"])
+    tokens = options.batch * options.length
+    print(
+        f"no role: {statistics.median(seconds) * 1000:.1f} ms a step, {tokens / statistics.median(seconds):,.0f} tokens/s"
+    )
     show(f"a step with the role / a step without, {options.rounds} rounds", ratios, 1.01)
 
 
@@ -158,13 +175,18 @@ def main() -> int:
     parser.add_argument("--chunk", type=int, default=12, help="steps in a round of the second part (12)")
     parser.add_argument("--batch", type=int, default=8, help="samples a step (8)")
     parser.add_argument("--length", type=int, default=256, help="tokens a sample (256)")
+    parser.add_argument("--model", type=Path, help="a folder with another config.json and tokenizer")
+    parser.add_argument("--bf16", action="store_true", help="train in bf16")
+    parser.add_argument("--roles", default=",".join(ROLES), help="which of them, `none` among them (all)")
+    parser.add_argument("--no-peer", action="store_true", help="leave the second part out")
     options = parser.parse_args()
     import torch
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         compare_roles(options, Path(folder))
-        compare_peer(options, Path(folder))
+        if not options.no_peer:
+            compare_peer(options, Path(folder))
     return 0
 
 

@@ -55,7 +55,9 @@ def _mark(module: nn.Module) -> None:
 
 def wrap(chunks: list[Any], settings: Settings) -> list[Any]:
     """Filled chunks -> the same in the run's precision, with gradient buckets for data parallelism."""
-    mixed = settings.model.bf16 or settings.model.fp16
+    mixed, device = settings.model.bf16 or settings.model.fp16, torch.cuda.current_device()
+    for chunk in chunks:
+        chunk.to(device)  # weights were read into the host's memory; the optimizer takes none of those there
     inside = [Float16Module(settings.model, chunk) if mixed else chunk for chunk in chunks]
     return [
         DistributedDataParallel(

@@ -25,7 +25,7 @@ def start(mesh: Mesh, layout: Layout) -> Mesh:
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
-        create_gloo_process_groups=mesh.device.type == "cpu",
+        create_gloo_process_groups=True,  # megatron-core's optimizer asks for them on GPUs too
     )
     return replace(
         mesh,
