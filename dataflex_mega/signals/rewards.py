@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from dataflex_mega.errors import ConfigError, TrainingFault, did_you_mean
 
@@ -62,7 +63,7 @@ def load(name: str) -> Reward:
         raise ConfigError(f"reward: cannot import {module!r} of {name!r}: {error}") from error
     if not callable(found):
         raise ConfigError(f"reward: {module} has no function {function!r}")
-    return found
+    return cast(Reward, found)  # `rate` checks what it returns
 
 
 def rate(reward: Reward, prompts: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> list[float]:

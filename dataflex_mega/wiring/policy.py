@@ -32,7 +32,7 @@ def provider(adam: bool) -> Callable[[Build, Any, Any], Provider]:
 
         def signals(scorer: Scorer, ids: np.ndarray) -> dict[str, Tensor]:
             assert scorer.targets is not None, "checked when the run was built"
-            gradients = scorer.targets.scorer(adam)
+            gradients: Any = scorer.targets.scorer(adam)  # the FSDP engine's, which alone has policy directions
             answered = [
                 Answered(run, engine, selector, scorer, reward, number, group).all()
                 for number, group in enumerate(scorer.targets.groups)
