@@ -189,10 +189,10 @@ class GradientScorer:
     def _frozen(self) -> Iterator[None]:
         """Layers do not keep their inputs for a weight gradient that nobody asks for; what the taps keep is enough.
 
-        FSDP2 makes the gathered parameters itself, and is left alone.
+        Wrapped models are left alone: FSDP2 makes the gathered parameters itself, DDP has hooks on its parameters.
         """
-        sharded = isinstance(self.engine.module, FSDPModule)
-        weights = [] if sharded else [linear.weight for linear in self.linears.values()]
+        wrapped = self.engine.module is not self.engine.model or isinstance(self.engine.module, FSDPModule)
+        weights = [] if wrapped else [linear.weight for linear in self.linears.values()]
         for weight in weights:
             weight.requires_grad_(False)
         try:
