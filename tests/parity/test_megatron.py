@@ -56,7 +56,7 @@ HIDDEN = {
 }  # fmt: skip
 LESS = {
     **NO_ROLES, "selector": {"name": "less"}, "init_mixture_proportions": None, "warmup_step": 2, "update_step": 2,
-    "update_times": 2, "eval_dataset": "tables,prose", "eval_on_each_dataset": True, "max_samples": 4,
+    "update_times": 2, "eval_dataset": "tables,prose", "eval_on_each_dataset": True, "max_samples": 4, "max_steps": FEW,
 }  # fmt: skip
 EVEN = {
     **NO_ROLES, "mixer": "static", "weighter": "custom", "lr_scheduler_type": "constant",
@@ -216,7 +216,8 @@ def test_evaluations_of_each_dataset_are_those_of_the_fsdp_engine(finished, name
     for step, values in expected.items():
         assert {"eval_prose_loss", "eval_tables_loss"} <= set(values)
         for key, value in values.items():
-            assert key.endswith("_loss") and found[step][key] == pytest.approx(value, rel=1e-5), (step, key)
+            within = 1e-5 if key.endswith("_loss") else 1e-4  # a perplexity is the exponential of a loss
+            assert found[step][key] == pytest.approx(value, rel=within), (step, key)
 
 
 def test_the_roles_did_something(finished):
