@@ -115,7 +115,8 @@ class Fused:
         out = self._slots(programs)[start]
         m, v = (made, made) if moments is None else (t.view(-1)[first:] for t in moments)
         u, stride = (made, 0) if directions is None else (directions.view(-1)[first:], directions.stride(0))
-        _finish[(programs,)](
+        kernel: Any = _finish  # what triton.jit makes of it takes a grid in brackets
+        kernel[(programs,)](
             made, m, v, u, out, size, samples, stride, SLOTS, *constants, ADAM=moments is not None, S=count,
             WIDTH=max(16, triton.next_power_of_2(count)), **options,
         )  # fmt: skip
