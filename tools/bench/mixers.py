@@ -67,6 +67,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=60, help="steps of each mixer (60)")
     parser.add_argument("--batch", type=int, default=8, help="samples a step (8)")
     parser.add_argument("--length", type=int, default=256, help="tokens a sample (256)")
+    parser.add_argument("--model", type=Path, help="another model's folder")
+    parser.add_argument("--bf16", action="store_true", help="train in bf16")
     parser.add_argument("--corpus", help="train on this corpus in place of the demo's data")
     options = parser.parse_args()
     import torch
