@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dataflex_mega.errors import ConfigError
 from dataflex_mega.types import Clock, SampleObs, SignalTable, StepStats
 
 
@@ -123,6 +124,16 @@ def layered(ranks: Tensor, layers: int, turning: bool) -> Tensor:
     these layers backwards, so that one begins where the layer before it ended."""
     parts = [ranks[layer::layers] for layer in range(layers)]
     return torch.cat([part.flip(0) if turning and number % 2 else part for number, part in enumerate(parts)])
+
+
+def check_borders(where: str, sections: int, ratio: float, layers: int) -> None:
+    """What `layered_at_borders` can do. Raises ConfigError naming the parameter of the pattern `where`."""
+    for key, value in (("num_sections", sections), ("layers", layers)):
+        if value < 1:
+            raise ConfigError(f"{where}.{key}: must be >= 1, found {value}")
+    if not 0 <= 2 * ratio < 1 / sections:
+        most = f"{0.5 / sections:g} with num_sections {sections}"
+        raise ConfigError(f"{where}.folding_ratio: must be >= 0 and below {most}, found {ratio}")
 
 
 def layered_at_borders(count: int, sections: int, ratio: float, layers: int, turning: bool) -> Tensor:

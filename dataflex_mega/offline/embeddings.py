@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dataflex_mega.errors import CheckpointError
-from dataflex_mega.store.files import MANIFEST, differences, read_json, write_beside
+from dataflex_mega.store.files import MANIFEST, check_identity, read_json, write_beside
 
 VERSION = 1
 FILE = "embeddings.npy"
@@ -128,11 +128,7 @@ class Embeddings:
         found = read_json(self.folder / MANIFEST, WHAT, VERSION)
         if found is None:
             return None
-        other = differences(found["identity"], self.identity)
-        if other:
-            raise CheckpointError(
-                f"{WHAT}: {self.folder} belongs to something else ({other}); name another folder or remove it"
-            )
+        check_identity(self.folder, found["identity"], self.identity, WHAT)
         return found
 
 

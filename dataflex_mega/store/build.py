@@ -14,11 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from dataflex_mega.errors import CheckpointError
-from dataflex_mega.store.files import MANIFEST, read_json, sync_folder
+from dataflex_mega.store.files import MANIFEST, check_identity, read_json, sync_folder
 from dataflex_mega.store.gradients import (
     VERSION,
     WHAT,
-    check_identity,
     checksum,
     layout_in,
     to_disk,
@@ -37,7 +36,7 @@ def begin(folder: Path, identity: Mapping[str, Any], wanted: StoreLayout) -> Sto
     if manifest is None:
         write_manifest(folder, identity, wanted, None)
         return wanted
-    check_identity(folder, manifest["identity"], identity)
+    check_identity(folder, manifest["identity"], identity, WHAT)
     found = layout_in(folder, manifest)
     if (found.samples, found.width, found.block) != (wanted.samples, wanted.width, wanted.block):
         raise CheckpointError(f"{WHAT}: {folder} has {found}, this run makes {wanted}; name another folder")

@@ -52,3 +52,10 @@ def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
     ours = json.loads(json.dumps(mine))
     other = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
     return "; ".join(f"{name}: {theirs.get(name)} there, {ours.get(name)} here" for name in other)
+
+
+def check_identity(folder: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any], what: str) -> None:
+    """Raises CheckpointError naming what differs between a folder's identity and the one that is wanted."""
+    other = differences(theirs, mine)
+    if other:
+        raise CheckpointError(f"{what}: {folder} belongs to something else ({other}); name another folder or remove it")

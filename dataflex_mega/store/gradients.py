@@ -18,7 +18,7 @@ import xxhash
 from torch import Tensor
 
 from dataflex_mega.errors import CheckpointError
-from dataflex_mega.store.files import MANIFEST, differences, read_json, write_beside
+from dataflex_mega.store.files import MANIFEST, check_identity, read_json, write_beside
 from dataflex_mega.store.layout import DIGEST, StoreLayout
 
 VERSION = 1
@@ -56,7 +56,8 @@ class GradientStore:
         if manifest is None:
             raise CheckpointError(f"{WHAT}: {folder} has no {MANIFEST}")
         self.identity: dict[str, Any] = manifest["identity"]
-        check_identity(folder, self.identity, identity)
+        if identity is not None:
+            check_identity(folder, self.identity, identity, WHAT)
         self.layout = layout_in(folder, manifest)
         self._sums_digests: list[str] | None = manifest["sums"]
         if self._sums_digests is None:
@@ -140,13 +141,6 @@ class GradientStore:
             except CheckpointError as error:
                 found.append(str(error))
         return list(dict.fromkeys(found))
-
-
-def check_identity(folder: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any] | None) -> None:
-    """Raises CheckpointError naming what differs."""
-    other = differences(theirs, mine) if mine is not None else ""
-    if other:
-        raise CheckpointError(f"{WHAT}: {folder} belongs to something else ({other}); name another folder or remove it")
 
 
 def layout_in(folder: Path, manifest: Mapping[str, Any]) -> StoreLayout:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from dataflex_mega.errors import CheckpointError
-from dataflex_mega.store.files import MANIFEST, differences, read_json, write_beside
+from dataflex_mega.store.files import MANIFEST, check_identity, read_json, write_beside
 
 VERSION = 1
 BLOCK = 256  # samples
@@ -162,11 +162,7 @@ class ReferenceCache:
         found = read_json(self.folder / MANIFEST, "reference_cache", VERSION)
         if found is None:
             return None
-        other = differences(found["identity"], self.identity)
-        if other:
-            raise CheckpointError(
-                f"reference_cache: {self.folder} belongs to something else ({other}); name another folder or remove it"
-            )
+        check_identity(self.folder, found["identity"], self.identity, "reference_cache")
         return found
 
 

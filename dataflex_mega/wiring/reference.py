@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dataflex_mega.errors import CheckpointError, ConfigError, UserError
+from dataflex_mega.errors import CheckpointError, ConfigError
 from dataflex_mega.store.files import MANIFEST
 from dataflex_mega.store.reference import ReferenceCache, model_fingerprint
 from dataflex_mega.types import Batch, NeedsReference
+from dataflex_mega.wiring.together import on_main
 
 if TYPE_CHECKING:
     from dataflex_mega.wiring.run import Opened
@@ -49,7 +50,7 @@ def cache_of(run: Opened) -> ReferenceCache:
     folder = Path(run.ours.reference_cache or run.output / FOLDER).expanduser()
     source = None if model is None else Path(model).expanduser()
     identity = {
-        "model": _on_main(run, partial(_model_of, source, folder)),
+        "model": on_main(run, partial(_model_of, source, folder)),
         "data": run.pool.fingerprint(),
         "cutoff_len": run.args.data.cutoff_len,
     }
@@ -59,7 +60,7 @@ def cache_of(run: Opened) -> ReferenceCache:
 def ensure(run: Opened, cache: ReferenceCache) -> None:
     """Build what is missing, and check every block, the work divided over ranks. Raises CheckpointError for a cache that is
     another model's or data's, that cannot be finished without reference_model, or that is damaged."""
-    if not _on_main(run, cache.complete):
+    if not on_main(run, cache.complete):
         if run.ours.reference_model is None:
             raise CheckpointError(f"reference_cache: {cache.folder} is not finished; set reference_model to finish it")
         build(run, cache, Path(run.ours.reference_model).expanduser())
@@ -85,27 +86,13 @@ def _model_of(source: Path | None, folder: Path) -> str:
         raise CheckpointError(f"reference_cache: {manifest} cannot be read: {error}") from error
 
 
-def _on_main(run: Opened, act: Callable[[], Any]) -> Any:
-    """What `act` returns on the main process, on all of them; its UserError too."""
-    value, error = None, None
-    if run.mesh.is_main:
-        try:
-            value = act()
-        except UserError as found:
-            error = str(found)
-    value, error = run.ranks.share_main((value, error))
-    if error is not None:
-        raise CheckpointError(error)
-    return value
-
-
 # -- building ------------------------------------------------------------------------------------------------------------
 
 
 def build(run: Opened, cache: ReferenceCache, source: Path) -> None:
     """Compute the blocks that are missing; rank r takes every world-th of them. The run's random numbers are untouched."""
-    _on_main(run, cache.begin)
-    missing = _on_main(run, cache.missing)
+    on_main(run, cache.begin)
+    missing = on_main(run, cache.missing)
     devices = [run.mesh.device] if run.mesh.device.type == "cuda" else []
     run.say(f"reference: {len(missing)} of {cache.blocks} blocks to compute with {source} into {cache.folder}")
     with torch.random.fork_rng(devices):
@@ -118,7 +105,7 @@ def build(run: Opened, cache: ReferenceCache, source: Path) -> None:
         if devices:
             torch.cuda.empty_cache()
     run.ranks.barrier()
-    _on_main(run, cache.finish)
+    on_main(run, cache.finish)
 
 
 def _turn(run: Opened, cache: ReferenceCache, blocks: list[int], losses: Callable[[Batch], Tensor]) -> None:

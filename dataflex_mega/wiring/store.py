@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataflex_mega.errors import CheckpointError, UserError
 from dataflex_mega.progress import Count
 from dataflex_mega.store import build, search
 from dataflex_mega.store.files import MANIFEST
 from dataflex_mega.store.gradients import GradientStore
 from dataflex_mega.store.layout import StoreLayout
 from dataflex_mega.types import Batch, FeatureSpec, UsesStore
+from dataflex_mega.wiring.together import on_all, on_main
 
 if TYPE_CHECKING:
     from dataflex_mega.signals.scorer import Provider, Scorer
@@ -85,20 +85,6 @@ class Features:
         return torch.stack(made)
 
 
-def on_main(run: Opened, act: Callable[[], Any]) -> Any:
-    """What `act` returns on the main process, on all of them; its UserError too."""
-    value, error = None, None
-    if run.mesh.is_main:
-        try:
-            value = act()
-        except UserError as found:
-            error = str(found)
-    value, error = run.ranks.share_main((value, error))
-    if error is not None:
-        raise CheckpointError(error)
-    return value
-
-
 def place_of(run: Opened, selector: UsesStore, identity: Mapping[str, Any]) -> Path:
     """The folder of the store of a model: its first digits, in the folder that the selector names."""
     base = Path(selector.store_dir or run.output / FOLDER).expanduser()
@@ -111,19 +97,6 @@ def ensure(features: Features, folder: Path, identity: Mapping[str, Any], block:
     if not on_main(run, partial(build.is_complete, folder)):
         fill(features, folder, identity, block)
     return on_all(run, partial(GradientStore, folder, identity))
-
-
-def on_all(run: Opened, act: Callable[[], Any]) -> Any:
-    """What `act` returns here. Raises CheckpointError on every process when it does on one."""
-    value, error = None, None
-    try:
-        value = act()
-    except CheckpointError as found:
-        error = str(found)
-    errors = [one for one in run.ranks.gather_objects(error) if one is not None]
-    if errors:
-        raise CheckpointError(errors[0])
-    return value
 
 
 def fill(features: Features, folder: Path, identity: Mapping[str, Any], block: int) -> None:

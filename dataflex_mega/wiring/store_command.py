@@ -219,7 +219,8 @@ def score(features: Any, given: argparse.Namespace) -> None:
     from dataflex_mega.signals.scorer import target_batches
     from dataflex_mega.store import search
     from dataflex_mega.store.gradients import GradientStore
-    from dataflex_mega.wiring.store import on_all, place_of
+    from dataflex_mega.wiring.store import place_of
+    from dataflex_mega.wiring.together import on_all
 
     run = features.run
     identity = features.identity()

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dataflex_mega.algorithms.base import Reorder, layered_at_borders
-from dataflex_mega.errors import ConfigError
+from dataflex_mega.algorithms.base import Reorder, check_borders, layered_at_borders
 
 
 @dataclass
@@ -29,12 +28,7 @@ class Stair(Reorder):
     layers: int = 2
 
     def __post_init__(self) -> None:
-        for key in ("num_sections", "layers"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"reorder.stair.{key}: must be >= 1, found {getattr(self, key)}")
-        if not 0 <= 2 * self.folding_ratio < 1 / self.num_sections:
-            most = f"{0.5 / self.num_sections:g} with num_sections {self.num_sections}"
-            raise ConfigError(f"reorder.stair.folding_ratio: must be >= 0 and below {most}, found {self.folding_ratio}")
+        check_borders("reorder.stair", self.num_sections, self.folding_ratio, self.layers)
 
     def ranks(self, count: int, seed: int) -> Tensor:
         """[count] int64."""
