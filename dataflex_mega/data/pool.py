@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import xxhash
 
 from dataflex_mega.errors import DataError
+
+ROWS = 1024  # rows in memory at once while all of them are read
 
 
 class Rows(Protocol):
@@ -136,4 +139,20 @@ class Pool:
                 sha.update(inputs.tobytes())
                 sha.update(labels.tobytes())
             found[domain.name] = sha.hexdigest()[:16]
+        return found
+
+    def content(self) -> dict[str, str]:
+        """Domain name -> a hash (XXH3-128) of every row in it: what files that are kept for these data belong to.
+
+        Reads all tokens once, so it is for runs that go over the whole pool anyway.
+        """
+        found = {}
+        for domain in self.domains:
+            seen = xxhash.xxh3_128()
+            for first in range(0, len(domain.rows), ROWS):
+                for inputs, labels in domain.rows.fetch(np.arange(first, min(first + ROWS, len(domain.rows)))):
+                    seen.update(len(inputs).to_bytes(8, "little"))
+                    seen.update(inputs.tobytes())
+                    seen.update(labels.tobytes())
+            found[domain.name] = seen.hexdigest()
         return found

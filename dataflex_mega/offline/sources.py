@@ -39,7 +39,7 @@ class PoolSource:
         self.ends = np.cumsum([len(pool) for pool in pools])
         found: dict[str, str] = {}
         for pool in pools:
-            found |= pool.fingerprint()
+            found |= pool.content()
         self.identity = {"pool": found}
 
     def __len__(self) -> int:

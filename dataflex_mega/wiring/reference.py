@@ -51,7 +51,7 @@ def cache_of(run: Opened) -> ReferenceCache:
     source = None if model is None else Path(model).expanduser()
     identity = {
         "model": on_main(run, partial(_model_of, source, folder)),
-        "data": run.pool.fingerprint(),
+        "data": on_main(run, run.pool.content),
         "cutoff_len": run.args.data.cutoff_len,
     }
     return ReferenceCache(folder, identity, len(run.pool), run.ours.reference_dtype)

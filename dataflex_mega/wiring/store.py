@@ -50,7 +50,7 @@ class Features:
         spec = self.spec
         return {
             "model": self.maker.fingerprint(),
-            "data": self.run.pool.fingerprint(),
+            "data": on_main(self.run, self.run.pool.content),
             "cutoff_len": self.run.args.data.cutoff_len,
             "gradient": "adam" if self.maker.adam else "sgd",
             "projection": {"kind": spec.kind, "size": spec.size, "seed": spec.seed},

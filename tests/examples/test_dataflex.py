@@ -27,18 +27,10 @@ def rows():
     return re.findall(line, text, re.MULTILINE)
 
 
-def not_yet():
-    """What docs/coming-from.md says is not there; tests/unit/test_docs.py holds it to that."""
-    text = (corpus.ROOT / "docs" / "coming-from.md").read_text()
-    lines = re.findall(r"^\| (selector|mixer|weighter)s \| (.*) \|$", text, re.MULTILINE)
-    return {(role, name) for role, names in lines for name in re.findall(r"`(\w+)`", names)}
-
-
 def test_the_table_has_every_component():
     named = {(role, name) for role, name, *_ in rows()}
     expected = {(ROLES[section], name) for section, entries in SHIPPED.items() for name in entries}
     expected |= {("reorder", name) for name in REORDERS} | {("pipeline", name) for name in PIPELINES}
-    expected -= not_yet()
     assert named == expected and len(rows()) == len(expected)
     for role, _, path, fsdp, megatron in rows():
         assert FILES[path.split("/")[-1].removesuffix(".yaml")] == role

@@ -43,6 +43,18 @@ def test_fingerprint_notices_another_size_and_other_content():
     assert changed.fingerprint()["d1"] != first["d1"]
 
 
+def test_the_content_of_every_row_counts_and_how_rows_are_cut():
+    many = 5000  # more rows than a fingerprint looks at, and than are read at once
+    first = pool(3, many).content()
+    assert first == pool(3, many).content() and first["d0"] == pool(3, 5).content()["d0"]
+    for row in (1, 1023, 1024, many - 1):
+        changed = pool(3, many)
+        changed.domains[1].rows.rows[row][1] = 99
+        assert changed.content()["d1"] != first["d1"], row
+    one, two = ([[1, 2], [3]], [[1], [2, 3]])
+    assert Pool([Domain("d", ListRows(one))]).content() != Pool([Domain("d", ListRows(two))]).content()
+
+
 @pytest.mark.parametrize("domains", [[], [Domain("hollow", ListRows([]))]])
 def test_nothing_to_draw_is_a_user_error(domains):
     with pytest.raises(DataError, match="hollow|at least one"):
