@@ -48,7 +48,8 @@ OFFLINE_MODULE = "dataflex_mega.wiring.offline"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0; 2 after one line on standard error for a user's mistake; else that of what was run."""
+    """The exit status: 0; 2 after one line on standard error for a user's mistake; 130 when interrupted; else that of what
+    was run."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command, rest = (argv[0], argv[1:]) if argv else ("help", [])
     try:
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:  # what was running has heard it too, and has said what there is to say
+        return 130
 
 
 def run(command: str, arguments: list[str]) -> int:

@@ -31,8 +31,11 @@ A run that was interrupted continues from its last checkpoint when the same comm
 `dataflex-cli components` lists the algorithms and their parameters."""
 
 
+INTERRUPTED = "interrupted; a run with a role goes on from its last checkpoint when the same command is given again"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when trained; 2 and one line for a user's mistake; 1 and one line when training could not go on."""
+    """0 when trained; 2 after one line for a user's mistake, 1 when training could not go on, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
@@ -43,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(error, 2) if os.environ.get("RANK", "0") == "0" else 2
     except TrainingFault as error:
         return _say(error, 1)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(INTERRUPTED, file=sys.stderr, flush=True)
+        return 130
     return 0
 
 

@@ -1,10 +1,14 @@
 """What happens when training cannot go on."""
 
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.support import corpus, runs
@@ -65,3 +69,32 @@ def test_a_nan_loss_can_be_skipped_when_asked_for(folder):
     trained = load_file(Path(config["output_dir"]) / "model.safetensors")
     trained["model.embed_tokens.weight"][token] = 0
     assert all(torch.isfinite(tensor).all() for tensor in trained.values())
+
+
+def test_an_interrupt_ends_in_one_line_and_the_same_command_goes_on(folder):
+    """Ctrl-C at the terminal of one process: SIGINT, after the first checkpoint."""
+    keys = {
+        "mixer": "odm",
+        "update_step": 1,
+        "update_times": -1,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 120,
+    }
+    config = runs.base(folder, output_dir=str(folder / "interrupted"), logging_steps=1, **keys)
+    path = folder / "interrupted.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-u", "-m", "dataflex_mega.train", str(path)]
+    heard = []
+    with subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            heard.append(line)
+            if "step 3/120" in line:
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 130, "".join(heard)
+    assert heard[-1].startswith("interrupted; ") and "Traceback" not in "".join(heard)
+    assert len(runs.rows(config)) < 120
+    status, said = runs.train_here(config)
+    assert status == 0, said
+    assert [row["step"] for row in runs.rows(config)] == list(range(1, 121))
