@@ -31,6 +31,7 @@ from dataflex_mega.types import (
 )
 
 MIX, SELECT = 1, 2  # random streams
+LOOKAHEAD = 64  # steps; nothing is prepared further ahead
 MAX_PLAN_STEPS = 4096  # a plan is continued as a new one after so many steps, which bounds any replay of it
 
 
@@ -162,15 +163,23 @@ class Controller:
 
     def due(self, state: TrainState) -> bool:
         """Whether `next_plan` must be asked before the next step."""
-        replans = self.roles.selector is not None or self.roles.mixer is not None
-        if replans and (self.schedule.is_update(state.step) or self._restarts_warmup(state)):
-            return True
-        if self._newly_spent(state):
+        if self._acts(state.step) or self._newly_spent(state):
             return True
         return state.step - state.plan.start >= MAX_PLAN_STEPS
 
-    def _restarts_warmup(self, state: TrainState) -> bool:
-        return self.roles.selector is not None and state.step > 0 and self.schedule.starts_warmup(state.step)
+    def plan_end(self, step: int, last: int) -> int:
+        """The next step, at most `last`, at which a role makes another plan: what this one would draw there and later is
+        not worth preparing. Looks LOOKAHEAD steps ahead."""
+        last = min(last, step + LOOKAHEAD)
+        return next((later for later in range(step + 1, last) if self._acts(later)), last)
+
+    def _acts(self, step: int) -> bool:
+        """Whether a role plans anew after `step` steps."""
+        replans = self.roles.selector is not None or self.roles.mixer is not None
+        return replans and (self.schedule.is_update(step) or self._restarts_warmup(step))
+
+    def _restarts_warmup(self, step: int) -> bool:
+        return self.roles.selector is not None and step > 0 and self.schedule.starts_warmup(step)
 
     def _newly_spent(self, state: TrainState) -> frozenset[int]:
         """Domains that the coming step would draw more often than max_epochs lets it."""
@@ -197,7 +206,7 @@ class Controller:
 
     def _make_plan(self, state: TrainState) -> Plan:
         step, old = state.step, state.plan
-        if self._restarts_warmup(state):
+        if self._restarts_warmup(step):
             # Without a mixer the old proportions are those of the selection, not of the pool.
             proportions = self.domains.initial if self.roles.mixer is None else old.proportions
             return self.sampler.next_plan(old, step, proportions, phase="warmup")

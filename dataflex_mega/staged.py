@@ -103,9 +103,12 @@ class Staged(Controller):
 
     def due(self, state: TrainState) -> bool:
         """See Controller."""
-        if self._due(state.step) or not self.orders.serves(state.plan, state.step):
+        if self._acts(state.step) or not self.orders.serves(state.plan, state.step):
             return True
         return bool(self._newly_spent(state)) or state.step - state.plan.start >= MAX_PLAN_STEPS
+
+    def _acts(self, step: int) -> bool:
+        return bool(self._due(step))
 
     def _weighs(self, step: int) -> bool:
         return self._on("weighter", step)

@@ -67,13 +67,13 @@ class Loader:
         if plan is not self._plan:
             self._drop()
             self._plan = plan
+        # What nobody prepared is made here: handing it to a thread to wait for it only costs time.
+        made = None if step in self._ready else self._make(self._ids(plan, step))
         ahead = step + 1 + self.prefetch if last_step is None else min(step + 1 + self.prefetch, last_step)
-        if step not in self._ready:
-            self._ready[step] = self._threads.submit(self._make, self._ids(plan, step))
         for wanted in range(step + 1, ahead):
             if wanted not in self._ready and not self._prepare(self._threads, plan, wanted):
                 break
-        return self._ready.pop(step).result()
+        return self._ready.pop(step).result() if made is None else made
 
     def _prepare(self, threads: ThreadPoolExecutor, plan: Plan, step: int) -> bool:
         """Start a step ahead of time. False where the plan cannot serve it: a new one will have come by then, and if not,

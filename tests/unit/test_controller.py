@@ -103,6 +103,24 @@ def drive(made, steps):
     return batches, plans
 
 
+@pytest.mark.parametrize(
+    ("roles", "schedule", "ends"),
+    [
+        ({}, Schedule(0, 1, -1, repeats=False), [20] * 6),
+        ({"mixer": Turning()}, Schedule(2, 3, -1, repeats=False), [2, 2, 5, 5, 5, 8]),
+        ({"mixer": Turning()}, Schedule(0, 1, -1, repeats=False), [1, 2, 3, 4, 5, 6]),
+        ({"selector": Highest()}, Schedule(2, 3, 1, repeats=True), [2, 2, 5, 5, 5, 7]),  # a warm-up begins at 5
+    ],
+)
+def test_a_plan_ends_where_a_role_is_due_next(roles, schedule, ends):
+    made = controller(schedule, **roles)
+    found = [made.plan_end(step, 20) for step in range(6)]
+    assert found == ends
+    _, plans = drive(made, 9)
+    assert {plan.start for plan in plans} - {0} <= set(found) | set(range(6, 20))
+    assert made.plan_end(3, 4) == 4
+
+
 def test_a_selection_trains_exactly_the_chosen_ids_once_each():
     made = controller(Schedule(2, 5, 2, repeats=True), selector=Highest())
     batches, plans = drive(made, 12)

@@ -66,3 +66,15 @@ def test_content_follows_the_ids():
         domain, row = made.pool.locate(batch.sample_id.numpy())
         assert np.array_equal(batch.input_ids[:, 0], domain) and np.array_equal(batch.input_ids[:, 1], row)
         assert np.array_equal(batch.domain, domain)
+
+
+def test_nothing_is_prepared_at_or_after_the_last_step_that_is_named():
+    made, asked = loader(prefetch=3), []
+    fetch = made.pool.fetch
+    made.pool.fetch = lambda ids: asked.append(len(ids)) or fetch(ids)
+    plan = plan_of(made)
+    for step, last, micros in ((0, 1, 2), (1, 4, 8), (2, 4, 8), (3, 4, 8), (4, 5, 10)):
+        made.micro_batches(plan, step, last)
+        made._threads.submit(int).result()  # one worker: what was submitted before is done
+        assert len(asked) == micros
+    made.close()
