@@ -2,11 +2,11 @@
 
 Trainers of one model take their steps in turn, in an order that changes each round, so that whatever else the machine does
 falls on all alike. A ratio to `static` is taken within each round; the median over rounds is printed with its quartiles.
-Every mixer re-plans at every step, the most there is. A fit of ado is timed by itself.
+Every mixer re-plans at every step, the most there is. A fit of ado is timed by itself. Then those that need more:
+dynamic_moe against static on a mixture of experts; doremi's proxy step with reference losses that are there, and the pass
+that makes them; an update of doge with its backward passes.
 
-    python tools/bench/mixers.py --rounds 60
-
-doremi, doge and dynamic_moe need a reference, backward passes or experts; docs/mixing.md says what they cost.
+    make demo-corpus && python tools/bench/mixers.py --rounds 60
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 NEVER = 10**9
@@ -33,6 +36,13 @@ MIXERS: dict[str, dict[str, Any]] = {
     "group_dro": {"mixer": "group_dro", **MOVING},
     "ado": {"mixer": {"name": "ado", "start_step": 1, "ignore_steps": 0, "refit_every": NEVER}, **MOVING},
 }
+MOE: dict[str, dict[str, Any]] = {
+    "static": {"mixer": "static"},
+    "again": {"mixer": "static"},
+    "dynamic_moe": {"mixer": {"name": "dynamic_moe", "count_steps": 1}, **MOVING},
+}
+PROBE = 64  # samples of a domain in an update of doge
+REFERENCE_ROWS = 200  # of each domain, that the reference pass is timed on
 
 
 def support(name: str) -> ModuleType:
@@ -73,34 +83,98 @@ def main() -> int:
     options = parser.parse_args()
     import torch
 
-    overhead = support("tools/bench/overhead")
     torch.set_num_threads(1)
+    if options.corpus is None and not (options.demo / "moe").is_dir():
+        parser.error(f"{options.demo}/moe not found; make demo-corpus")
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {}
-        for name, roles in MIXERS.items():
-            keys = overhead.keys_of(options, Path(folder) / name)
-            if options.corpus:
-                keys = {k: v for k, v in keys.items() if k not in ("dataset", "dataset_dir")}
-                keys["corpus_dir"] = options.corpus
-            trainers[name] = overhead.our_trainer(keys, roles)
-        for trainer, state in trainers.values():
-            for _ in range(3):
-                trainer.advance(state)
-        order, ratios, base = list(trainers), {name: [] for name in trainers if name != "static"}, []
-        for number in range(options.rounds):
-            random.Random(number).shuffle(order)
-            spent = {name: overhead.lap(lambda t=trainers[name]: t[0].advance(t[1])) for name in order}
-            base.append(spent["static"])
-            for name, values in ratios.items():
-                values.append(spent[name] / spent["static"])
-        overhead.show(f"a step / a step of static, {options.rounds} rounds", ratios, 1.01)
-    step = statistics.median(base)
-    fit = min(fit_seconds(7, 256) for _ in range(3))
-    print(f"\nstatic: {step * 1e3:.1f} ms a step")
-    print(
-        f"a fit of ado, 7 domains, 256 points: {fit:.3f} s; spread over 1000 steps {fit / 1000 / step:.4%} of such a step"
-    )
+        step = free(options, Path(folder))
+        if options.corpus is None:
+            moe = argparse.Namespace(**{**vars(options), "model": options.demo / "moe"})
+            rounds(make(moe, MOE, Path(folder) / "moe"), options.rounds, "the same with experts")
+            doremi(options, Path(folder) / "doremi")
+            doge(options, Path(folder) / "doge", step)
     return 0
+
+
+def make(options: argparse.Namespace, mixers: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Name -> (trainer, state), warmed up."""
+    overhead, made = support("tools/bench/overhead"), {}
+    for name, roles in mixers.items():
+        keys = overhead.keys_of(options, folder / name)
+        if options.corpus:
+            keys = {k: v for k, v in keys.items() if k not in ("dataset", "dataset_dir")}
+            keys["corpus_dir"] = options.corpus
+        made[name] = overhead.our_trainer(
+            {**keys, **roles.get("keys", {})}, {k: v for k, v in roles.items() if k != "keys"}
+        )
+        for _ in range(3):
+            made[name][0].advance(made[name][1])
+    return made
+
+
+def rounds(made: dict[str, Any], count: int, title: str) -> float:
+    """Print the ratios to the first -> seconds of a step of it, the median."""
+    overhead = support("tools/bench/overhead")
+    order, ratios, base = list(made), {name: [] for name in made if name != "static"}, []
+    for number in range(count):
+        random.Random(number).shuffle(order)
+        spent = {name: overhead.lap(lambda t=made[name]: t[0].advance(t[1])) for name in order}
+        base.append(spent["static"])
+        for name, values in ratios.items():
+            values.append(spent[name] / spent["static"])
+    overhead.show(f"a step / a step of static, {title}, {count} rounds", ratios, 1.01)
+    print(f"static: {statistics.median(base) * 1e3:.1f} ms a step", flush=True)
+    return statistics.median(base)
+
+
+def free(options: argparse.Namespace, folder: Path) -> float:
+    """The mixers that cost nothing but their arithmetic -> seconds of a step of static."""
+    step = rounds(make(options, MIXERS, folder), options.rounds, "re-planned at every step")
+    fit = min(fit_seconds(7, 256) for _ in range(3))
+    print(f"a fit of ado, 7 domains, 256 points: {fit:.3f} s; over 1000 steps {fit / 1000 / step:.4%} of such a step")
+    return step
+
+
+def doremi(options: argparse.Namespace, folder: Path) -> None:
+    """Its proxy's step against static's, and a token of the reference pass against one of training."""
+    from dataflex_mega.wiring import reference
+
+    passes: list[float] = []
+    build = reference.build
+
+    def timed(*given: Any) -> None:
+        start = time.perf_counter()
+        build(*given)
+        passes.append(time.perf_counter() - start)
+
+    rows = {"max_samples": REFERENCE_ROWS}
+    source = str(options.model or options.demo / "model")
+    mixers = {
+        "static": {"mixer": "static", "keys": rows},
+        "again": {"mixer": "static", "keys": rows},
+        "doremi": {"mixer": "doremi", "reference_model": source, **MOVING, "keys": rows},
+    }
+    with mock.patch.object(reference, "build", timed):
+        made = make(options, mixers, folder)
+    step = rounds(made, options.rounds, "doremi's proxy with reference losses on disk")
+    pool = made["doremi"][0].loader.pool
+    tokens = sum(len(inputs) for d in pool.domains for inputs, _ in d.rows.fetch(np.arange(len(d.rows))))
+    ratio = passes[0] / tokens / (step / (options.batch * options.length))
+    print(f"reference pass: {tokens:,} tokens, {ratio:.2f} of the time that training on as many takes")
+
+
+def doge(options: argparse.Namespace, folder: Path, step: float) -> None:
+    """An update against a step of static."""
+    mixers = {"doge": {"mixer": {"name": "doge", "probe_samples": PROBE}, "update_step": 20, "update_times": -1}}
+    ((trainer, state),) = make(options, mixers, folder).values()
+    overhead = support("tools/bench/overhead")
+    state.step = 20
+    spent = statistics.median(overhead.lap(lambda: trainer.controller.next_plan(state)) for _ in range(5))
+    samples = PROBE * len(trainer.controller.domains.names)
+    print(
+        f"\nan update of doge: {spent / step:.1f} steps of static for {samples} samples, as many as "
+        f"{samples / options.batch:.0f} steps train on; every 100 steps {spent / step / 100:.1%} more"
+    )
 
 
 if __name__ == "__main__":
