@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dataflex_mega.store.gradients import GradientStore
 
+CHUNK = 1 << 16  # scores that are ranked at a time
+
 
 class Ranks(Protocol):
     """What is needed of distributed.Collectives."""
@@ -52,19 +54,25 @@ def shares(store: GradientStore, ranks: int) -> list[int]:
     return [sum(len(layout.samples_of(b)) for b in layout.share(rank, ranks)) for rank in range(ranks)]
 
 
-def cosines(dot: Tensor, norm2: Tensor) -> Tensor:
-    """[n, S], [n] -> [n] the largest cosine over directions; 0 for a row without length."""
+def each_cosine(dot: Tensor, norm2: Tensor) -> Tensor:
+    """[n, S], [n] -> [n, S] cosines; 0 for a row without length."""
     norm = norm2.sqrt().unsqueeze(1)
-    return torch.where(norm > 0, dot / norm, torch.zeros_like(dot)).max(dim=1).values
+    return torch.where(norm > 0, dot / norm, torch.zeros_like(dot))
+
+
+def cosines(dot: Tensor, norm2: Tensor) -> Tensor:
+    """[n, S], [n] -> [n] the largest cosine over directions."""
+    return each_cosine(dot, norm2).max(dim=1).values
 
 
 def best_cosines(store: GradientStore, directions: Tensor, rank: int, ranks: int) -> Tensor:
     """`cosines` of `products`, [n] float32, with one block in memory and nothing kept of it but its scores."""
-    wanted, found = directions.float().t().contiguous(), []
-    for _, rows in store.share(rank, ranks):
+    wanted, found, place = directions.float().t().contiguous(), torch.zeros(shares(store, ranks)[rank]), 0
+    for ids, rows in store.share(rank, ranks):
         values = rows.float()
-        found.append(cosines(values @ wanted, values.square().sum(dim=1)))
-    return torch.cat(found) if found else torch.zeros(0)
+        found[place : place + len(ids)] = cosines(values @ wanted, values.square().sum(dim=1))
+        place += len(ids)
+    return found
 
 
 def top_k(scores: Tensor, rank: int, counts: list[int], count: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
@@ -74,10 +82,14 @@ def top_k(scores: Tensor, rank: int, counts: list[int], count: int, ranks: Ranks
     scores are equal; the same on every rank. Each rank sends its own best `count`, or all it has where that is fewer, 16
     bytes each. Returns fewer when there are fewer candidates. A score that is not finite comes last.
     """
-    scores = torch.where(torch.isfinite(scores), scores.double(), -torch.inf)
-    order = torch.sort(scores, descending=True, stable=True).indices[:count]
-    ids = (order + sum(counts[:rank])).double()  # exact below 2**53
-    both = ranks.gather_uneven(torch.stack([scores[order], ids], dim=1), [min(count, each) for each in counts])
+    best = torch.zeros(0, 2, dtype=torch.float64)  # of what was looked at so far: score, id
+    for first in range(0, len(scores), CHUNK):
+        values = scores[first : first + CHUNK].double()
+        values = torch.where(torch.isfinite(values), values, -torch.inf)
+        ids = torch.arange(first, first + len(values)).double() + sum(counts[:rank])  # exact below 2**53
+        best = torch.cat([best, torch.stack([values, ids], dim=1)])
+        best = best[torch.sort(best[:, 0], descending=True, stable=True).indices[:count]]
+    both = ranks.gather_uneven(best, [min(count, each) for each in counts])
     both = both[torch.sort(both[:, 1], stable=True).indices]
     best = both[torch.sort(both[:, 0], descending=True, stable=True).indices][:count]
     return best[:, 1].long(), best[:, 0].float()

@@ -66,8 +66,10 @@ def test_scores_are_numpys_cosines_on_any_number_of_ranks(store: GradientStore, 
     assert found[24] == 0 and np.isfinite(found).all(), "a row of zeros"
 
 
+@pytest.mark.parametrize("chunk", [4, 1 << 16])
 @pytest.mark.parametrize("count", [1, 7, 75, 200])
-def test_top_k_of_all_ranks_is_top_k_of_everything(count: int) -> None:
+def test_top_k_of_all_ranks_is_top_k_of_everything(count: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "CHUNK", chunk)
     rng = np.random.default_rng(3)
     scores = torch.from_numpy(rng.integers(0, 9, 75).astype(np.float32))  # many ties
     scores[5] = float("nan")
