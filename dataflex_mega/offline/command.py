@@ -62,6 +62,13 @@ then, in the run's YAML:   selector: {name: tsds, probs_path: tsds_probs.npy}
 
 alpha near 1 takes the nearest candidates only, near 0 spreads over --k of them. sigma is the distance within which
 candidates count as duplicates of each other and share their chance; 0 turns that off. C is the scale of distances.
+
+--candidates and --queries may be gradient stores (dataflex-cli store build), of one projection: TSDS on the directions of
+gradients, whose distances are sqrt(2 - 2 cos). As in LESS: Adam's updates of the candidates, plain gradients of the task.
+
+  dataflex-cli store build run.yaml --folder stores/train
+  dataflex-cli store build run.yaml --folder stores/task dataset=task selector.gradient_type=sgd
+  dataflex-cli tsds --candidates stores/train --queries stores/task
 Writes [N] float64 that sum to 1, as DataFlex does, and OUTPUT.json, from which a run knows that it belongs to its data."""
 
 
@@ -95,7 +102,9 @@ def parser() -> argparse.ArgumentParser:
     near, tsds = command("near", NEAR), command("tsds", TSDS)
     for sub, output, k in ((near, "top_indices.npy", 1000), (tsds, "tsds_probs.npy", 5000)):
         add = sub.add_argument
-        add("--candidates", type=Path, required=True, help="folder of `embed`, or an [N, D] .npy file")
+        add(
+            "--candidates", type=Path, required=True, help="folder of `embed`, a gradient store, or an [N, D] .npy file"
+        )
         add("--queries", type=Path, required=True, help="the same, of the task's samples")
         add("--output", type=Path, default=Path(output), help=f"({output})")
         add("--k", type=int, default=k, help=f"neighbours of a query ({k})")
@@ -181,13 +190,13 @@ def searched(options: argparse.Namespace, mesh: meshes.Mesh, meter: Meter) -> tu
     ranks = Collectives(mesh)
     candidates, theirs = opened(options.candidates)
     queries, ours = opened(options.queries)
-    for name in ("model", "encoder", "normalize"):
+    for name in ("encoder", "model", "model of adam gradients", "model of sgd gradients", "normalize"):
         if name in theirs and name in ours and theirs[name] != ours[name]:
             raise ConfigError(f"--queries: {name} {ours[name]}, the candidates' is {theirs[name]}; embed both alike")
     search = Search(
         options.index, options.nlist, options.nprobe, mesh.rank, mesh.world, ranks.gather_objects, meter.show
     )
-    distances, ids = search(candidates, np.asarray(queries), options.k)
+    distances, ids = search(candidates, np.asarray(queries[:]), options.k)
     given = {k: v for k, v in vars(options).items() if k not in ("candidates", "queries", "output", "command")}
     identity = {"candidates": theirs, "queries": ours, "settings": given}
     return search, candidates, identity, distances, ids

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from dataflex_mega.errors import CheckpointError
+from dataflex_mega.offline.gradients import GradientRows
 from dataflex_mega.store.files import MANIFEST, check_identity, read_json, write_beside
 
 VERSION = 1
@@ -145,8 +146,9 @@ def open_array(path: Path, mode: Any = "r") -> np.ndarray:
         raise CheckpointError(f"{WHAT}: {path} cannot be read: {error}") from error
 
 
-def opened(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """(the [N, D] array, mapped; its identity) of a finished folder, or of a bare .npy file, whose identity is its checksum.
+def opened(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """(the [N, D] array, mapped; its identity) of a finished folder, of a gradient store, or of a bare .npy file, whose
+    identity is its checksum.
 
     Raises CheckpointError when there is none, its build was not finished, or array and manifest differ in shape.
     """
@@ -162,6 +164,9 @@ def opened(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
     found = read_json(folder / MANIFEST, WHAT, VERSION)
     if found is None:
         raise CheckpointError(f"{WHAT}: {folder} has no {MANIFEST}; `dataflex-cli embed` writes one")
+    if "layout" in found:
+        rows = GradientRows(folder)
+        return rows, rows.identity
     if found["blocks"] is None:
         raise CheckpointError(f"{WHAT}: {folder} is not finished; give the same `dataflex-cli embed` command again")
     values, identity = open_array(folder / FILE), found["identity"]

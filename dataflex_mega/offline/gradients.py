@@ -1,0 +1,52 @@
+"""A gradient store where embeddings are read: neighbours and transports in the space of projected gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataflex_mega.store.gradients import GradientStore
+
+FAR = 10.0
+
+
+class GradientRows:
+    """The rows of a finished store, each divided by its length: [N, D] float32, read when they are asked for.
+
+    Distances between such rows are sqrt(2 - 2 cos), at most 2. A row of zeros (a sample without a target token) has no
+    direction; it lies FAR from all others, so that it is nobody's neighbour while there is another.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CheckpointError for a folder that is no finished store."""
+        self.store = GradientStore(folder)
+        self.shape = (self.store.layout.samples, self.store.layout.width)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """[n, D] of a slice, or of [n] numbers. Raises CheckpointError for a damaged block."""
+        ids = np.arange(self.shape[0])[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
+        values = self.store.fetch(ids).numpy()
+        length = np.linalg.norm(values, axis=1, keepdims=True)
+        values /= np.where(length > 0, length, 1)
+        values[length[:, 0] == 0, 0] = FAR
+        return values
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As embeddings have it. Stores of Adam's updates and of plain gradients have different hashes of one model, so
+        only those of one kind are compared by it."""
+        theirs = dict(self.store.identity)
+        projection = theirs.get("projection", {})
+        return {
+            f"model of {theirs.get('gradient')} gradients": theirs.get("model"),
+            "encoder": ", ".join(["gradients", *(f"{name} {value}" for name, value in projection.items())]),
+            "normalize": True,
+            "data": {"pool": theirs.get("data")},
+            "samples": self.shape[0],
+            "size": self.shape[1],
+        }
