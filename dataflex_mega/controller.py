@@ -141,6 +141,7 @@ class Controller:
     candidates: Parts | None = None  # None: a selection considers the whole pool
     domain_gram: Callable[[int, bool, int], Tensor] | None = None  # see signals.gram.DomainGram
     batch_gradients: Callable[[np.ndarray, int], tuple[Tensor, Tensor]] | None = None  # see wiring.batch_gradients
+    rate: Callable[[], float] | None = None  # the engine's learning rate for the step to come
     last_selection: Selection | None = field(default=None, init=False)
     last_order: Any = field(default=None, init=False)  # a staged.Window
     _previous: Tensor | None = field(default=None, init=False)
@@ -212,8 +213,7 @@ class Controller:
             return self.sampler.next_plan(old, step, proportions, phase="warmup")
         if not self.schedule.is_update(step):
             return self.sampler.advance(old, step)
-        update, updates = self.schedule.update_number(step), self.schedule.total_updates(self.total_steps)
-        clock = Clock(step, self.total_steps, update, self.seed, updates)
+        clock = self._clock_of(self.schedule, step)
         proportions, loss_weights = None, None
         if self.roles.mixer is not None:
             proportions, loss_weights = self._ask(self.roles.mixer, clock)
@@ -221,6 +221,10 @@ class Controller:
             return self.sampler.next_plan(old, step, proportions, loss_weights=loss_weights)
         chosen = self._select(self.roles.selector, clock, old, proportions)
         return self.sampler.next_plan(old, step, proportions, chosen=chosen, loss_weights=loss_weights)
+
+    def _clock_of(self, when: When, step: int) -> Clock:
+        update, updates = when.update_number(step), when.total_updates(self.total_steps)
+        return Clock(step, self.total_steps, update, self.seed, updates, 0.0 if self.rate is None else self.rate())
 
     def _ask(self, mixer: Mixer, clock: Clock) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
         """What a mixer wants from now on: [k] proportions within the limits, and its domain weights of the loss."""
@@ -244,7 +248,8 @@ class Controller:
         self.scores.step = clock.step
         mine = selector.score(self.scores.table(selector.needs)).float()
         scores = self.ranks.gather_uneven(mine, self.scores.shares())
-        there = torch.arange(len(scores))  # ids of what may be chosen
+        there = torch.arange(len(scores)) if ids is None else torch.from_numpy(ids)  # ids of what may be chosen
+        scores = selector.accumulate(there, scores, clock)
         if self.candidates is not None and ids is not None:
             there, scores = self.candidates.merge(ids, scores)
         rng = self._rng(clock.step, SELECT)

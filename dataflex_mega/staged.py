@@ -140,8 +140,7 @@ class Staged(Controller):
             self.ordering.used(torch.from_numpy(self.orders.global_batch(old, earlier)))
 
     def _clock(self, role: str, step: int) -> Clock:
-        when = self.stages.clocks[role]
-        return Clock(step, self.total_steps, when.update_number(step), self.seed, when.total_updates(self.total_steps))
+        return self._clock_of(self.stages.clocks[role], step)
 
     def _mix(self, step: int) -> None:
         assert self.roles.mixer is not None
@@ -156,6 +155,7 @@ class Staged(Controller):
         else:
             everything = torch.arange(sum(self.domains.sizes))
             scores = self.board.score(selector, everything, step, self.stages.max_age.get("selector", 0))
+            scores = selector.accumulate(everything, scores, self._clock("selector", step))
             count = max(1, int(len(scores) * self.stages.keep_ratio))
             rng = self._rng(step, SELECT)
             chosen = selector.choose(scores, count, self._clock("selector", step), rng).unique()
@@ -249,7 +249,8 @@ class Staged(Controller):
         some = self._sample(ids, source, step)
         scores = torch.full((len(ids),), torch.nan)
         max_age = self.stages.max_age.get("reorder", 0)
-        scores[some] = self.board.score(source.selector, ids[some], step, max_age)
+        found = self.board.score(source.selector, ids[some], step, max_age)
+        scores[some] = source.selector.accumulate(ids[some], found, self._clock("reorder", step))
         ordering.score(scores, ids)
         return len(some)
 

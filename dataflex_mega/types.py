@@ -53,9 +53,8 @@ class SampleObs:
     tokens: Tensor  # [n] int64, number of target tokens
     excess_sum: Tensor | None = None  # [n] float32, sum over target tokens of max(loss - reference loss, 0)
     step_count: Tensor | None = None  # [k] float64, each domain's part of the loss denominator of the whole step
-    hidden: Tensor | None = (
-        None  # [n, h] float32, see HiddenSpec; for `weights`, [n, m] what NeedsHidden.compare made of it
-    )
+    # [n, h] float32, see HiddenSpec; for `weights`, [n, m] what NeedsHidden.compare made of it
+    hidden: Tensor | None = None
 
     def weighed(self) -> dict[str, Tensor]:
         """The fields by which samples are weighed, one row a sample; those that are there."""
@@ -387,6 +386,7 @@ class Clock:
     update: int  # 0 for the first re-plan
     seed: int
     total_updates: int = 0  # re-plans of the whole run; 0 when they go on until its end
+    rate: float = 0.0  # learning rate of the step to come
 
 
 @dataclass

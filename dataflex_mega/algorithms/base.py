@@ -70,6 +70,11 @@ class Selector(Algorithm):
         Called on every rank with that rank's share: a row depends on that candidate alone.
         """
 
+    def accumulate(self, ids: Tensor, scores: Tensor, clock: Clock) -> Tensor:
+        """Once an update, between `score` and `choose`, on every rank with the candidates of all: [n] ascending ids and what
+        `score` gave them -> what `choose` gets of them. A selector that adds up what several updates gave does it here."""
+        return scores
+
     @abstractmethod
     def choose(self, scores: Tensor, count: int, clock: Clock, rng: torch.Generator) -> Tensor:
         """Scores of all candidates, [N] (or [N, m]) float32 -> [count] int64 positions in 0..N-1, the ones to train on.

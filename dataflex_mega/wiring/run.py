@@ -287,7 +287,7 @@ class Build(Opened):
         parts = (self.roles, self.domains, self.schedule, self.sampler, self.ranks, scorer)
         counts = (self.split.global_batch, self.max_steps, self.data_seed)
         mean, gram = targets.mean_of_targets(self, engine), mixing.domain_gram(self, engine)
-        more = (self.limits, mean, self.candidates, gram, batch_gradients(self, engine))
+        more = (self.limits, mean, self.candidates, gram, batch_gradients(self, engine), engine.learning_rate)
         if self.order is None and self.pipeline is None:
             return Controller(*parts, *counts, *more)
         stages = stages_of(self, self.source)

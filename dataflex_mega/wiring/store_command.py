@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from typing import Any
 from dataflex_mega.errors import CheckpointError, ConfigError, TrainingFault, UserError
 
 HELP = """usage: dataflex-cli store build CONFIG.yaml [--folder FOLDER] [key=value ...]
-       dataflex-cli store score CONFIG.yaml [--folder FOLDER] [--top K] [--output NAME.npy] [key=value ...]
+       dataflex-cli store score CONFIG.yaml [--folder FOLDER | --checkpoints A,B,... [--weights X,Y,...]]
+                                [--top K] [--output NAME.npy] [key=value ...]
        dataflex-cli store info FOLDER
        dataflex-cli store verify FOLDER
 
@@ -34,6 +36,9 @@ looking at one, for auditing it, and for scoring outside a run.
   verify   read every byte and compare it with its checksum.
 
   --folder FOLDER   of the store; a folder of its own under the selector's store_dir when it is left out
+  --checkpoints A,B score with several checkpoints, a store each, which `build` has made in folders of their own: for each
+                    evaluation set the mean of the cosines by weights, then the largest, as in the paper
+  --weights X,Y     of the checkpoints; the learning rate of the step that follows each when they are left out
   --top K           how many of the best to print (default 10)
   --output NAME     where all scores go
 
@@ -45,6 +50,7 @@ Work is divided over processes; NPROC_PER_NODE=4 starts four on this machine.
 examples:
   dataflex-cli store build run.yaml selector.side=16 resume_from_checkpoint=out/checkpoint-100
   dataflex-cli store score run.yaml resume_from_checkpoint=out/checkpoint-100 --top 20 --output scores.npy
+  dataflex-cli store score run.yaml --checkpoints out/checkpoint-100,out/checkpoint-200 --weights 2e-5,1e-5
   dataflex-cli store verify out/gradient_store/adam-0123456789ab"""
 
 COMMANDS = ("build", "score", "info", "verify")
@@ -62,6 +68,8 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("what")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--checkpoints", type=paths)
+    parser.add_argument("--weights", type=numbers)
     parser.add_argument("--top", type=int, default=10)
     parser.add_argument("--output", type=Path)
     found = parser.parse_intermixed_args(list(argv))
@@ -71,7 +79,34 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"store: --top must be at least 1, found {found.top}")
     if found.output is not None and found.output.suffix != ".npy":
         raise ConfigError(f"store: --output must end in .npy, found {found.output}")
+    _check_checkpoints(found)
     return found
+
+
+def paths(text: str) -> list[Path]:
+    """Of a list with commas."""
+    return [Path(part) for part in text.split(",") if part]
+
+
+def numbers(text: str) -> list[float]:
+    """Of a list with commas. Raises ValueError for what is none."""
+    return [float(part) for part in text.split(",") if part]
+
+
+def _check_checkpoints(found: argparse.Namespace) -> None:
+    given, weights = found.checkpoints, found.weights
+    if given is None and weights is None:
+        return
+    if found.command != "score" or not given:
+        raise ConfigError("store: --checkpoints and --weights belong to score, with at least one checkpoint")
+    if found.folder is not None or any(word.startswith("resume_from_checkpoint=") for word in found.overrides):
+        raise ConfigError(
+            "store: --checkpoints names models and by them stores; leave out --folder and resume_from_checkpoint"
+        )
+    if weights is not None and (len(weights) != len(given) or not all(0 < weight < math.inf for weight in weights)):
+        raise ConfigError(
+            f"store: --weights must be a number > 0 for each of {len(given)} checkpoints, found {weights}"
+        )
 
 
 def wants_help(argv: Sequence[str]) -> bool:
@@ -167,15 +202,18 @@ def on_run(given: argparse.Namespace) -> int:
 def _work(config: Any, given: argparse.Namespace) -> None:
     from dataflex_mega.wiring.run import Opened
 
-    features = features_of(Opened(config))
+    features = features_of(Opened(config), bool(given.checkpoints))
     if given.command == "build":
         build(features, given.folder)
     else:
         score(features, given)
 
 
-def features_of(run: Any) -> Any:
-    """The features of the run's model. Raises ConfigError for a selector without a store."""
+def features_of(run: Any, several: bool = False) -> Any:
+    """The features of the run's model; with `several` checkpoints, before one is loaded.
+
+    Raises ConfigError for a selector without a store.
+    """
     from dataflex_mega.types import UsesStore
     from dataflex_mega.wiring.store import Features
 
@@ -186,10 +224,10 @@ def features_of(run: Any) -> Any:
         raise ConfigError(f"store: selector {name} uses no store here; less does, with selector.mode: store")
     adam = wanted[0] == "store_adam"
     engine = run.backend.engine(run.tokenizer_module["tokenizer"], len(run.pool.sizes), 1)
-    checkpoint = run.config.lf.get("resume_from_checkpoint")
+    checkpoint = None if several else run.config.lf.get("resume_from_checkpoint")
     if checkpoint:
         load_checkpoint(engine, Path(str(checkpoint)))
-    elif adam:
+    elif adam and not several:
         run.say("note: without resume_from_checkpoint Adam's moments are zero, as before the first step")
     return Features.of(run, engine, selector.feature_spec(), adam)
 
@@ -216,23 +254,11 @@ def score(features: Any, given: argparse.Namespace) -> None:
     """Compare all samples with the targets: the share of a rank by itself, then the best of all ranks."""
     import numpy as np
 
-    from dataflex_mega.signals.scorer import target_batches
     from dataflex_mega.store import search
-    from dataflex_mega.store.gradients import GradientStore
-    from dataflex_mega.wiring.store import place_of
-    from dataflex_mega.wiring.together import on_all
 
     run = features.run
-    identity = features.identity()
-    place = given.folder or place_of(run, run.roles.selector, identity)
-    store = on_all(run, partial(GradientStore, place, identity))
-    rank, ranks = run.mesh.dp_rank, run.mesh.dp_size
-    groups = list(run.evaluation.values())
-    directions = features.directions(target_batches(groups, features.collate, features.batch_size, rank, ranks))
-    mine = on_all(run, partial(search.best_cosines, store, directions, rank, ranks))
-    counts = search.shares(store, ranks)
-    wanted = min(given.top, store.layout.samples)
-    ids, best = search.top_k(mine, rank, counts, wanted, run.ranks)
+    mine, counts = several(features, given) if given.checkpoints else single(features, given.folder)
+    ids, best = search.top_k(mine, run.mesh.dp_rank, counts, min(given.top, sum(counts)), run.ranks)
     if given.output is not None:
         everyone = run.ranks.gather_uneven(mine, counts)
         if run.mesh.is_main:
@@ -240,6 +266,62 @@ def score(features: Any, given: argparse.Namespace) -> None:
     if run.mesh.is_main:
         for number, value in zip(ids.tolist(), best.tolist(), strict=True):
             print(f"{value:+.4f}  {number}  {run.pool.describe(number)}")
+
+
+def opened(features: Any, folder: Path | None) -> tuple[Any, Any]:
+    """(the store of the model of now, its directions [S, width])."""
+    from dataflex_mega.signals.scorer import target_batches
+    from dataflex_mega.store.gradients import GradientStore
+    from dataflex_mega.wiring.store import place_of
+    from dataflex_mega.wiring.together import on_all
+
+    run = features.run
+    identity = features.identity()
+    place = folder or place_of(run, run.roles.selector, identity)
+    store = on_all(run, partial(GradientStore, place, identity))
+    groups, rank, ranks = list(run.evaluation.values()), run.mesh.dp_rank, run.mesh.dp_size
+    return store, features.directions(target_batches(groups, features.collate, features.batch_size, rank, ranks))
+
+
+def single(features: Any, folder: Path | None) -> tuple[Any, list[int]]:
+    """([n] scores of this rank's share, samples of each rank)."""
+    from dataflex_mega.store import search
+    from dataflex_mega.wiring.together import on_all
+
+    run = features.run
+    store, directions = opened(features, folder)
+    rank, ranks = run.mesh.dp_rank, run.mesh.dp_size
+    mine = on_all(run, partial(search.best_cosines, store, directions, rank, ranks))
+    return mine, search.shares(store, ranks)
+
+
+def several(features: Any, given: argparse.Namespace) -> tuple[Any, list[int]]:
+    """`single` over checkpoints: the largest, over evaluation sets, of the mean of the cosines by weights."""
+    from dataflex_mega.store import search
+    from dataflex_mega.wiring.together import on_all
+
+    run, engine = features.run, features.maker.engine
+    rank, ranks = run.mesh.dp_rank, run.mesh.dp_size
+    total: Any = 0.0  # [n, S]
+    weights, counts = 0.0, None
+    for number, checkpoint in enumerate(given.checkpoints):
+        load_checkpoint(engine, checkpoint)
+        features.maker.refresh()
+        weight = given.weights[number] if given.weights else engine.learning_rate()
+        if weight <= 0:
+            raise ConfigError(
+                f"store: the learning rate after {checkpoint} is {weight}; say what counts with --weights"
+            )
+        run.say(f"{checkpoint}: weight {weight:g}")
+        store, directions = opened(features, None)
+        if counts is not None and search.shares(store, ranks) != counts:
+            raise CheckpointError(f"store: {store.folder} has blocks of another size than the stores before it")
+        counts = search.shares(store, ranks)
+        dot, norm2 = on_all(run, partial(search.products, store, directions, rank, ranks))
+        total = total + weight * search.each_cosine(dot, norm2).double()
+        weights += weight
+    assert counts is not None, "there is a checkpoint"
+    return (total / weights).max(dim=1).values.float(), counts
 
 
 if __name__ == "__main__":

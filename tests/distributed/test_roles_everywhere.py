@@ -16,7 +16,8 @@ ROLES = {
         "candidates": 0.7, "rescore": "incremental",
     },
     "less": {
-        "selector": {"name": "less"}, "eval_dataset": "tables,prose", "eval_on_each_dataset": True, "max_samples": 4,
+        "selector": {"name": "less", "checkpoints": 2}, "eval_dataset": "tables,prose", "eval_on_each_dataset": True,
+        "max_samples": 4,
         "warmup_step": 2, "update_step": 2, "update_times": 2,
     },
     "mix": {

@@ -55,8 +55,9 @@ HIDDEN = {
     ),
 }  # fmt: skip
 LESS = {
-    **NO_ROLES, "selector": {"name": "less"}, "init_mixture_proportions": None, "warmup_step": 2, "update_step": 2,
-    "update_times": 2, "eval_dataset": "tables,prose", "eval_on_each_dataset": True, "max_samples": 4, "max_steps": FEW,
+    **NO_ROLES, "selector": {"name": "less", "checkpoints": 2}, "init_mixture_proportions": None, "warmup_step": 2,
+    "update_step": 2, "update_times": 2, "eval_dataset": "tables,prose", "eval_on_each_dataset": True, "max_samples": 4,
+    "max_steps": FEW,
 }  # fmt: skip
 EVEN = {
     **NO_ROLES, "mixer": "static", "weighter": "custom", "lr_scheduler_type": "constant",

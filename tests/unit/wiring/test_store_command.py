@@ -41,6 +41,12 @@ def test_help_says_how_and_needs_no_process(capsys, monkeypatch):
         (["verify", "out", "--folder", "x"], "store verify: takes one folder"),
         (["score", "run.yaml", "--top", "0"], "--top must be at least 1, found 0"),
         (["score", "run.yaml", "--output", "x.txt"], "--output must end in .npy"),
+        (["score", "run.yaml", "--weights", "1,2"], "with at least one checkpoint"),
+        (["build", "run.yaml", "--checkpoints", "a"], "belong to score"),
+        (["score", "run.yaml", "--checkpoints", "a,b", "--weights", "1"], "for each of 2 checkpoints, found [1.0]"),
+        (["score", "run.yaml", "--checkpoints", "a,b", "--weights", "1,-2"], "must be a number > 0"),
+        (["score", "run.yaml", "--checkpoints", "a", "--folder", "x"], "leave out --folder"),
+        (["score", "run.yaml", "--checkpoints", "a", "--weights", "x"], "invalid numbers value: 'x'"),
     ],
 )
 def test_what_it_does_not_take_is_one_line(capsys, argv, message):

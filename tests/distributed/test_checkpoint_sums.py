@@ -1,0 +1,129 @@
+"""LESS over several checkpoints of a run: the formula, bit-equal after a restart, one answer on 1 and 2 processes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.distributed.test_store import ours_of
+from tests.support import corpus, runs
+
+KEYS = {
+    "selector": {"name": "less", "checkpoints": 3}, "candidates": 0.6, "rescore": "incremental", "max_samples": 6,
+    "eval_dataset": "tables,prose", "eval_on_each_dataset": True, "lr_scheduler_type": "linear", "learning_rate": 1.0e-2,
+    "warmup_step": 1, "update_step": 1, "update_times": 5, "max_steps": 6, "save_strategy": "steps", "save_steps": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return corpus.write(tmp_path_factory.mktemp("sums"))
+
+
+def config_of(folder, name, **keys):
+    return runs.base(folder, output_dir=str(folder / name), **{**KEYS, **keys})
+
+
+def selections(config):
+    found = sorted((Path(config["output_dir"]) / "selections").glob("step_*.json"))
+    rows = [json.loads(path.read_text()) for path in found]
+    return {
+        path.name: (row["indices"], next(iter(row["metric"].values()))) for path, row in zip(found, rows, strict=True)
+    }
+
+
+def kept_rounds(checkpoint):
+    """[(step, rate, ids, values)] that a checkpoint has."""
+    tensors = load_file(checkpoint / "state.safetensors")
+    state = json.loads((checkpoint / "state.json").read_text())["extra"]["controller"]["selector"]["rounds"]
+    return [(r["step"], r["rate"], tensors[r["ids"]["tensor"]], tensors[r["values"]["tensor"]]) for r in state]
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    config = config_of(folder, "whole")
+    single = config_of(folder, "single", selector="less")
+    for status, heard in runs.forked_many(1, [config, single]):
+        assert status == 0, heard
+    return config, single
+
+
+def test_scores_are_the_sum_over_the_kept_rounds_by_their_rates(folder, whole):
+    config, single = whole
+    rounds = kept_rounds(folder / "whole" / "checkpoint-4")
+    assert [step for step, *_ in rounds] == [1, 2, 3]
+    rates = {row["step"] - 1: row["learning_rate"] for row in runs.rows(config)}
+    assert [rate for _, rate, *_ in rounds] == [rates[step] for step in (1, 2, 3)] and len(set(rates.values())) == 6
+    entries = {}
+    for _, rate, ids, values in rounds:
+        for sample, row in zip(ids.tolist(), values.astype(np.float64), strict=True):
+            entries.setdefault(sample, []).append((rate, row))
+    now = set(rounds[-1][2].tolist())
+    found = {i: score for i, score in zip(*selections(config)["step_3.json"], strict=True) if i in now}
+    assert len(found) > 2 and len({len(entries[i]) for i in now}) > 1, "some have been scored more often than others"
+    for sample, score in found.items():
+        total = sum(rate for rate, _ in entries[sample])
+        assert score == pytest.approx(max(sum(rate * row for rate, row in entries[sample]) / total), abs=1e-6)
+    assert selections(config)["step_1.json"] == selections(single)["step_1.json"], "one round is the model of now"
+    assert selections(config)["step_3.json"] != selections(single)["step_3.json"]
+    state = json.loads((folder / "single" / "checkpoint-4" / "state.json").read_text())
+    assert state["extra"]["controller"]["selector"] == {}
+
+
+def test_a_restart_is_bit_equal_and_two_processes_choose_the_same(folder, whole):
+    config, _ = whole
+    start = str(folder / "whole" / "checkpoint-4")
+    again = config_of(folder, "again", resume_from_checkpoint=start, save_strategy="no")
+    assert runs.forked_many(1, [again])[0][0] == 0
+    expected = selections(config)
+    assert selections(again) == {name: expected[name] for name in ("step_4.json", "step_5.json")}
+    two = config_of(folder, "two", per_device_train_batch_size=4, fsdp="full_shard")
+    moved = config_of(folder, "moved", resume_from_checkpoint=start, save_strategy="no", per_device_train_batch_size=4)
+    for made, (status, heard) in zip((two, moved), runs.forked_many(2, [two, moved]), strict=True):
+        assert status == 0, heard
+        for name, (ids, scores) in selections(made).items():
+            assert ids == expected[name][0] and scores == pytest.approx(expected[name][1], abs=1e-5), name
+    assert len(selections(two)) == 5
+
+
+def scored(config, folder, name, *words):
+    """A call of `store score` and the file that it writes."""
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps({**config, "output_dir": str(folder / name)}))
+    return ["score", str(path), *words, "--output", str(folder / f"{name}.npy")]
+
+
+def test_stores_of_several_checkpoints_are_added_up_by_weights(folder):
+    stored = {"name": "less", "mode": "store", "side": 8, "store_block": 16, "store_dir": str(folder / "stores")}
+    config = config_of(folder, "stored", selector=stored, max_samples=4, candidates=None, rescore=None)
+    trained = {**config, "output_dir": str(folder / "trained"), "save_steps": 2, "max_steps": 4}
+    assert runs.forked_many(1, [{**trained, "selector": "random"}])[0][0] == 0
+    first, second = (str(folder / "trained" / f"checkpoint-{step}") for step in (2, 4))
+    calls, singles = [], {}
+    for place, checkpoint in enumerate((first, second)):
+        here = f"resume_from_checkpoint={checkpoint}"
+        calls.append(["build", scored(config, folder, "build")[1], here])
+        for target in ("tables", "prose"):
+            name = f"{target}-{place}"
+            singles[place, target] = folder / f"{name}.npy"
+            calls.append(scored(config, folder, name, here, f"eval_dataset={target}"))
+    both = ("--checkpoints", f"{first},{second}")
+    calls.append(scored(config, folder, "both", *both, "--weights", "3e-5,1e-5"))
+    for (status, heard), argv in zip(runs.forked_many(1, calls, ours_of), calls, strict=True):
+        assert status == 0, (argv, heard)
+    more = [
+        scored(config, folder, "two", *both, "--weights", "3e-5,1e-5"),
+        scored(config, folder, "rate", "--checkpoints", first),
+        scored(config, folder, "zero", *both),
+    ]
+    (ok, _), (rate, heard), (status, line) = runs.forked_many(2, more, ours_of)
+    assert ok == rate == 0 and "checkpoint-2: weight 0.00" in heard
+    assert status == 2 and "checkpoint-4 is 0.0; say what counts with --weights" in line
+    read = {key: np.load(path).astype(np.float64) for key, path in singles.items()}
+    sums = [(3 * read[0, target] + read[1, target]) / 4 for target in ("tables", "prose")]
+    np.testing.assert_allclose(np.load(folder / "both.npy"), np.maximum(*sums), atol=1e-6)
+    np.testing.assert_allclose(np.load(folder / "two.npy"), np.maximum(*sums), atol=1e-5)
+    np.testing.assert_allclose(np.load(folder / "rate.npy"), np.maximum(read[0, "tables"], read[0, "prose"]), atol=1e-5)
+    assert 0 < (sums[0] > sums[1]).sum() < len(sums[0]), "both targets are the largest of some samples"
