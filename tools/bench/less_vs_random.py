@@ -8,7 +8,9 @@ and train the same number of steps; a method differs by its `selector` alone.
     python tools/bench/less_vs_random.py --setting math=POOL.jsonl,MATH_TRAIN.jsonl:MATH_TEST.jsonl
 
 A setting is NAME=POOL,POOL,...:TARGET,TARGET,...: JSON lines with `text`, or with `instruction`, `input` and `output`.
-Written: a plot, results.json and one table a setting. Status 0 when LESS is better with every seed of every setting.
+Written: one figure of all settings (held-out loss with the spread over seeds, seconds by phase), results.json and one table
+a setting. With --add the figure has the settings of an earlier command in the same folder too. Status 0 when LESS is better
+with every seed of every setting.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "less, a third scored": {"selector": "less", "candidates": 0.34, "rescore": "incremental"},
 }
 COLORS = ("#777777", "#c1440e", "#1f6fb2")
+PHASE_COLORS = ("#b8b8b8", "#d9a441", "#5b8c5a", "#8a6bb1", "#4f7cac", "#a65353")
 
 
 @dataclass
@@ -218,7 +221,7 @@ def run_setting(setting: Setting, options: argparse.Namespace) -> dict[str, list
 def report(setting: Setting, found: dict[str, list[Outcome]]) -> bool:
     """Print the table -> whether LESS is better with every seed."""
     base = [outcome.curve[-1][1] for outcome in found["random"]]
-    phases = sorted({phase for runs in found.values() for outcome in runs for phase in outcome.seconds})
+    phases = phases_of(found)
     print(f"\n{setting.name}: loss of the held-out target text after {found['random'][0].curve[-1][0]} steps")
     print(
         f"{'method':26}{'mean':>9}{'spread':>9}{'to random':>11}{'better':>9}"
@@ -238,23 +241,61 @@ def report(setting: Setting, found: dict[str, list[Outcome]]) -> bool:
 
 
 def draw(results: dict[str, dict[str, list[Outcome]]], target: Path) -> None:
-    """Held-out loss by step: the mean of the seeds, and the room between the lowest and the highest."""
+    """A column a setting. Above: held-out loss by step, the mean of the seeds and what lies between the lowest and the
+    highest. Below: seconds by phase, the mean of the seeds, with the range of their sums."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * len(results), 3.6), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(results), 5.4), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(results), squeeze=False)[0]
-    for axes, (name, found) in zip(panels, results.items(), strict=True):
-        for (method, runs), color in zip(found.items(), COLORS, strict=True):
-            steps = [step for step, _ in runs[0].curve]
-            columns = list(zip(*([loss for _, loss in run.curve] for run in runs), strict=True))
-            axes.plot(steps, [statistics.mean(c) for c in columns], color=color, label=method)
-            axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.2, lw=0)
-        axes.set(title=name, xlabel="step", ylabel="loss of held-out target text")
-        axes.grid(alpha=0.3)
-        axes.legend()
+    panels = figure.subplots(2, len(results), squeeze=False, height_ratios=(2, 1))
+    for place, (name, found) in enumerate(results.items()):
+        draw_losses(panels[0, place], found)
+        panels[0, place].set_title(name)
+        draw_seconds(panels[1, place], found)
     figure.savefig(target, dpi=110)
+
+
+def draw_losses(axes: Any, found: dict[str, list[Outcome]]) -> None:
+    """Held-out loss by step."""
+    for (method, runs), color in zip(found.items(), COLORS, strict=False):
+        steps = [step for step, _ in runs[0].curve]
+        columns = list(zip(*([loss for _, loss in run.curve] for run in runs), strict=True))
+        axes.plot(steps, [statistics.mean(c) for c in columns], color=color, label=method)
+        axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.2, lw=0)
+    axes.set(xlabel="step", ylabel="loss of held-out target text")
+    axes.grid(alpha=0.3)
+    axes.legend(title=f"mean and range of {len(runs)} seeds")
+
+
+def draw_seconds(axes: Any, found: dict[str, list[Outcome]]) -> None:
+    """A bar a method, cut into phases."""
+    names = list(found)
+    start = [0.0] * len(names)
+    for phase, color in zip(phases_of(found), PHASE_COLORS, strict=False):
+        spent = [statistics.mean(run.seconds.get(phase, 0.0) for run in found[name]) for name in names]
+        axes.barh(names, spent, left=start, color=color, label=phase)
+        start = [before + more for before, more in zip(start, spent, strict=True)]
+    sums = [[sum(run.seconds.values()) for run in found[name]] for name in names]
+    reach = [[mean - min(own) for mean, own in zip(start, sums, strict=True)]]
+    reach.append([max(own) - mean for mean, own in zip(start, sums, strict=True)])
+    axes.errorbar(start, names, xerr=reach, fmt="none", ecolor="black", capsize=3)
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds of a run")
+    axes.legend(fontsize="small")
+
+
+def phases_of(found: dict[str, list[Outcome]]) -> list[str]:
+    """The phases that some run has, by name."""
+    return sorted({phase for runs in found.values() for run in runs for phase in run.seconds})
+
+
+def earlier(path: Path) -> dict[str, dict[str, list[Outcome]]]:
+    """Setting -> method -> outcomes, of a results.json that is there."""
+    if not path.is_file():
+        return {}
+    read = json.loads(path.read_text())
+    return {s: {m: [Outcome(**run) for run in runs] for m, runs in found.items()} for s, found in read.items()}
 
 
 def settings_of(options: argparse.Namespace) -> list[Setting]:
@@ -281,6 +322,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DEMO, help="folder of tools/demo_data.py")
     parser.add_argument("--setting", action="append", help="NAME=POOL,...:TARGET,...; may be given several times")
+    parser.add_argument("--add", action="store_true", help="keep the settings of the results.json in --output")
     parser.add_argument("--output", type=Path, default=ROOT / ".demo" / "less_vs_random", help="folder to write")
     for name, value, what in (
         ("seeds", 3, "seeds"), ("steps", 100, "steps of a run"), ("warmup", 20, "steps before a first selection"),
@@ -295,7 +337,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
-    results, good = {}, True
+    good = True
+    results = earlier(options.output / "results.json") if options.add else {}
     for setting in settings_of(options):
         results[setting.name] = run_setting(setting, options)
         good &= report(setting, results[setting.name])

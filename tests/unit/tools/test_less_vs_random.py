@@ -4,6 +4,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
+import matplotlib.figure
 import pytest
 
 from tests.support import corpus
@@ -50,3 +51,41 @@ def test_the_report_asks_for_every_seed(study, capsys):
     assert study.report(setting, {"random": runs(5.0, 5.1), "less": runs(4.9, 5.0)})
     assert "2 of 2" in capsys.readouterr().out
     assert not study.report(setting, {"random": runs(5.0, 5.1), "less": runs(4.9, 5.2)})
+
+
+def test_one_figure_has_the_spread_and_the_seconds_of_all_settings(study, tmp_path, monkeypatch):
+    """Two settings in one command, and a third by --add in another."""
+
+    def outcomes(base):
+        return [
+            study.Outcome([[10, base + 1], [20, base + seed / 10]], {"plan": seed, "train": 2.0 + seed})
+            for seed in range(3)
+        ]
+
+    def run_setting(setting, options):
+        return {name: outcomes(4.0 - place) for place, name in enumerate(study.METHODS)}
+
+    figures = []
+    monkeypatch.setattr(study, "run_setting", run_setting)
+    kept = matplotlib.figure.Figure.savefig
+
+    def savefig(figure, *arguments, **keys):
+        figures.append(figure)
+        return kept(figure, *arguments, **keys)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+    for names, more in ((("words", "code"), []), (("sums",), ["--add"])):
+        given = [part for name in names for part in ("--setting", f"{name}=p.jsonl:t.jsonl")]
+        monkeypatch.setattr("sys.argv", ["less_vs_random.py", *given, "--output", str(tmp_path), *more])
+        assert study.main() == 0
+    assert set(json.loads((tmp_path / "results.json").read_text())) == {"words", "code", "sums"}
+    assert (tmp_path / "less_vs_random.png").stat().st_size > 10_000
+    both, three = figures[-2], figures[-1]
+    assert [len(figure.axes) for figure in (both, three)] == [4, 6]
+    losses, seconds = both.axes[1], both.axes[3]
+    assert losses.get_title() == "code" and len(losses.lines) == len(losses.collections) == 3
+    assert losses.lines[0].get_ydata().tolist() == pytest.approx([5.0, 4.1])
+    edge = losses.collections[0].get_paths()[0].vertices[:, 1]
+    assert (edge.min(), edge.max()) == pytest.approx((4.0, 5.0)), "the range of the seeds"
+    assert [bar.get_width() for bar in seconds.patches] == [1.0] * 3 + [3.0] * 3
+    assert seconds.get_legend_handles_labels()[1] == ["plan", "train"]
