@@ -1,16 +1,16 @@
 """GREATS in whole runs: one choice however a batch is cut, equal to one made from autograd's gradients, and an effect."""
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 
 from dataflex_mega.algorithms.weighters.greats import pick
+from dataflex_mega.types import TrainState
 from tests.support import corpus, runs
+from tests.support.opened import Trial, opened
 
 EXACT = {"name": "greats", "side": 512, "target_batch": 0}  # nothing is projected away
 KEYS = {"eval_dataset": "tables", "max_samples": 2, "max_steps": 3}
@@ -62,19 +62,9 @@ def test_every_number_of_processes_trains_the_same(folder, alone, world, sharded
 
 
 def test_products_are_those_of_autograds_gradients(folder):
-    from dataflex_mega.config.checks import check_dynamic
-    from dataflex_mega.config.load import load
-    from dataflex_mega.config.split import split
-    from dataflex_mega.lf.args import keys
     from dataflex_mega.wiring.batch_gradients import batch_gradients
-    from dataflex_mega.wiring.run import Build
 
-    path = Path(folder / "here.yaml")
-    path.write_text(yaml.safe_dump(config_of(folder, "here")))
-    config = split(load(str(path), ()), keys())
-    check_dynamic(config)
-    run = Build(config)
-    trainer = run.trainer()
+    run, trainer = opened(config_of(folder, "here"))
     engine = trainer.engine
     ids = run.sampler.global_batch(trainer.controller.first_plan(), 0)
     before = copy.deepcopy(engine.model.state_dict())
@@ -95,3 +85,25 @@ def test_products_are_those_of_autograds_gradients(folder):
     torch.testing.assert_close(gram.double(), rows @ rows.t(), rtol=1e-3, atol=1e-6)
     assert pick(dot, gram, 4, 1.0).tolist() == pick(rows @ target, rows @ rows.t(), 4, 1.0).tolist()
     trainer.loader.close()
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_a_step_on_what_it_keeps_helps_the_targets_more_than_one_on_what_it_drops(folder, kind):
+    weighter = {**EXACT, "gradient_type": kind}
+    keys = {"weighter": weighter, "lr_scheduler_type": "constant", "max_samples": 6}
+    _, trainer = opened(config_of(folder, f"effect-{kind}", **keys))
+    engine, plan = trainer.engine, trainer.controller.first_plan()
+    trial, start = Trial(engine), trainer.evaluate()["eval_loss"]
+    after = []
+    for step in range(3):  # three batches, each trained from the start
+        weigh = trainer.controller.weigher(TrainState(step, plan))
+        micros = trainer.loader.micro_batches(plan, step)
+        kept = []
+        for chosen in (weigh, lambda obs, weigh=weigh: 2 - weigh(obs)):
+            engine.train_step(micros, chosen)
+            kept.append(trainer.evaluate()["eval_loss"])
+            trial.undo()
+        after.append(kept)
+    trainer.loader.close()
+    for kept, dropped in after:
+        assert kept < start and kept < dropped - 0.005, after

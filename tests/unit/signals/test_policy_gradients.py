@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from dataflex_mega.algorithms.selectors.nice import Nice
 from dataflex_mega.data.collate import collate
 from dataflex_mega.distributed import mesh as meshes
 from dataflex_mega.engines.fsdp.generate import answers, draw
 from dataflex_mega.engines.fsdp.gradients import GradientScorer
 from dataflex_mega.types import SamplingSpec
 from tests.distributed.layouts import samples_of, tiny_llama
+from tests.unit.algorithms.examples import clock, generator
 from tests.unit.signals.test_gradients import engine_of, linear_weights, lora_of
 
 
@@ -74,6 +76,43 @@ def test_the_weighted_answers_are_the_gradient_of_the_expected_reward(alone):
     scorer = GradientScorer(engine, adam=False)
     found = scorer.policy_directions([[(batch, (probabilities * rewards).detach().double())]])
     torch.testing.assert_close(flat(found, weights), wanted / wanted.norm(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_highest_scores_are_of_the_candidates_whose_step_raises_the_expected_reward(alone):
+    """Exact: the expected reward is a sum over all answers of one token, before and after a small step on a candidate."""
+    engine = engine_of(alone, tiny_llama())
+    prompts, rewards = prompts_of(2), torch.sin(torch.arange(128.0))
+
+    def likely():
+        """[prompts, 128] probabilities of the answers."""
+        rows = [engine.model(input_ids=torch.from_numpy(prompt).unsqueeze(0)).logits[0, -1] for prompt in prompts]
+        return torch.softmax(torch.stack(rows).double(), 1).detach()
+
+    scorer, before = GradientScorer(engine, adam=False), likely()
+    answers_of = [collate([answered(prompt, np.array([token])) for token in range(128)], 0) for prompt in prompts]
+    weighed = [(batch, row * rewards) for batch, row in zip(answers_of, before, strict=True)]
+    directions = scorer.policy_directions([[pair] for pair in weighed])  # each prompt a sub-task, so cosines are exact
+    candidates = samples_of(5)[:10]
+    dot, norm2 = scorer.score(collate(candidates, 0), directions)
+    weights = linear_weights(engine.model).values()
+    risen = []
+    for candidate in candidates:
+        batch = collate([candidate], 0)
+        loss = engine.token_losses(batch).sum() / (batch.labels != -100).sum()
+        gradients = torch.autograd.grad(loss, list(weights))
+        length = torch.cat([g.flatten() for g in gradients]).norm()
+        with torch.no_grad():
+            kept = [weight.clone() for weight in weights]
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight -= 1e-2 * gradient / length
+            risen.append((likely() - before) @ rewards.double())
+            for weight, value in zip(weights, kept, strict=True):
+                weight.copy_(value)
+    found, cosines = torch.stack(risen), dot / norm2.sqrt().unsqueeze(1)
+    for task in range(2):  # the rise is the cosine times the length of the step and of the reward's gradient
+        assert float(torch.corrcoef(torch.stack([found[:, task], cosines[:, task].double()]))[0, 1]) > 0.99
+    best = Nice().choose(cosines[:, 0], 3, clock(), generator())
+    assert set(best.tolist()) == set(found[:, 0].topk(3).indices.tolist()) and bool((found[best, 0] > 0).all())
 
 
 def test_answers_follow_the_models_probabilities_and_nothing_else_in_the_batch(alone):
