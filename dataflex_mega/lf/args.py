@@ -6,6 +6,7 @@ import dataclasses
 import os
 import sys
 import typing
+from importlib.metadata import PackageNotFoundError
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from dataflex_mega.errors import ConfigError, UserError
 from dataflex_mega.lf.compat import ensure_importable
 
 ENGINE_KEYS = ("fsdp", "fsdp_config")  # ours to act on in dynamic runs, so accelerate must not see them
+REFUSALS = (ValueError, TypeError, ImportError, OSError, NotImplementedError)  # by which libraries say no
 AFTERWARDS = ("do_predict", "predict_with_generate")  # lf.predict acts on them when the training is over
 
 
@@ -73,13 +75,11 @@ def parse(lf: dict[str, Any]) -> LFArgs:
     from llamafactory.hparams import get_train_args
     from transformers.utils import logging as hf_logging
 
-    if "RANK" not in os.environ:
-        lf = {key: value for key, value in lf.items() if key != "ddp_backend"}  # it would wait for a process group
     try:
-        parsed = LFArgs(*get_train_args(dict(lf)))
+        parsed = LFArgs(*get_train_args(for_processes(lf)))
     except UserError:
         raise
-    except (ValueError, TypeError, ImportError, OSError, NotImplementedError) as error:
+    except REFUSALS as error:
         raise ConfigError(first_line(error)) from error
     if not sys.stderr.isatty():
         hf_logging.disable_progress_bar()
@@ -89,7 +89,14 @@ def parse(lf: dict[str, Any]) -> LFArgs:
     return parsed
 
 
+def for_processes(lf: dict[str, Any]) -> dict[str, Any]:
+    """A copy, in one process without `ddp_backend`, which would make it wait for a process group."""
+    return {key: value for key, value in lf.items() if key != "ddp_backend" or "RANK" in os.environ}
+
+
 def first_line(error: BaseException) -> str:
-    """The first line with words in it of an error raised by a library."""
+    """The first line with words in it of an error raised by a library; all of them for a package that is missing."""
+    if isinstance(error, PackageNotFoundError):  # says after a line's end what to install
+        return " ".join(str(error.name).split())
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

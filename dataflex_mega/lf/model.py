@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dataflex_mega.errors import ConfigError
+from dataflex_mega.errors import ConfigError, did_you_mean
 from dataflex_mega.lf.args import LFArgs, first_line
 
 
@@ -13,12 +13,21 @@ def load_tokenizer(args: LFArgs) -> tuple[dict[str, Any], Any]:
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.model import load_tokenizer as load
 
+    check_template(args.data.template)
     try:
         module = load(args.model)
         template = get_template_and_fix_tokenizer(module["tokenizer"], args.data)
     except (ValueError, OSError) as error:
         raise ConfigError(f"model_name_or_path {args.model.model_name_or_path!r}: {first_line(error)}") from error
     return dict(module), template
+
+
+def check_template(name: str | None) -> None:
+    """Raises ConfigError for a template that LLaMA-Factory does not have, with the nearest that it has."""
+    from llamafactory.data.template import TEMPLATES
+
+    if name is not None and name not in TEMPLATES:
+        raise ConfigError(f"template: there is no {name!r}{did_you_mean(name, TEMPLATES)}")
 
 
 def build_model(args: LFArgs, tokenizer: Any) -> Any:

@@ -61,34 +61,3 @@ def test_identical_weights(folder, world):
         launch([str(here / command), "train", str(path)], world)
         made.append(weights(config))
     assert made[0] == made[1]
-
-
-def test_a_preference_stage_runs_too(folder):
-    """Static training takes every stage of LLaMA-Factory, not only those that the dynamic engine has."""
-    rows = [
-        {"instruction": r["instruction"], "input": "", "chosen": r["output"], "rejected": r["output"][::-1]}
-        for r in corpus.instructions(24)
-    ]
-    import json
-
-    (folder / "data" / "pairs.json").write_text(json.dumps(rows))
-    info = json.loads((folder / "data" / "dataset_info.json").read_text())
-    info["pairs"] = {
-        "file_name": "pairs.json", "ranking": True,
-        "columns": {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"},
-    }  # fmt: skip
-    (folder / "data" / "dataset_info.json").write_text(json.dumps(info))
-    config = config_of(
-        folder,
-        "dpo",
-        stage="dpo",
-        dataset="pairs",
-        template="default",
-        finetuning_type="lora",
-        lora_rank=4,
-        max_steps=2,
-    )
-    path = folder / "dpo.yaml"
-    path.write_text(yaml.safe_dump(config))
-    launch([sys.executable, "-m", "dataflex_mega.train", str(path)], 1)
-    assert (Path(config["output_dir"]) / "adapter_model.safetensors").is_file()

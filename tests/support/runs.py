@@ -51,14 +51,14 @@ def train_many(world, configs, plain=False):
     return queue.get()
 
 
-def forked_many(world, configs, run=None):
+def forked_many(world, configs, run=None, plain=False):
     """`train_many` in processes forked from a server that has imported everything; they do not see changes of os.environ.
 
     `run`: what is called with each configuration, defined at the top of a module; `train_here` unless given.
     """
     context = _fork_server()
     queue = context.SimpleQueue()
-    arguments = (world, free_port(), configs, False, queue, run or train_here)
+    arguments = (world, free_port(), configs, plain, queue, run or train_here)
     mp.start_processes(_process, arguments, nprocs=world, join=True, start_method="forkserver")
     return queue.get()
 
