@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from dataflex_mega.wiring.policy import split
 from tests.support import corpus, runs
+from tests.support.opened import Trial, opened
 
 KEYS = {
     "stage": "sft", "template": "default", "dataset": "sft", "eval_dataset": "sft", "max_samples": 16, "cutoff_len": 96,
@@ -82,3 +86,38 @@ def test_what_cannot_be_is_one_line_before_the_model_is_built(folder):
     configs = [config_of(folder, f"refused-{n}", **keys) for n, (keys, _) in enumerate(cases)]
     for (_, message), (status, heard) in zip(cases, runs.forked_many(1, configs), strict=True):
         assert status == 2 and message in heard, heard
+
+
+def often(prompts, answers, references):
+    """How many letters of an answer are from the first half of the alphabet."""
+    return [sum(letter in "abcdefghijklm" for letter in answer.lower()) for answer in answers]
+
+
+def test_a_step_on_the_best_raises_the_expected_reward_more_than_one_on_the_worst(folder):
+    """The expectation is exact: answers have one token, so it is a sum over the vocabulary."""
+    selector = {
+        **NICE, "reward": "tests.distributed.test_nice:often", "mc_samples": 32, "max_new_tokens": 1, "top_k": 0,
+        "top_p": 1.0, "generation_temperature": 1.0, "baseline": "mean",
+    }  # fmt: skip
+    run, trainer = opened(config_of(folder, "effect", selector=selector, lr_scheduler_type="constant"))
+    engine, tokenizer = trainer.engine, run.tokenizer_module["tokenizer"]
+    tokens = [tokenizer.decode([token], skip_special_tokens=True) for token in range(512)]
+    rewards = torch.tensor(often(tokens, tokens, tokens)).double()
+    (group,) = run.evaluation.values()
+    prompts = [split(sample, 4096)[0] for sample in group.fetch(np.arange(len(group)))]
+
+    def expected():
+        with torch.no_grad():
+            rows = [engine.model(input_ids=torch.from_numpy(p).unsqueeze(0)).logits[0, -1, :512] for p in prompts]
+        return float((torch.softmax(torch.stack(rows).double(), 1) @ rewards).mean())
+
+    scores = run.roles.selector.score(trainer.controller.scores.table(run.roles.selector.needs))
+    order = run.roles.selector.choose(scores, len(scores), None, None).numpy()
+    trial, found = Trial(engine), [expected()]
+    for ids in (order[:8], order[-8:]):
+        engine.train_step([run.collate(run.pool.fetch(np.sort(ids)))], None)
+        found.append(expected())
+        trial.undo()
+    trainer.loader.close()
+    before, best, worst = found
+    assert best > before * 1.01 and best > worst * 1.01, found
