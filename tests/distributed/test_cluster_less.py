@@ -20,6 +20,19 @@ def folder(tmp_path_factory):
     return corpus.write(tmp_path_factory.mktemp("clusters"))
 
 
+@pytest.fixture(scope="module")
+def held_out(folder):
+    """The tables cut in two: the first are part of the pool, others are the targets."""
+    data = folder / "data"
+    rows = (data / "tables.jsonl").read_text().splitlines(keepends=True)
+    (data / "held.jsonl").write_text("".join(rows[len(rows) // 2 :]))
+    (data / "tables.jsonl").write_text("".join(rows[: len(rows) // 2]))
+    info = json.loads((data / "dataset_info.json").read_text())
+    info["held"] = {**info["tables"], "file_name": "held.jsonl"}
+    (data / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
 def config_of(folder, name, selector, **keys):
     return runs.base(folder, output_dir=str(folder / name), selector=selector, **{**SELECT, "max_steps": 4, **keys})
 
@@ -79,3 +92,16 @@ def test_the_same_choice_on_two_and_four_processes(folder, alone):
             assert status == 0, heard
             for (ids, scores), (expected, wanted) in zip(selected(config), selected(alone[name]), strict=True):
                 assert ids == expected and scores == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("combine", ["mean", "direction"])
+def test_it_takes_the_clusters_that_are_like_the_targets(held_out, combine):
+    """Targets are tables that the pool does not have; a minority of the pool is like them."""
+    keys = {
+        "eval_dataset": "held", "max_samples": 8, "update_step": 2, "update_times": 1, "warmup_step": 4, "max_steps": 6,
+    }  # fmt: skip
+    config = config_of(held_out, f"like-{combine}", {**CLUSTERED, "combine": combine}, **keys)
+    assert runs.forked_many(1, [config])[0][0] == 0
+    log = runs.rows(config)
+    pool, chosen = (log[step]["proportions"]["tables"] for step in (0, -1))
+    assert pool < 0.45 and chosen > 0.6, (pool, chosen)
