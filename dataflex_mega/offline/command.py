@@ -19,12 +19,13 @@ from dataflex_mega.errors import ConfigError, UserError
 from dataflex_mega.offline import encoders, transport
 from dataflex_mega.offline.embed import embed
 from dataflex_mega.offline.embeddings import opened
-from dataflex_mega.offline.neighbours import Search
+from dataflex_mega.offline.neighbours import Picked, Search
 from dataflex_mega.offline.sources import FileSource, Source
 from dataflex_mega.store.files import write_beside
 
 COMMANDS = ("embed", "near", "tsds")
 VERSION = 1
+AT_ONCE = 4096  # rows whose neighbours are in memory
 OpenRun = Callable[[Path, str, Sequence[str]], Source]  # (configuration, part, overrides) -> its samples
 
 EMBED = """Embeddings of samples, one vector each, on disk.
@@ -51,8 +52,8 @@ NEAR = """Nearest candidates of every query, for selector: near.
 then, in the run's YAML:   selector: {name: near, indices_path: top_indices.npy}
 
 Writes [M, K] int64, the nearest first, as DataFlex does, and OUTPUT.json, from which a run knows that the file belongs to
-its data. --index exact compares all and needs no more memory for more candidates; ivf looks into nprobe of nlist lists
-and holds the candidates in memory. A query that finds fewer than K there is searched exactly."""
+its data. --index exact compares all; ivf looks into nprobe of nlist lists, and a query that finds fewer than K there is
+searched exactly. More candidates need no more memory."""
 
 TSDS = """Chances of candidates by optimal transport from the queries (TSDS, arXiv 2410.11303), for selector: tsds.
 
@@ -216,15 +217,22 @@ def do_tsds(options: argparse.Namespace, mesh: meshes.Mesh, meter: Meter) -> Non
     rho = np.ones(len(candidates))
     if options.sigma > 0:  # crowding among what was found, as in the authors' code
         found = np.unique(ids[ids >= 0])
-        rows = np.asarray(candidates[found])
-        gaps, near = search(rows, rows, options.kde_k)
-        rho[found] = transport.crowding(gaps, near, options.sigma)
+        rho[found] = crowding(search, Picked(candidates, found), options.kde_k, options.sigma)
     if mesh.is_main:
         made = transport.plan(distances, ids, rho, options.alpha, options.c)
         save(options.output, made.chances, identity)
         positive = int((made.chances > 0).sum())
         meter.say(f"{positive} of {len(rho)} candidates have a chance; each query spreads over about {made.spread:.3g}")
         meter.say(f"written: {options.output}")
+
+
+def crowding(search: Search, rows: Picked, k: int, sigma: float) -> np.ndarray:
+    """[U] rho of each of U rows among them, some rows at a time: k distances of each are in memory."""
+    centres, found = search.centres(rows), []
+    for start in range(0, len(rows), AT_ONCE):
+        gaps, near = search(rows, rows[start : start + AT_ONCE], k, centres)
+        found.append(transport.crowding(gaps, near, sigma))
+    return np.concatenate(found)
 
 
 def save(path: Path, values: np.ndarray, identity: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """Nearest neighbours of queries among candidates on disk, by faiss: all of them compared, or an inverted file.
 
-Candidates are read in chunks, and each process takes a share of them, so the memory of an exact search does not grow with N.
-What is found is measured again in float64 and ordered by (distance, id): the result does not depend on chunks or processes.
+Candidates are read in chunks, and each process takes a share of them, so memory does not grow with N; what an inverted
+file needs besides, its centres and the rows they are found by, grows with the root of N. A query's lists follow from the
+centres alone, so lists that hold one chunk after the other find what lists of all candidates would. What is found is
+measured again in float64 and ordered by (distance, id): the result does not depend on chunks or processes.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -22,12 +24,39 @@ TRAINING = 64  # candidates for each list, by which an inverted file is laid out
 Gather = Callable[[Any], list[Any]]  # a value of each process, in rank order
 
 
+class Rows(Protocol):
+    """What is needed of a mapped [N, D] array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, key: Any, /) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Some rows of a mapped array, read when they are asked for."""
+
+    values: Rows
+    ids: np.ndarray  # [n]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.ids), self.values.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        return self.values[self.ids[key]]
+
+
 @dataclass(frozen=True)
 class Search:
     """How to search.
 
     Args:
-        index: "exact", or "ivf", which looks into `nprobe` of `nlist` lists and holds its share of the candidates in memory.
+        index: "exact", or "ivf", which looks into `nprobe` of `nlist` lists.
         nlist: None: half the square root of N.
     """
 
@@ -39,10 +68,13 @@ class Search:
     gather: Gather = lambda value: [value]
     progress: Callable[[int, int], None] = lambda done, total: None
 
-    def __call__(self, candidates: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, candidates: Rows, queries: np.ndarray, k: int, centres: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """[N, D] candidates, mapped, and [M, D] queries -> ([M, K] float64 distances, ascending; [M, K] int64 ids).
 
-        K is k, or N where that is less. A query for which the lists held fewer is searched exactly.
+        K is k, or N where that is less. A query for which the lists held fewer is searched exactly. `centres`: what
+        `self.centres(candidates)` gave, for several searches of the same candidates.
         """
         if candidates.shape[1] != queries.shape[1]:
             sizes = f"{queries.shape[1]} numbers, the candidates' have {candidates.shape[1]}"
@@ -50,7 +82,9 @@ class Search:
         k, queries = min(k, len(candidates)), np.ascontiguousarray(queries, dtype=np.float32)
         if self.index == "exact":
             return self._exact(candidates, queries, k)
-        distances, ids = self._by_lists(candidates, queries, k)
+        centres = self.centres(candidates) if centres is None else centres
+        assert centres is not None
+        distances, ids = self._by_lists(candidates, queries, k, centres)
         short = np.flatnonzero((ids == PADDING).any(axis=1))
         if len(short):
             distances[short], ids[short] = self._exact(candidates, queries[short], k)
@@ -63,35 +97,51 @@ class Search:
         first, last = self._share(samples)
         return [(start, min(start + CHUNK, last)) for start in range(first, last, CHUNK)]
 
-    def _exact(self, candidates: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _exact(self, candidates: Rows, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        def look(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return library().knn(queries, rows, min(k, len(rows)))
+
+        return self._joined(self._best(candidates, len(queries), k, look), candidates, queries, k)
+
+    def _by_lists(
+        self, candidates: Rows, queries: np.ndarray, k: int, centres: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         faiss = library()
-        best = np.full((len(queries), 0), np.inf), np.full((len(queries), 0), PADDING)
+        quantizer = faiss.IndexFlatL2(centres.shape[1])
+        quantizer.add(centres)
+        gaps, lists = quantizer.search(queries, min(self.nprobe, len(centres)))
+
+        def look(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            index = faiss.IndexIVFFlat(
+                quantizer, centres.shape[1], len(centres)
+            )  # one that is emptied keeps its memory
+            index.is_trained, index.nprobe = True, lists.shape[1]
+            index.add(rows)
+            return index.search_preassigned(queries, min(k, len(rows)), lists, gaps)
+
+        return self._joined(self._best(candidates, len(queries), k, look), candidates, queries, k)
+
+    def _best(
+        self, candidates: Rows, queries: int, k: int, look: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k best of this process's share. `look`: [n, D] float32 rows -> ([M, <= k] distances, [M, <= k] places)."""
+        best = np.full((queries, 0), np.inf), np.full((queries, 0), PADDING)
         chunks = self._chunks(len(candidates))
         for done, (start, end) in enumerate(chunks, 1):
-            rows = np.ascontiguousarray(candidates[start:end], dtype=np.float32)
-            distances, ids = faiss.knn(queries, rows, min(k, len(rows)))
-            best = nearest([best, (distances.astype(np.float64), ids + start)], k)
+            distances, places = look(np.ascontiguousarray(candidates[start:end], dtype=np.float32))
+            ids = np.where(places == PADDING, PADDING, places + start)
+            best = nearest([best, (distances.astype(np.float64), ids)], k)
             self.progress(done, len(chunks))
-        return self._joined(best, candidates, queries, k)
+        return best
 
-    def _by_lists(self, candidates: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        faiss = library()
-        samples, size = candidates.shape
-        lists = min(self.nlist or max(1, math.isqrt(samples) // 2), samples)
-        centres = self._centres(candidates, lists)
-        quantizer = faiss.IndexFlatL2(size)
-        quantizer.add(centres)
-        index = faiss.IndexIVFFlat(quantizer, size, lists)
-        index.is_trained, index.nprobe = True, self.nprobe
-        chunks = self._chunks(samples)
-        for done, (start, end) in enumerate(chunks, 1):
-            index.add_with_ids(np.ascontiguousarray(candidates[start:end], dtype=np.float32), np.arange(start, end))
-            self.progress(done, len(chunks))
-        distances, ids = index.search(queries, k)
-        return self._joined((distances.astype(np.float64), ids), candidates, queries, k)
+    def centres(self, candidates: Rows) -> np.ndarray | None:
+        """[lists, D] float32, those of the first process on all of them: the lists are then one index cut into shares.
 
-    def _centres(self, candidates: np.ndarray, lists: int) -> np.ndarray:
-        """[lists, D] float32, those of the first process on all of them: the lists are then one index cut into shares."""
+        None where the search is exact.
+        """
+        if self.index == "exact":
+            return None
+        lists = min(self.nlist or max(1, math.isqrt(len(candidates)) // 2), len(candidates))
         found = None
         if self.rank == 0:
             count = min(len(candidates), lists * TRAINING)
@@ -102,7 +152,7 @@ class Search:
         return self.gather(found)[0]
 
     def _joined(
-        self, mine: tuple[np.ndarray, np.ndarray], candidates: np.ndarray, queries: np.ndarray, k: int
+        self, mine: tuple[np.ndarray, np.ndarray], candidates: Rows, queries: np.ndarray, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best of what all processes found, measured again; each process measures its share of the queries."""
         _, ids = nearest(self.gather(mine), k)
@@ -127,7 +177,7 @@ def nearest(parts: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndar
     return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
 
 
-def measured(candidates: np.ndarray, query: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def measured(candidates: Rows, query: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[K] neighbours of one query -> ([K] float64 distances, [K] ids), ascending; PADDING is infinitely far."""
     there = ids[ids != PADDING]
     gaps = np.linalg.norm(candidates[there].astype(np.float64) - query.astype(np.float64), axis=1)

@@ -1,4 +1,7 @@
-"""From a training configuration to embeddings, neighbours and chances, and back into training; one and two processes."""
+"""From a training configuration to embeddings, neighbours and chances, and back into training; one and two processes.
+
+Chances, and what is drawn by them, also on four.
+"""
 
 import contextlib
 import io
@@ -66,10 +69,26 @@ def jobs_of(folder, world):
     ]
 
 
+def drawing_of(folder, world):
+    """Transport and a training that draws by it, from the embeddings of one process."""
+    chances = str(folder / str(world) / "probs.npy")
+    pair = ["--candidates", str(folder / "1" / "train"), "--queries", str(folder / "1" / "eval")]
+    return [
+        ["tsds", *pair, "--k", "20", "--kde-k", "5", "--output", chances],
+        example(folder, "tsds", world, selector={"name": "tsds", "probs_path": chances}),
+    ]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = corpus.write(tmp_path_factory.mktemp("offline"))
     return folder, {world: runs.forked_many(world, jobs_of(folder, world), do) for world in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def on_four(finished):
+    folder, _ = finished
+    return folder, runs.forked_many(4, drawing_of(folder, 4), do)
 
 
 def test_every_job_ends_as_it_should(finished):
@@ -101,6 +120,16 @@ def test_training_draws_what_the_files_say(finished):
     assert set(chosen[1, "near"][0]) <= set(top[:, :8].ravel().tolist())
     chances = np.load(folder / "1" / "probs.npy")
     assert all((chances[np.array(ids)] > 0).all() for ids in chosen[1, "tsds"])
+
+
+def test_four_processes_draw_what_one_draws(on_four):
+    folder, found = on_four
+    assert [status for status, _ in found] == [0, 0], found
+    assert np.array_equal(np.load(folder / "4" / "probs.npy"), np.load(folder / "1" / "probs.npy"))
+    one, four = (sorted((folder / str(world) / "tsds" / "selections").glob("step_*.json")) for world in (1, 4))
+    assert len(one) == len(four) == 2
+    for ours, theirs in zip(one, four, strict=True):
+        assert json.loads(ours.read_text())["indices"] == json.loads(theirs.read_text())["indices"]
 
 
 def test_candidates_like_the_target_are_nearest(finished):

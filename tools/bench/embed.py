@@ -1,41 +1,52 @@
-"""Memory and speed of the offline tools, for more and more samples: embeddings block by block, and an exact search.
+"""Memory and speed of the offline tools, for more and more samples: `embed`, `near` (exact and inverted file), `tsds`.
 
-The encoder is a random projection of characters, so what is measured is the tool around it. Each size runs in a process of
-its own; `private` is the largest anonymous memory of that process beyond what it had when it began (mapped files, which the
-system can drop at any time, are not counted).
+The encoder is a random projection of characters, so what is measured is the tool around it. Every tool and size runs in a
+process of its own; MiB is the largest anonymous memory of that process beyond what it had when it began (mapped files, which
+the system can drop at any time, are not counted).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import multiprocessing
+import os
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
 from dataflex_mega.distributed.mesh import data_parallel
+from dataflex_mega.offline import command
 from dataflex_mega.offline.embed import embed
 from dataflex_mega.offline.encoders import Item
-from dataflex_mega.offline.neighbours import Search
+from dataflex_mega.offline.neighbours import library
 
 EXAMPLE = """
 examples:
-  python tools/bench/embed.py                              # 20 thousand to 500 thousand samples, half a minute
-  python tools/bench/embed.py --samples 1e6 5e6 --size 384
+  python tools/bench/embed.py                              # 50 and 200 thousand samples, a minute
+  python tools/bench/embed.py --samples 1e6 4e6 --size 384
 
-columns:
-  samples     N
-  embed/s     samples a second, encoder and disk included
-  private     MiB: the peak of embedding
-  search s    seconds of an exact search of the nearest 100 for 64 queries
-  private     MiB: its peak
-  file MiB    what the embeddings take on disk
+columns: N, then seconds and MiB of
+  embed   all N samples, encoder and disk included
+  exact   the nearest 100 of 64 queries, all candidates compared
+  ivf     the same by an inverted file
+  tsds    chances from the nearest 200 of these queries, crowding among what is found included
+and the MiB that the embeddings take on disk
 """
+SEARCH = ["--queries", "queries.npy", "--candidates"]
+TOOLS = {
+    "embed": [],
+    "exact": ["near", "--k", "100", *SEARCH],
+    "ivf": ["near", "--k", "100", "--index", "ivf", *SEARCH],
+    "tsds": ["tsds", "--k", "200", "--kde-k", "100", *SEARCH],
+}
 
 
 class Texts:
@@ -70,64 +81,68 @@ class Projection:
         return counts @ self.matrix
 
 
-class Peak:
-    """The largest private memory of this process while it is entered, in MiB beyond that at the start."""
-
-    def __enter__(self) -> Peak:
-        self.begin, self.most, self.stop = private(), 0.0, threading.Event()
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-        self.started = time.perf_counter()
-        return self
-
-    def _watch(self) -> None:
-        while not self.stop.wait(0.005):
-            self.most = max(self.most, private() - self.begin)
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds = time.perf_counter() - self.started
-        self.stop.set()
-        self.thread.join()
-
-
-def private() -> float:
-    """MiB of anonymous memory of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def private(process: int) -> float:
+    """MiB of anonymous memory of a process."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) / 1024
     return 0.0
 
 
-def measure(samples: int, size: int, queue: multiprocessing.SimpleQueue) -> None:
-    """One line of the table, put into `queue`."""
-    mesh = data_parallel(0, 1, torch.device("cpu"))
-    with tempfile.TemporaryDirectory() as name:
-        with Peak() as writing:
-            embed(Texts(samples), Projection(size), Path(name), mesh, "float32", 1024, lambda done, total: None)
-        values = np.load(Path(name) / "embeddings.npy", mmap_mode="r")
-        with Peak() as searching:
-            Search()(values, np.asarray(values[:64]), 100)
-        queue.put((samples / writing.seconds, writing.most, searching.seconds, searching.most, values.nbytes / 2**20))
+def work(tool: str, samples: int, size: int, folder: Path, said: multiprocessing.SimpleQueue, go: Any) -> None:
+    """One tool on the embeddings in `folder`, which `embed` writes. Says that it waits for `go`, then its seconds."""
+    os.chdir(folder)
+    library()  # not while it is measured
+    said.put(0.0)
+    go.wait()
+    started = time.perf_counter()
+    if tool == "embed":
+        mesh = data_parallel(0, 1, torch.device("cpu"))
+        embed(Texts(samples), Projection(size), folder / "all", mesh, "float32", 1024, lambda done, total: None)
+    else:
+        with contextlib.redirect_stderr(io.StringIO()):
+            command.main([*TOOLS[tool], "all", "--output", f"{tool}.npy"], no_run)
+    said.put(time.perf_counter() - started)
+    if tool == "embed":
+        np.save("queries.npy", Projection(size)(Texts(samples).fetch(np.arange(64))))
+
+
+def measure(tool: str, samples: int, size: int, folder: Path) -> tuple[float, float]:
+    """(seconds, MiB): watched from here, since a library at work lets no other thread of its process run."""
+    context = multiprocessing.get_context("spawn")
+    said, go = context.SimpleQueue(), context.Event()
+    process = context.Process(target=work, args=(tool, samples, size, folder, said, go))
+    process.start()
+    most = begin = said.get() + private(process.pid or 0)
+    go.set()
+    while said.empty() and process.is_alive():
+        most = max(most, private(process.pid or 0))
+        time.sleep(0.001)
+    seconds = said.get()
+    process.join()
+    return seconds, most - begin
+
+
+def no_run(path: Path, part: str, overrides: Sequence[str]) -> NoReturn:
+    """Configurations are not opened here."""
+    raise NotImplementedError
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--samples", nargs="+", type=float, default=[2e4, 1e5, 5e5], help="numbers of samples")
+    parser.add_argument("--samples", nargs="+", type=float, default=[5e4, 2e5], help="numbers of samples")
     parser.add_argument("--size", type=int, default=256, help="numbers a vector (256)")
     options = parser.parse_args()
-    print(f"{'samples':>9} {'embed/s':>9} {'private':>8} {'search s':>9} {'private':>8} {'file MiB':>9}")
-    context = multiprocessing.get_context("spawn")
-    for samples in options.samples:
-        queue = context.SimpleQueue()
-        process = context.Process(target=measure, args=(int(samples), options.size, queue))
-        process.start()
-        process.join()
-        if process.exitcode:
-            return 1
-        speed, writing, seconds, searching, disk = queue.get()
-        print(f"{samples:9.0f} {speed:9.0f} {writing:8.0f} {seconds:9.2f} {searching:8.0f} {disk:9.0f}", flush=True)
+    print(f"{'samples':>9}" + "".join(f" {tool:>8} s {'MiB':>6}" for tool in TOOLS) + f" {'file MiB':>9}")
+    for samples in map(int, options.samples):
+        print(f"{samples:9d}", end="", flush=True)
+        with tempfile.TemporaryDirectory() as name:
+            for tool in TOOLS:
+                seconds, most = measure(tool, samples, options.size, Path(name))
+                print(f" {seconds:10.2f} {most:6.0f}", end="", flush=True)
+            print(f" {(Path(name) / 'all' / 'embeddings.npy').stat().st_size / 2**20:9.0f}", flush=True)
     return 0
 
 

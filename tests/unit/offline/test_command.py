@@ -75,7 +75,7 @@ def test_tsds_writes_what_the_selector_reads(files):
     assert (chances[drawn.numpy()] > 0).all()
 
 
-def test_crowded_candidates_share_their_chance(files):
+def test_crowded_candidates_share_their_chance(files, monkeypatch):
     copied = np.concatenate([vectors(60, 0), np.repeat(vectors(60, 0)[:1], 9, axis=0)])
     np.save(files / "c.npy", copied)
     np.save(files / "q.npy", vectors(60, 0)[:1])
@@ -85,6 +85,9 @@ def test_crowded_candidates_share_their_chance(files):
     plain, shared = np.load(files / "0.npy"), np.load(files / "0.5.npy")
     group = [0, *range(60, 69)]
     assert shared[group].sum() < plain[group].sum() and shared[group] == pytest.approx(shared[0])
+    monkeypatch.setattr(command, "AT_ONCE", 7)
+    assert run("tsds", *pair(files), *options, "--output", files / "again.npy") == 0
+    assert np.array_equal(np.load(files / "again.npy"), shared)
 
 
 @pytest.mark.parametrize(

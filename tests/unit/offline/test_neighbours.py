@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.offline import neighbours
-from dataflex_mega.offline.neighbours import Search, nearest
+from dataflex_mega.offline.neighbours import Picked, Search, nearest
 from tests.unit.signals.test_clusters import Threads
 
 pytest.importorskip("faiss")
@@ -54,6 +55,34 @@ def test_processes_share_the_work_and_find_the_same(monkeypatch, ranks, index):
 
     for found in threads.run(work):
         same(found, whole)
+
+
+def test_an_inverted_file_holds_a_chunk_and_finds_what_one_of_all_finds(monkeypatch):
+    import faiss
+
+    candidates, queries = vectors(400, 2), vectors(5, 3)
+    search = Search("ivf", nlist=8, nprobe=3)
+    whole = search(candidates, queries, 25)
+    made = []
+
+    def inverted(*arguments):
+        made.append(faiss.IndexIVFFlat(*arguments))
+        return made[-1]
+
+    held = SimpleNamespace(knn=faiss.knn, Kmeans=faiss.Kmeans, IndexFlatL2=faiss.IndexFlatL2, IndexIVFFlat=inverted)
+    monkeypatch.setattr(neighbours, "library", lambda: held)
+    monkeypatch.setattr(neighbours, "CHUNK", 23)
+    same(search(candidates, queries, 25), whole)
+    assert [index.ntotal for index in made] == [23] * (400 // 23) + [400 % 23], "each a chunk alone"
+
+
+def test_picked_rows_are_searched_as_if_they_were_an_array():
+    candidates, queries, ids = vectors(90, 4), vectors(3, 5), np.arange(5, 90, 7)
+    for index in ("exact", "ivf"):
+        search = Search(index, nlist=3, nprobe=2)
+        picked = Picked(candidates, ids)
+        found = search(picked, queries, 6, search.centres(picked))
+        same(found, search(candidates[ids], queries, 6))
 
 
 def test_an_inverted_file_with_all_lists_is_brute_force():
