@@ -45,7 +45,7 @@ def kept_rounds(checkpoint):
 def whole(folder):
     config = config_of(folder, "whole")
     single = config_of(folder, "single", selector="less")
-    for status, heard in runs.forked_many(1, [config, single]):
+    for status, heard in runs.train_many(1, [config, single]):
         assert status == 0, heard
     return config, single
 
@@ -76,12 +76,12 @@ def test_a_restart_is_bit_equal_and_two_processes_choose_the_same(folder, whole)
     config, _ = whole
     start = str(folder / "whole" / "checkpoint-4")
     again = config_of(folder, "again", resume_from_checkpoint=start, save_strategy="no")
-    assert runs.forked_many(1, [again])[0][0] == 0
+    assert runs.train_many(1, [again])[0][0] == 0
     expected = selections(config)
     assert selections(again) == {name: expected[name] for name in ("step_4.json", "step_5.json")}
     two = config_of(folder, "two", per_device_train_batch_size=4, fsdp="full_shard")
     moved = config_of(folder, "moved", resume_from_checkpoint=start, save_strategy="no", per_device_train_batch_size=4)
-    for made, (status, heard) in zip((two, moved), runs.forked_many(2, [two, moved]), strict=True):
+    for made, (status, heard) in zip((two, moved), runs.train_many(2, [two, moved]), strict=True):
         assert status == 0, heard
         for name, (ids, scores) in selections(made).items():
             assert ids == expected[name][0] and scores == pytest.approx(expected[name][1], abs=1e-5), name
@@ -99,7 +99,7 @@ def test_stores_of_several_checkpoints_are_added_up_by_weights(folder):
     stored = {"name": "less", "mode": "store", "side": 8, "store_block": 16, "store_dir": str(folder / "stores")}
     config = config_of(folder, "stored", selector=stored, max_samples=4, candidates=None, rescore=None)
     trained = {**config, "output_dir": str(folder / "trained"), "save_steps": 2, "max_steps": 4}
-    assert runs.forked_many(1, [{**trained, "selector": "random"}])[0][0] == 0
+    assert runs.train_many(1, [{**trained, "selector": "random"}])[0][0] == 0
     first, second = (str(folder / "trained" / f"checkpoint-{step}") for step in (2, 4))
     calls, singles = [], {}
     for place, checkpoint in enumerate((first, second)):
@@ -111,14 +111,14 @@ def test_stores_of_several_checkpoints_are_added_up_by_weights(folder):
             calls.append(scored(config, folder, name, here, f"eval_dataset={target}"))
     both = ("--checkpoints", f"{first},{second}")
     calls.append(scored(config, folder, "both", *both, "--weights", "3e-5,1e-5"))
-    for (status, heard), argv in zip(runs.forked_many(1, calls, ours_of), calls, strict=True):
+    for (status, heard), argv in zip(runs.train_many(1, calls, ours_of), calls, strict=True):
         assert status == 0, (argv, heard)
     more = [
         scored(config, folder, "two", *both, "--weights", "3e-5,1e-5"),
         scored(config, folder, "rate", "--checkpoints", first),
         scored(config, folder, "zero", *both),
     ]
-    (ok, _), (rate, heard), (status, line) = runs.forked_many(2, more, ours_of)
+    (ok, _), (rate, heard), (status, line) = runs.train_many(2, more, ours_of)
     assert ok == rate == 0 and "checkpoint-2: weight 0.00" in heard
     assert status == 2 and "checkpoint-4 is 0.0; say what counts with --weights" in line
     read = {key: np.load(path).astype(np.float64) for key, path in singles.items()}

@@ -58,7 +58,7 @@ def alone(folder):
         "direction": config_of(folder, "direction", {**CLUSTERED, "combine": "direction"}),
         "saved": config_of(folder, "saved", CLUSTERED, save_strategy="steps", save_steps=3),
     }
-    finished = runs.forked_many(1, list(made.values()))
+    finished = runs.train_many(1, list(made.values()))
     assert [status for status, _ in finished] == [0] * len(made), finished
     return made
 
@@ -76,7 +76,7 @@ def test_members_share_a_score_and_clusters_survive_a_restart(folder, alone):
     resumed = {**alone["saved"], "resume_from_checkpoint": str(folder / "saved" / "checkpoint-3")}
     before = selected(alone["saved"])
     (folder / "saved" / "selections" / "step_3.json").unlink()
-    assert runs.forked_many(1, [resumed])[0][0] == 0
+    assert runs.train_many(1, [resumed])[0][0] == 0
     assert selected(resumed) == before == selected(alone["mean"])
 
 
@@ -87,7 +87,7 @@ def test_the_same_choice_on_two_and_four_processes(folder, alone):
              **({"fsdp": "full_shard"} if sharded else {})}
             for name in ("mean", "direction")
         ]  # fmt: skip
-        finished = runs.forked_many(world, made)
+        finished = runs.train_many(world, made)
         for name, config, (status, heard) in zip(("mean", "direction"), made, finished, strict=True):
             assert status == 0, heard
             for (ids, scores), (expected, wanted) in zip(selected(config), selected(alone[name]), strict=True):
@@ -101,7 +101,7 @@ def test_it_takes_the_clusters_that_are_like_the_targets(held_out, combine):
         "eval_dataset": "held", "max_samples": 8, "update_step": 2, "update_times": 1, "warmup_step": 4, "max_steps": 6,
     }  # fmt: skip
     config = config_of(held_out, f"like-{combine}", {**CLUSTERED, "combine": combine}, **keys)
-    assert runs.forked_many(1, [config])[0][0] == 0
+    assert runs.train_many(1, [config])[0][0] == 0
     log = runs.rows(config)
     pool, chosen = (log[step]["proportions"]["tables"] for step in (0, -1))
     assert pool < 0.45 and chosen > 0.6, (pool, chosen)

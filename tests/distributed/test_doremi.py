@@ -46,7 +46,7 @@ def whole(folder):
         config_of(folder, "per_domain", reference_cache=cache, **PER_DOMAIN),
         config_of(folder, "unweighted", mixer="static", reference_model=None),
     ]
-    finished = runs.forked_many(1, configs)
+    finished = runs.train_many(1, configs)
     assert [status for status, _ in finished] == [0, 0, 0], finished
     return configs
 
@@ -61,7 +61,7 @@ def test_the_same_weights_losses_and_cache_however_a_batch_is_cut(folder, whole,
                 **expected, "output_dir": str(folder / name), "per_device_train_batch_size": micro,
                 "gradient_accumulation_steps": accumulation, **({"fsdp": "full_shard"} if sharded else {}),
             }))  # fmt: skip
-    finished = runs.forked_many(world, [config for _, config in made])
+    finished = runs.train_many(world, [config for _, config in made])
     for (expected, config), (status, heard) in zip(made, finished, strict=True):
         assert status == 0, heard
         for row, row0 in zip(runs.rows(config), runs.rows(expected), strict=True):
@@ -156,7 +156,7 @@ def test_references_that_do_not_fit_are_refused_in_one_line(folder, whole):
     ]
     configs = [config_of(folder, f"refused-{n}", **keys) for n, (keys, _) in enumerate(cases)]
     good = config_of(folder, "cache-alone", reference_model=None, reference_cache=str(cache), max_steps=1)
-    finished = runs.forked_many(2, [*configs, good])
+    finished = runs.train_many(2, [*configs, good])
     for (_, message), (status, heard) in zip(cases, finished, strict=False):
         assert status == 2 and message in heard and heard.strip().count("\n") == 0, heard
     assert finished[-1][0] == 0, finished[-1][1]

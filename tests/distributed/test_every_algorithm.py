@@ -12,7 +12,9 @@ from tests.support import corpus, runs
 
 SELECT = {"warmup_step": 1, "update_step": 1, "update_times": 3, "max_steps": 4, "max_samples": 6}
 ORDER = {"warmup_step": 1, "update_step": 2, "update_times": 2, "max_steps": 4, "max_samples": 12}
-MIX = {"warmup_step": 1, "update_step": 1, "update_times": -1, "init_mixture_proportions": [0.5, 0.3, 0.2]}
+MIX = {
+    "warmup_step": 1, "update_step": 1, "update_times": -1, "max_samples": 12, "init_mixture_proportions": [0.5, 0.3, 0.2]
+}  # fmt: skip
 PARAMETERS = {
     ("selector", "nice"): {"mc_samples": 2, "max_new_tokens": 4},
     ("selector", "coincide"): {"num_clusters": 7, "embedding_layers": [-1]},  # Megatron has the last one only
@@ -62,7 +64,7 @@ def configs(folder):
                 continue
             given = PARAMETERS.get((kind, name), {})
             spec = {"name": name, **{key: files.get(str(value), value) for key, value in given.items()}}
-            keys = {"selector": SELECT, "mixer": MIX, "reorder": ORDER, "weighter": {}}[kind]
+            keys = {"selector": SELECT, "mixer": MIX, "reorder": ORDER, "weighter": {"max_samples": 12}}[kind]
             if (kind, name) in REFERENCE:
                 keys = {**keys, "reference_model": str(folder / "reference")}
             if (kind, name) in EXPERTS:

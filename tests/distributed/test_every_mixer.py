@@ -54,7 +54,7 @@ def config_of(folder, mixer, place, **keys):
 
 def train(world, configs):
     """Run all of them; each must succeed."""
-    for name, (status, heard) in zip(configs, runs.forked_many(world, list(configs.values())), strict=True):
+    for name, (status, heard) in zip(configs, runs.train_many(world, list(configs.values())), strict=True):
         assert status == 0, f"{name}: {heard}"
 
 
@@ -128,7 +128,7 @@ def test_a_mixer_with_other_domains_is_refused_with_the_difference_named(folder,
     other = resumed(folder, "group_dro")
     other["mixer"] = {"name": "group_dro", "eta": 0.5}
     dense = config_of(folder, "dynamic_moe", "dense", model_name_or_path=str(folder / "model"))
-    finished = runs.forked_many(1, [fewer, order, other, dense])
+    finished = runs.train_many(1, [fewer, order, other, dense])
     expected = (
         'dataset: "code,prose,tables" there, "code,prose" here',
         'dataset: "code,prose,tables" there, "prose,code,tables" here',

@@ -43,7 +43,7 @@ def found():
     for world in (1, 2, 4):
         keys = [key for key in CASES if key[1] == world]
         cases = [{"model": key[0], **CASES[key]} for key in keys]
-        results.update(zip(keys, runs.forked_many(world, cases, scored_on_all), strict=True))
+        results.update(zip(keys, runs.train_many(world, cases, scored_on_all), strict=True))
     return results
 
 

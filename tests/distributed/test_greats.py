@@ -38,7 +38,7 @@ def alone(folder):
         "all": config_of(folder, "all", weighter={**EXACT, "keep": 1.0}),
         "plain": config_of(folder, "plain", weighter={"name": "loss", "strategy": "uniform"}),
     }
-    finished = runs.forked_many(1, list(made.values()))
+    finished = runs.train_many(1, list(made.values()))
     assert [status for status, _ in finished] == [0] * len(made), finished
     return made
 
@@ -56,7 +56,7 @@ def test_every_number_of_processes_trains_the_same(folder, alone, world, sharded
          **({"fsdp": "full_shard"} if sharded else {})}
         for name in ("exact", "adam")
     ]  # fmt: skip
-    for name, config, (status, heard) in zip(("exact", "adam"), made, runs.forked_many(world, made), strict=True):
+    for name, config, (status, heard) in zip(("exact", "adam"), made, runs.train_many(world, made), strict=True):
         assert status == 0, heard
         np.testing.assert_allclose(losses(config), losses(alone[name]), rtol=1e-4)
 

@@ -50,7 +50,7 @@ def finished(folder):
             folder, "PP2-on-TP2", "PP2", **{**TENSOR, "sequence_parallel": True, "use_distributed_optimizer": False}
         ),
     }
-    for name, (status, heard) in zip(made, runs.forked_many(2, list(made.values())), strict=True):
+    for name, (status, heard) in zip(made, runs.train_many(2, list(made.values())), strict=True):
         assert status == 0, f"{name}: {heard}"
     return made
 

@@ -52,7 +52,7 @@ def alone(folder):
         "other": config_of(folder, "other", selector={**NICE, "seed": 5}),
         "none": config_of(folder, "none", selector={**NICE, "reward": "tests.distributed.test_nice:none"}),
     }
-    finished = runs.forked_many(1, list(made.values()))
+    finished = runs.train_many(1, list(made.values()))
     assert [status for status, _ in finished] == [0] * len(made), finished
     return made
 
@@ -70,7 +70,7 @@ def test_every_number_of_processes_chooses_the_same(folder, alone, world):
                **({"fsdp": "full_shard"} if name == "full" else {})}
         for name in ("full", "lora")
     }  # fmt: skip
-    for name, (status, heard) in zip(made, runs.forked_many(world, list(made.values())), strict=True):
+    for name, (status, heard) in zip(made, runs.train_many(world, list(made.values())), strict=True):
         assert status == 0, heard
         ids, scores = selected(alone[name])
         assert selected(made[name])[0] == ids and selected(made[name])[1] == pytest.approx(scores, abs=1e-4)
@@ -84,7 +84,7 @@ def test_what_cannot_be_is_one_line_before_the_model_is_built(folder):
         ({"engine": "megatron"}, "engine: megatron does not have"),
     ]
     configs = [config_of(folder, f"refused-{n}", **keys) for n, (keys, _) in enumerate(cases)]
-    for (_, message), (status, heard) in zip(cases, runs.forked_many(1, configs), strict=True):
+    for (_, message), (status, heard) in zip(cases, runs.train_many(1, configs), strict=True):
         assert status == 2 and message in heard, heard
 
 

@@ -82,13 +82,13 @@ def drawing_of(folder, world):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = corpus.write(tmp_path_factory.mktemp("offline"))
-    return folder, {world: runs.forked_many(world, jobs_of(folder, world), do) for world in (1, 2)}
+    return folder, {world: runs.train_many(world, jobs_of(folder, world), do) for world in (1, 2)}
 
 
 @pytest.fixture(scope="module")
 def on_four(finished):
     folder, _ = finished
-    return folder, runs.forked_many(4, drawing_of(folder, 4), do)
+    return folder, runs.train_many(4, drawing_of(folder, 4), do)
 
 
 def test_every_job_ends_as_it_should(finished):

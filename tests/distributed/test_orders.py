@@ -70,7 +70,7 @@ def finished(folder):
     found = {}
     for world in SPLITS:
         cases = cases_of(folder, world)
-        for key, (status, heard) in zip(cases, runs.forked_many(world, list(cases.values())), strict=True):
+        for key, (status, heard) in zip(cases, runs.train_many(world, list(cases.values())), strict=True):
             assert status == 0, f"{key} on {world}: {heard}"
             found[(key[0], world, key[1])] = cases[key]
     return found
@@ -124,7 +124,7 @@ def test_the_loss_of_an_evaluation_is_not_weighted(folder):
     plain = runs.base(folder, output_dir=str(folder / "plain"), mixer="static", **{
         key: value for key, value in keys.items() if key not in ("train_type", "pipeline", "reference_model", "lookahead")
     })  # fmt: skip
-    assert [status for status, _ in runs.forked_many(1, [lego, plain])] == [0, 0]
+    assert [status for status, _ in runs.train_many(1, [lego, plain])] == [0, 0]
     found = [[row["eval_loss"] for row in history(config) if "eval_loss" in row] for config in (lego, plain)]
     assert found[0] == found[1] != []
 
@@ -149,7 +149,7 @@ def test_a_run_goes_on_bit_equal(folder):
         checkpoint = str(folder / f"{name}-whole" / "checkpoint-4")
         moved = {**whole, "output_dir": str(folder / f"{name}-moved"), "resume_from_checkpoint": checkpoint}
         configs += [whole, {**moved, "save_strategy": "no"}]
-    assert [heard for status, heard in runs.forked_many(2, configs) if status] == []
+    assert [heard for status, heard in runs.train_many(2, configs) if status] == []
     for whole, moved in (configs[:2], configs[2:]):
         for name in ("metrics.jsonl", "orders.jsonl"):
             log, log2 = runs.rows(whole, name), runs.rows(moved, name)
@@ -163,7 +163,7 @@ def test_both_engines_serve_the_same_order(folder):
     keys["eval_strategy"], keys["learning_rate"] = "no", 3.0e-3
     fsdp = runs.base(folder, output_dir=str(folder / "fsdp"), **keys)
     megatron = {**fsdp, "engine": "megatron", "output_dir": str(folder / "megatron")}
-    assert [heard for status, heard in runs.forked_many(2, [fsdp, megatron]) if status] == []
+    assert [heard for status, heard in runs.train_many(2, [fsdp, megatron]) if status] == []
     for row, row2 in zip(runs.rows(fsdp), runs.rows(megatron), strict=True):
         assert row["plan"] == row2["plan"]
         for key in ("loss", "objective", "grad_norm"):
@@ -184,7 +184,7 @@ def test_static_presets_of_dataflex_by_a_number_of_each_row(folder):
                   train_type="dynamic_reorder", component_name=name)
         for name in names
     ]  # fmt: skip
-    assert [heard for status, heard in runs.forked_many(1, configs) if status] == []
+    assert [heard for status, heard in runs.train_many(1, configs) if status] == []
     for name, config in zip(names, configs, strict=True):
         spec, order = orders.read(components.pick(None, "reorder", name))
         direction = Direction(order.low_first, order.window_size, order.seed)
@@ -199,7 +199,7 @@ def test_easy_samples_come_before_hard_ones(folder):
     config = runs.base(folder, output_dir=str(folder / "up"), max_steps=4, max_samples=4, learning_rate=1.0e-9,
                        reorder={"name": "sorting", "kind": "static", "score_source": "model_loss"})  # fmt: skip
     down = {**config, "reorder": {**config["reorder"], "ascending": False}, "output_dir": str(folder / "down")}
-    assert [status for status, _ in runs.forked_many(1, [config, down])] == [0, 0]
+    assert [status for status, _ in runs.train_many(1, [config, down])] == [0, 0]
     losses = [row["loss"] for row in runs.rows(config)]
     assert losses == sorted(losses) and losses[-1] > losses[0] + 0.01
     other = [row["loss"] for row in runs.rows(down)]

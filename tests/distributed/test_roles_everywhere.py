@@ -65,7 +65,7 @@ def cases_of(folder, world):
                     per_device_train_batch_size=micro,
                     gradient_accumulation_steps=accumulation,
                     fsdp="full_shard" if sharded else None,
-                    **keys,
+                    **{"max_samples": 12, **keys},
                     **(LORA if tuning == "lora" else {}),
                 )
                 made.append(((role, tuning), config))

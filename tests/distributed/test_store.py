@@ -59,7 +59,7 @@ def alone(folder):
         "full": config_of(folder, "full", STORED),
         "lora": config_of(folder, "lora", STORED, **LORA),
     }
-    finished = runs.forked_many(1, list(made.values()))
+    finished = runs.train_many(1, list(made.values()))
     assert [status for status, _ in finished] == [0] * 4, finished
     return made
 
@@ -79,7 +79,7 @@ def test_the_same_choice_on_every_number_of_processes(folder, alone, world):
                 **alone[tuning], "output_dir": str(folder / f"{tuning}-{world}-{sharded}"),
                 "per_device_train_batch_size": 8 // world, **({"fsdp": "full_shard"} if sharded else {}),
             }))  # fmt: skip
-    finished = runs.forked_many(world, [config for _, config in made])
+    finished = runs.train_many(world, [config for _, config in made])
     for (expected, config), (status, heard) in zip(made, finished, strict=True):
         assert status == 0, heard
         assert [r["indices"] for r in selected(config)] == [r["indices"] for r in selected(expected)]
@@ -200,7 +200,7 @@ def test_scores_and_refusals_by_name(folder, config, built, capsys):
     (cut / shard).write_bytes((cut / shard).read_bytes()[:-2])
     other = {**config, "learning_rate": 0.5}
     trained = {**config, "output_dir": str(folder / "moved"), "max_steps": 3, "save_strategy": "steps", "save_steps": 3}
-    assert runs.forked_many(1, [{**trained, "selector": "random", "warmup_step": 3}])[0][0] == 0
+    assert runs.train_many(1, [{**trained, "selector": "random", "warmup_step": 3}])[0][0] == 0
     path, moved = written(config, "score"), f"resume_from_checkpoint={folder / 'moved' / 'checkpoint-3'}"
     calls = [
         (["score", path, "--folder", str(built), "--top", "5", "--output", str(folder / "scores-W.npy")], 0, ""),
@@ -216,7 +216,7 @@ def test_scores_and_refusals_by_name(folder, config, built, capsys):
     for world in (1, 2, 4):
         given = [[word.replace("-W.", f"-{world}.") for word in argv] for argv, _, _ in calls]
         given = given if world == 2 else given[:1]
-        finished = runs.forked_many(world, given, ours_of)
+        finished = runs.train_many(world, given, ours_of)
         for (argv, status, message), (found, heard) in zip(calls, finished, strict=False):
             assert found == status and message in heard, (argv, heard)
             assert status == 0 or heard.strip().splitlines()[-1].startswith("error: "), heard

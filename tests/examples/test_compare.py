@@ -16,7 +16,7 @@ from tests.support import corpus, runs
 SUITE = corpus.ROOT / "examples" / "compare" / "suite.yaml"
 TINY = {
     "max_steps": 4, "cutoff_len": 32, "per_device_train_batch_size": 4, "warmup_steps": 1, "logging_steps": 2,
-    "save_steps": 2,
+    "save_steps": 2, "max_samples": 8,
 }  # fmt: skip
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -149,7 +149,9 @@ def test_perplexity_of_a_run_is_that_of_its_own_last_evaluation_and_of_the_tool(
 
 @pytest.mark.slow
 def test_regmix_proposes_proportions_that_a_run_can_start_from(folder):
-    base = runs.base(folder, eval_dataset="code,prose,tables", seed=None, output_dir=None, mixer="odm", **TINY)
+    base = runs.base(
+        folder, eval_dataset="code,prose,tables", seed=None, output_dir=None, mixer="odm", **{**TINY, "max_samples": 40}
+    )
     path, out = folder / "study.yaml", folder / "study"
     path.write_text(yaml.safe_dump({"base": base, "output_dir": str(out), "runs": 5, "target": "tables"}))
     done = cli("regmix", path)

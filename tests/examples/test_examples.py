@@ -38,8 +38,8 @@ def shrunk(path, folder, world):
         per_device_train_batch_size=2,
         max_steps=STEPS,
     )
-    if config["stage"] == "pt" and "selector" in config:
-        config["max_samples"] = 4  # documents of each domain, all of whose pieces are scored
+    if config["stage"] == "pt":  # documents of each domain; a selection, a reference and an evaluation read all of them
+        config["max_samples"] = 4 if "selector" in config else 12
     if "reference_model" in config:
         config["reference_model"] = str(folder / "model")
     if "train_step" in config:

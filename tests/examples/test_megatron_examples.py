@@ -133,7 +133,7 @@ def finished(folder):
     heard = {}
     for world in (2, 4):
         mine = [name for name in made if worlds[name] == world]
-        for name, (status, said) in zip(mine, runs.forked_many(world, [made[n] for n in mine]), strict=True):
+        for name, (status, said) in zip(mine, runs.train_many(world, [made[n] for n in mine]), strict=True):
             assert status == 0, f"{name}: {said}"
             heard[name] = said
     return made, heard

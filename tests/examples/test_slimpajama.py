@@ -72,7 +72,7 @@ def test_every_file_trains_and_doremi_hands_its_files_on(folder):
         )
         for n, handed in enumerate(more, 1):
             made[f"{size} {n}"] = shrunk(PLACE / size / f"step{n}.yaml", folder, **handed)
-    for name, (status, heard) in zip(made, runs.forked_many(1, list(made.values())), strict=True):
+    for name, (status, heard) in zip(made, runs.train_many(1, list(made.values())), strict=True):
         assert status == 0, f"{name}: {heard}"
     tokens = {
         d["name"]: d["proportion"] for d in json.loads((folder / "corpus" / "manifest.json").read_text())["domains"]

@@ -94,7 +94,7 @@ def run_all(folder, layouts=LAYOUTS):
     configs = [config_of(folder, layout) for layout in layouts]
     for world in sorted({layout[2] for layout in layouts}):
         mine = [config for config, layout in zip(configs, layouts, strict=True) if layout[2] == world]
-        for config, (status, heard) in zip(mine, runs.forked_many(world, mine), strict=True):
+        for config, (status, heard) in zip(mine, runs.train_many(world, mine), strict=True):
             assert status == 0, f"{config['output_dir']}: {heard}"
     return [(layout, *outcome(config)) for layout, config in zip(layouts, configs, strict=True)]
 

@@ -113,7 +113,7 @@ def finished(folder):
     jobs = jobs_of(folder)
     for world in (1, 2, 4):
         mine = [(name, made) for name, layout, made in jobs if layout[2] == world]
-        for (name, _), (status, heard) in zip(mine, runs.forked_many(world, [m for _, m in mine], run), strict=True):
+        for (name, _), (status, heard) in zip(mine, runs.train_many(world, [m for _, m in mine], run), strict=True):
             assert status == 0, f"{name}: {heard}"
     return {name: made for name, _, made in jobs}
 

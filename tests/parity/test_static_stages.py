@@ -86,7 +86,7 @@ def finished(tmp_path_factory):
         name: {k: v for k, v in (where | SHARED | keys | {"output_dir": str(folder / name)}).items() if v is not None}
         for name, keys in jobs.items()
     }
-    ended = runs.forked_many(1, list(configs.values()), plain=True)
+    ended = runs.train_many(1, list(configs.values()), plain=True)
     return {name: (configs[name], *end) for name, end in zip(configs, ended, strict=True)}
 
 

@@ -41,20 +41,14 @@ def base(folder, **keys):
     return {key: value for key, value in config.items() if value is not None}
 
 
-def train_many(world, configs, plain=False):
+def train_many(world, configs, plain=False, run=None):
     """Train each configuration in `world` processes -> [(exit status, standard error of rank 0)].
 
-    `plain`: one process without torchrun's variables.
-    """
-    queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_process, (world, free_port(), configs, plain, queue, train_here), nprocs=world, join=True)
-    return queue.get()
+    The processes are forked from a server that has imported everything; they do not see changes of os.environ.
 
-
-def forked_many(world, configs, run=None, plain=False):
-    """`train_many` in processes forked from a server that has imported everything; they do not see changes of os.environ.
-
-    `run`: what is called with each configuration, defined at the top of a module; `train_here` unless given.
+    Args:
+        plain: one process without torchrun's variables.
+        run: what is called with each configuration, defined at the top of a module; `train_here` unless given.
     """
     context = _fork_server()
     queue = context.SimpleQueue()
