@@ -1,4 +1,4 @@
-"""What a streaming gradient score costs, as a ratio to an ordinary forward and backward pass of the same batch.
+"""What a gradient score, or a row of the gradient store, costs: its ratio to a forward and backward pass of the batch.
 
 Both are timed in turn on real text (the demo's), in one process and one thread; a ratio is taken in each round. The budget
 is 1.2 for full models and 1.1 for LoRA, with one direction and Adam's moments.
@@ -111,7 +111,9 @@ def plain(engine: Any, batch: Any) -> None:
 
 def measure(options: argparse.Namespace, lora: bool) -> Iterator[tuple[str, list[float], float]]:
     """(kind of score, its ratio to a plain pass in each round, its peak memory as a ratio to a training step's)."""
+    from dataflex_mega.engines.fsdp.features import FeatureMaker
     from dataflex_mega.engines.fsdp.gradients import GradientScorer
+    from dataflex_mega.types import FeatureSpec
 
     engine, batches = build(options, lora), real_batches(options)
     for batch in batches[:2]:
@@ -131,6 +133,8 @@ def measure(options: argparse.Namespace, lora: bool) -> Iterator[tuple[str, list
                 name = f"{kernel} {'adam' if scorer.adam else 'sgd'}, S={groups}"
                 yield name, *compare(options, engine, batches, lambda b, s=scorer, d=directions: s.score(b, d), step)
             del directions, scorers
+    maker = FeatureMaker(engine, FeatureSpec("two_sided", 16, 0), adam=True)
+    yield "features of a store", *compare(options, engine, batches, lambda b: maker.features(b).bfloat16(), step)
 
 
 def compare(
