@@ -124,7 +124,7 @@ def test_printed_lines_started_elsewhere_are_collected(folder):
 def test_perplexity_of_a_run_is_that_of_its_own_last_evaluation_and_of_the_tool(folder):
     config = runs.base(
         folder, mixer="static", eval_dataset="prose,tables", eval_on_each_dataset=True, eval_strategy="steps",
-        eval_steps=4, output_dir=str(folder / "evaluated"), **TINY,
+        eval_steps=4, output_dir=str(folder / "evaluated"), **{**TINY, "max_samples": None},
     )  # fmt: skip
     ((status, heard),) = runs.train_many(1, [config], plain=True)
     assert status == 0, heard
