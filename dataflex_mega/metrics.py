@@ -67,7 +67,7 @@ class Metrics:
     plan_digest: str = field(default="", init=False)
 
     def begin(self, state: TrainState) -> None:
-        """Before the first step; what an earlier run logged beyond `state.step` is dropped."""
+        """Before the first step; what an earlier run logged or chose beyond `state.step` is dropped."""
         self.window = Window()
         if not self.writes:
             return
@@ -77,6 +77,12 @@ class Metrics:
             # Its line "step" s is written before step s + 1, so an interrupted run may have left the one of state.step.
             truncate_log(path, state.step - 1)
         truncate_log(self.folder / "trainer_log.jsonl", state.step, key="current_steps")
+        own = self.folder / "selections"
+        if self.selection_folder == own:  # another one may be shared with other runs
+            for path in own.glob("step_*.json"):
+                number = path.stem.removeprefix("step_")
+                if number.isdecimal() and int(number) >= state.step:
+                    path.unlink()
         if self.bar is not None:
             self.bar.begin(state.step, self.max_steps)
 

@@ -38,6 +38,7 @@ def wanted_clusters(spec: ClusterSpec, samples: int) -> int:
     return min(samples, spec.clusters or min(MOST, -(-samples // PER_CLUSTER)))
 
 
+# Not kmeans.cluster: centres begin elsewhere there and an empty one starts anew; with it COINCIDE's choices would change.
 def kmeans(features: Tensor, first: int, samples: int, spec: ClusterSpec, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Spherical k-means (Dhillon and Modha 2001), until nothing moves or for `spec.iterations`.
 

@@ -48,6 +48,7 @@ class Divided:
         return ranks.sum(found).float()
 
 
+# Not clusters.kmeans: centres begin elsewhere there and an empty one stays; with it what is chosen would change.
 def cluster(data: Divided, k: int, iterations: int, seed: int, method: Method, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """-> ([n] int64 cluster of each row here, [n] float32 its squared distance to the centre). At most k clusters are used.
 

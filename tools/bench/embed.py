@@ -74,7 +74,7 @@ class Projection:
     def identity(self) -> dict[str, str]:
         return {"model": "projection"}
 
-    def __call__(self, items: list[Item]) -> np.ndarray:
+    def __call__(self, items: Sequence[Item]) -> np.ndarray:
         counts = np.zeros((len(items), 128), dtype=np.float32)
         for row, item in enumerate(items):
             np.add.at(counts[row], np.frombuffer(item.text.encode(), dtype=np.uint8) % 128, 1)
