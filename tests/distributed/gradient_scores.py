@@ -80,7 +80,8 @@ def micros(mesh, made, rows, pack=None):
 
 
 def scored(mesh, case):
-    """([8, 2] inner products, [8] squared norms) of all candidates, the change that scoring made, and later losses."""
+    """([8, 2] inner products, [8] squared norms) of all candidates, the change that scoring made, later gradient norms, and
+    the [2, 2] inner products of the groups' mean gradients."""
     build = megatron_engine if "keys" in case else fsdp_engine
     engine = build(mesh, case["model"], case.get("keys", case.get("mode")))
     mesh, rows = engine.mesh, case.get("rows", 2)
@@ -92,11 +93,12 @@ def scored(mesh, case):
     directions = scorer.directions(groups)
     mine = [scorer.score(b, directions) for b in micros(mesh, samples(9, 8), 8 // mesh.dp_size, case.get("pack"))]
     dot, norm2 = (torch.cat(parts) for parts in zip(*mine, strict=True))
+    gram = engine.gradient_gram(groups)
     after = state_of(engine)
     changed = [key for key in before if not torch.equal(before[key], after[key])]
     later = [engine.train_step(micros(mesh, samples(10, 8), rows), None).grad_norm]
     ranks = engine.collectives
-    return ranks.gather(dot), ranks.gather(norm2), changed, later
+    return ranks.gather(dot), ranks.gather(norm2), changed, later, gram
 
 
 def state_of(engine):
@@ -123,5 +125,5 @@ def local(tensor):
 def scored_on_all(case):
     """What each rank found, as plain values; called in every process."""
     mesh = meshes.start()
-    dot, norm2, changed, later = scored(mesh, case)
-    return Collectives(mesh).gather_objects((dot.tolist(), norm2.tolist(), changed, later))
+    dot, norm2, changed, later, gram = scored(mesh, case)
+    return Collectives(mesh).gather_objects((dot.tolist(), norm2.tolist(), changed, later, gram.tolist()))

@@ -1,4 +1,4 @@
-"""Gradient scores are one set of numbers on both engines, in every layout and on 1, 2 and 4 processes."""
+"""Gradient scores and products of gradients are one set of numbers on both engines, in every layout and on 1, 2 and 4 processes."""
 
 import pytest
 import torch
@@ -57,8 +57,19 @@ def test_every_layout_gives_the_scores_of_one_process(found, key):
 
 
 @pytest.mark.parametrize("key", CASES, ids=lambda key: f"{key[0]} {key[2]} on {key[1]}")
+def test_every_layout_gives_the_products_of_gradients_of_one_process(found, key):
+    """Of all parameters, embeddings and norms too, each counted once."""
+    gram = torch.tensor(found[key[0], 1, "one process"][0][4], dtype=torch.float64)
+    lengths = gram.diagonal().sqrt()
+    assert 1e-3 < gram[0, 1].abs() / lengths.prod() < 0.9, "two unlike gradients"
+    for *_, other in found[key]:
+        apart = (torch.tensor(other, dtype=torch.float64) - gram).abs() / torch.outer(lengths, lengths)
+        assert apart.max() < 2e-5
+
+
+@pytest.mark.parametrize("key", CASES, ids=lambda key: f"{key[0]} {key[2]} on {key[1]}")
 def test_scoring_changes_no_bit_and_training_goes_on_as_before(found, key):
     expected = found[key[0], 1, "one process"][0][3]
-    for *_, changed, later in found[key]:
+    for _, _, changed, later, _ in found[key]:
         assert changed == []
         assert later == pytest.approx(expected, rel=1e-4)

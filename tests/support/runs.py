@@ -41,14 +41,14 @@ def base(folder, **keys):
     return {key: value for key, value in config.items() if value is not None}
 
 
-def train_many(world, configs, plain=False, run=None):
+def train_many(world, configs, run=None, plain=False):
     """Train each configuration in `world` processes -> [(exit status, standard error of rank 0)].
 
     The processes are forked from a server that has imported everything; they do not see changes of os.environ.
 
     Args:
-        plain: one process without torchrun's variables.
         run: what is called with each configuration, defined at the top of a module; `train_here` unless given.
+        plain: one process without torchrun's variables.
     """
     context = _fork_server()
     queue = context.SimpleQueue()

@@ -19,7 +19,7 @@ from torch import Tensor
 from dataflex_mega import objective
 from dataflex_mega.distributed.collectives import Collectives
 from dataflex_mega.distributed.mesh import Mesh
-from dataflex_mega.engines.megatron import batches, checkpoint, cpu, processes
+from dataflex_mega.engines.megatron import batches, checkpoint, cpu, gram, processes
 from dataflex_mega.engines.megatron.context import Context
 from dataflex_mega.engines.megatron.hidden import Listener
 from dataflex_mega.engines.megatron.layout import Layout
@@ -210,6 +210,10 @@ class MegatronEngine:
     def _not_finite(self, sums: StepSums) -> list[int]:
         """Ids of the step's samples, of all ranks, whose loss is not finite."""
         return sorted({i for ids in self.collectives.gather_objects(sums.not_finite()) for i in ids})
+
+    def gradient_gram(self, groups: list[list[Batch]]) -> Tensor:
+        """See gram.gradient_gram."""
+        return gram.gradient_gram(self, groups)
 
     # -- parameters that are gathered while the forward pass runs ------------------------------------------------
 
