@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 EXTRAS ?= dev,megatron,metrics,offline
 RANKS  ?= 2
-# Processes that run tests, whole files each; a test with process groups starts more.
+# Processes that run tests, whole files each, those of whole trainings first; a test with process groups starts more.
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
@@ -39,10 +39,10 @@ demo: demo-data  ## train a small model on four domains with dynamic mixing, on 
 	@echo "or at all curves with: $(BIN)/tensorboard --logdir .demo/output"
 
 test: env  ## run all tests
-	@$(OFFLINE) $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile
+	@$(OFFLINE) $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: env  ## run the unit tests only, no process groups and no training
-	@$(OFFLINE) $(BIN)/python -m pytest tests/unit -m "not slow" -n $(WORKERS) --dist loadfile
+	@$(OFFLINE) $(BIN)/python -m pytest tests/unit -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 checks: env  ## lint, format, types, layer and size rules
 	@status=0; \

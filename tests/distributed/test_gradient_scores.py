@@ -1,4 +1,4 @@
-"""Gradient scores and products of gradients are one set of numbers on both engines, in every layout and on 1, 2 and 4 processes."""
+"""Gradient scores and products of gradients are the same on both engines, in every layout and on 1, 2 and 4 processes."""
 
 import pytest
 import torch

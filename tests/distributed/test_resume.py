@@ -11,7 +11,7 @@ from tests.support import corpus, runs
 
 ROLES = {
     "selector": {"name": "loss"}, "mixer": {"name": "odm", "reward_scale": 5.0}, "weighter": {"name": "loss"},
-    "warmup_step": 3, "update_step": 4, "update_times": 5,
+    "warmup_step": 3, "update_step": 4, "update_times": 5, "max_samples": 12,
 }  # fmt: skip
 KILLS = 10
 
