@@ -282,7 +282,7 @@ def draw_seconds(axes: Any, found: dict[str, list[Outcome]]) -> None:
     axes.errorbar(start, names, xerr=reach, fmt="none", ecolor="black", capsize=3)
     axes.invert_yaxis()
     axes.set(xlabel="seconds of a run")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", ncol=3, loc="lower right", bbox_to_anchor=(1, 1))
 
 
 def phases_of(found: dict[str, list[Outcome]]) -> list[str]:

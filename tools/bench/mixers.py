@@ -1,7 +1,8 @@
 """What each mixer costs against fixed proportions, as paired ratios in one process.
 
 Trainers of one model take their steps in turn, in an order that changes each round, so that whatever else the machine does
-falls on all alike. A ratio to `static` is taken within each round; the median over rounds is printed with its quartiles.
+falls on all alike. A ratio to `static` is taken within each round; the median over rounds is printed with its quartiles. On
+a noisy machine they say little of a per cent, so what a step spends around the engine's own step is printed by itself.
 Every mixer re-plans at every step, the most there is. A fit of ado is timed by itself. Then those that need more:
 dynamic_moe against static on a mixture of experts; doremi's proxy step with reference losses that are there, and the pass
 that makes them; an update of doge with its backward passes.
@@ -107,24 +108,51 @@ def make(options: argparse.Namespace, mixers: dict[str, dict[str, Any]], folder:
         made[name] = overhead.our_trainer(
             {**keys, **roles.get("keys", {})}, {k: v for k, v in roles.items() if k != "keys"}
         )
+        made[name][0].engine = Timed(made[name][0].engine)
         for _ in range(3):
             made[name][0].advance(made[name][1])
     return made
 
 
+class Timed:
+    """An engine that adds up the seconds of its steps."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.seconds = engine, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def train_step(self, *given: Any) -> Any:
+        start = time.perf_counter()
+        stats = self.engine.train_step(*given)
+        self.seconds += time.perf_counter() - start
+        return stats
+
+
 def rounds(made: dict[str, Any], count: int, title: str) -> float:
     """Print the ratios to the first -> seconds of a step of it, the median."""
     overhead = support("tools/bench/overhead")
-    order, ratios, base = list(made), {name: [] for name in made if name != "static"}, []
+    order, ratios, whole = list(made), {name: [] for name in made if name != "static"}, []
+    around: dict[str, list[float]] = {name: [] for name in made}
     for number in range(count):
         random.Random(number).shuffle(order)
-        spent = {name: overhead.lap(lambda t=made[name]: t[0].advance(t[1])) for name in order}
-        base.append(spent["static"])
+        spent = {}
+        for name in order:
+            trainer, state = made[name]
+            before = trainer.engine.seconds
+            spent[name] = overhead.lap(lambda t=trainer, s=state: t.advance(s))
+            around[name].append(spent[name] - (trainer.engine.seconds - before))
+        whole.append(spent["static"])
         for name, values in ratios.items():
             values.append(spent[name] / spent["static"])
     overhead.show(f"a step / a step of static, {title}, {count} rounds", ratios, 1.01)
-    print(f"static: {statistics.median(base) * 1e3:.1f} ms a step", flush=True)
-    return statistics.median(base)
+    step, plain = statistics.median(whole), statistics.median(around["static"])
+    print(f"static: {step * 1e3:.1f} ms a step, {plain * 1e3:.2f} ms of it around the engine: planning, data, log")
+    for name in ratios:
+        print(f"{name:22}{(statistics.median(around[name]) - plain) / step:9.2%} of a step more around the engine")
+    print(flush=True)
+    return step
 
 
 def free(options: argparse.Namespace, folder: Path) -> float:
