@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
 
+from dataflex_mega import plots
 from dataflex_mega.distributed.testing import free_port, run_processes
 
 
@@ -101,7 +102,8 @@ def as_torchrun(rank, world, port):
 
 
 def train_here(config):
-    """Train in this process -> (exit status, standard error)."""
+    """Train in this process -> (exit status, standard error). Pictures, which take longer than a tiny run, with `plot_loss`
+    only."""
     from accelerate.state import AcceleratorState, PartialState
 
     from dataflex_mega.train import main
@@ -113,7 +115,10 @@ def train_here(config):
     path = output.parent / f"{output.name}.{os.environ.get('RANK', '0')}.yaml"
     path.write_text(yaml.safe_dump(config))
     heard = io.StringIO()
-    with contextlib.redirect_stderr(heard):
+    pictures = (
+        contextlib.nullcontext() if config.get("plot_loss") else mock.patch.object(plots, "plot_run", lambda _: [])
+    )
+    with contextlib.redirect_stderr(heard), pictures:
         status = main([str(path)])
     return status, heard.getvalue()
 
