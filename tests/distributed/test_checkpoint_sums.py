@@ -88,6 +88,30 @@ def test_a_restart_is_bit_equal_and_two_processes_choose_the_same(folder, whole)
     assert len(selections(two)) == 5
 
 
+def test_the_filter_of_a_pipeline_adds_them_up_too(folder):
+    """The first filter is that of one checkpoint, the second is not, on one process and on two."""
+    components = folder / "components.yaml"
+    entries = {f"less_of_{count}": {"name": "less", "params": {"checkpoints": count}} for count in (1, 2)}
+    components.write_text(json.dumps({"selectors": entries}))
+
+    def filtered(component, micro):
+        stage = {"family": "selector", "component": component, "keep_ratio": 0.5, "warmup_step": 1, "every": 2}
+        return runs.base(
+            folder, output_dir=str(folder / f"{component}-{micro}"), train_type="dynamic_lego",
+            components_cfg_file=str(components), pipeline={"stages": [stage]}, per_device_train_batch_size=micro,
+            max_steps=4, max_samples=4, eval_dataset="tables,prose", eval_on_each_dataset=True,
+        )  # fmt: skip
+
+    one, single, two = filtered("less_of_2", 8), filtered("less_of_1", 8), filtered("less_of_2", 4)
+    for status, heard in [*runs.train_many(1, [one, single]), *runs.train_many(2, [two])]:
+        assert status == 0, heard
+    found, of_one, moved = (selections(config) for config in (one, single, two))
+    assert list(found) == list(of_one) == list(moved) == ["step_1.json", "step_3.json"]
+    assert found["step_1.json"] == of_one["step_1.json"] and found["step_3.json"][1] != of_one["step_3.json"][1]
+    for name, (ids, scores) in moved.items():
+        assert ids == found[name][0] and scores == pytest.approx(found[name][1], abs=1e-5), name
+
+
 def scored(config, folder, name, *words):
     """A call of `store score` and the file that it writes."""
     path = folder / f"{name}.yaml"
