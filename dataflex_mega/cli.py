@@ -42,9 +42,9 @@ MASTER_ADDR, MASTER_PORT, and for elastic runs RDZV_ID, MIN_NNODES, MAX_NNODES, 
 HANDED_ON = ("export", "chat", "api", "webui", "webchat", "eval")
 PEER = "llamafactory-cli"
 TRAIN_MODULE = "dataflex_mega.train"
-STORE_MODULE = "dataflex_mega.wiring.store_command"
-REFERENCE_MODULE = "dataflex_mega.wiring.reference_command"
-OFFLINE_MODULE = "dataflex_mega.wiring.offline"
+STORE_MODULE = "dataflex_mega.commands.store"
+REFERENCE_MODULE = "dataflex_mega.commands.reference"
+OFFLINE_MODULE = "dataflex_mega.commands.offline"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,7 +179,7 @@ def train(arguments: list[str]) -> int:
 
 def reference(arguments: list[str]) -> int:
     """Write the reference losses of a configuration, in this process or under torchrun. Returns its exit status."""
-    from dataflex_mega.wiring import reference_command
+    from dataflex_mega.commands import reference as reference_command
 
     asks_for_help = not arguments or arguments[0] in ("-h", "--help", "help")
     if asks_for_help or not needs_launcher(os.environ, device_count):
@@ -190,7 +190,7 @@ def reference(arguments: list[str]) -> int:
 
 def offline(name: str, arguments: list[str]) -> int:
     """`embed`, `near` or `tsds`, in this process or under torchrun. Returns its exit status."""
-    from dataflex_mega.wiring import offline as tools
+    from dataflex_mega.commands import offline as tools
 
     asks_for_help = not arguments or arguments[0] in ("-h", "--help")
     if asks_for_help or not needs_launcher(os.environ, device_count):
@@ -200,7 +200,7 @@ def offline(name: str, arguments: list[str]) -> int:
 
 def store(arguments: list[str]) -> int:
     """Gradient stores; building and scoring in this process or under torchrun. Returns the exit status."""
-    from dataflex_mega.wiring import store_command
+    from dataflex_mega.commands import store as store_command
 
     if store_command.wants_help(arguments):
         return store_command.main(arguments)
@@ -213,7 +213,7 @@ def store(arguments: list[str]) -> int:
 
 def doremi(arguments: list[str]) -> int:
     """DoReMi's three runs. Returns the exit status of the first that fails, or 0."""
-    from dataflex_mega.wiring import doremi as chain
+    from dataflex_mega.commands import doremi as chain
 
     def start(given: list[str]) -> int:
         launch = needs_launcher(os.environ, device_count)
@@ -229,12 +229,12 @@ def check(arguments: list[str]) -> None:
     from dataflex_mega.config.load import load
     from dataflex_mega.config.megatron import engine_of_environment
     from dataflex_mega.config.megatron_checks import check_megatron
-    from dataflex_mega.config.split import split
-    from dataflex_mega.lf import predict
+    from dataflex_mega.config.parse import split
+    from dataflex_mega.llamafactory import predict
 
     given = load(arguments[0], arguments[1:])  # before LLaMA-Factory's keys are asked for, which takes seconds
     variable = engine_of_environment(os.environ)
-    from dataflex_mega.lf.args import keys
+    from dataflex_mega.llamafactory.args import keys
 
     config = split(given, keys(), variable)
     if config.ours.train_type != "static" or config.engine == "megatron":
@@ -343,7 +343,7 @@ def free_port() -> int:
 
 def hand_on(command: str, arguments: list[str]) -> int:
     """Run a command of llamafactory-cli in this process, as that program would."""
-    from dataflex_mega.lf.compat import ensure_importable
+    from dataflex_mega.llamafactory.compat import ensure_importable
 
     ensure_importable()
     found = metadata.entry_points(group="console_scripts", name=PEER)

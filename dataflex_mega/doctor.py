@@ -88,7 +88,7 @@ class Probe:
         return importlib.import_module(module)
 
     def hide(self, module: str) -> None:
-        """Make a broken module look as if it were not installed, as `lf.compat` does before training."""
+        """Make a broken module look as if it were not installed, as `llamafactory.compat` does before training."""
         for name in [m for m in sys.modules if m == module or m.startswith(module + ".")]:
             del sys.modules[name]
         sys.modules[module] = None  # type: ignore[assignment]  # how Python marks a module that is not to be found

@@ -11,9 +11,9 @@ from dataflex_mega.config.checks import check_dynamic, listed
 from dataflex_mega.config.load import load
 from dataflex_mega.config.megatron import engine_of_environment
 from dataflex_mega.config.megatron_checks import check_megatron
-from dataflex_mega.config.split import RunConfig, split
+from dataflex_mega.config.parse import RunConfig, split
 from dataflex_mega.errors import TrainingFault, UserError
-from dataflex_mega.lf import predict
+from dataflex_mega.llamafactory import predict
 
 HELP = """usage: python -m dataflex_mega.train CONFIG.yaml [key=value ...]
        torchrun --nproc_per_node N -m dataflex_mega.train CONFIG.yaml [key=value ...]
@@ -62,7 +62,7 @@ def _say(error: Exception, status: int) -> int:
 
 def run(path: str, overrides: Sequence[str] = ()) -> None:
     """Train as the YAML says. Raises UserError for mistakes and TrainingFault for faults in the middle."""
-    from dataflex_mega.lf.args import keys
+    from dataflex_mega.llamafactory.args import keys
 
     variable = engine_of_environment(os.environ)  # now, because importing LLaMA-Factory takes the variables away
     config = split(load(path, overrides), keys(), variable)
@@ -70,7 +70,7 @@ def run(path: str, overrides: Sequence[str] = ()) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"note: {note}", file=sys.stderr)
     if config.ours.train_type == "static" and config.engine == "fsdp":
-        from dataflex_mega.lf.static import run_static
+        from dataflex_mega.llamafactory.static import run_static
 
         datasets = [*listed(config.lf.get("dataset")), *listed(config.lf.get("eval_dataset"))]
         run_static(config.lf, list(config.ours.callbacks), datasets)
@@ -86,7 +86,7 @@ def run(path: str, overrides: Sequence[str] = ()) -> None:
 def run_dynamic(config: RunConfig) -> None:
     """Our own loop, on either engine; without a role it trains plainly."""
     from dataflex_mega.distributed import mesh as meshes
-    from dataflex_mega.wiring.run import Build
+    from dataflex_mega.run.build import Build
 
     finished = False
     try:

@@ -50,7 +50,7 @@ class Checkpointer(Protocol):
 
 
 class Hooks(Protocol):
-    """See lf.callbacks.Hooks: what happens at which step."""
+    """See llamafactory.callbacks.Hooks: what happens at which step."""
 
     def begin(self, step: int, epoch: float) -> None: ...
     def step_end(self, step: int, epoch: float, tokens: int) -> Any: ...

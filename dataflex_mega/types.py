@@ -184,7 +184,7 @@ class UsesStore(ABC):
 
 class NeedsBatchGradients(ABC):
     """A weighter that looks at the gradients of the whole batch before the step that trains it; see
-    wiring.batch_gradients."""
+    providers.batch_gradients."""
 
     target_batch: int  # target samples compared with at a step; 0: all
 
@@ -213,7 +213,7 @@ class SamplingSpec:
 
 
 class UsesPolicy(ABC):
-    """A selector whose targets are rewards of what the model of now answers; see wiring.policy."""
+    """A selector whose targets are rewards of what the model of now answers; see providers.policy_gradients."""
 
     reward: str
     mc_samples: int

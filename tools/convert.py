@@ -45,8 +45,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def request_of(args: argparse.Namespace) -> Any:
     """What the command line asks for. Raises ConfigError for sizes below 1 and an output that has something in it."""
+    from dataflex_mega.engines.megatron.conversion import Request
     from dataflex_mega.engines.megatron.export import ExportOptions
-    from dataflex_mega.engines.megatron.offline import Request
 
     for name in ("tensor", "pipeline", "expert", "vocab_multiple", "file_gb"):
         if not getattr(args, name) > 0:
@@ -79,7 +79,7 @@ def in_processes(function: Callable[..., Any], world: int, request: Any) -> Any:
 
 def run(args: argparse.Namespace) -> int:
     """Do it -> the exit status. Raises UserError."""
-    from dataflex_mega.engines.megatron import offline
+    from dataflex_mega.engines.megatron import conversion as offline
 
     request = request_of(args)
     world = max(args.tensor, args.expert) * args.pipeline

@@ -46,8 +46,8 @@ def keys_of(given: argparse.Namespace) -> tuple[dict[str, Any], str | None]:
     """(LLaMA-Factory's keys of the evaluation, folder of a corpus or None). Raises ConfigError for a missing option."""
     if given.config is not None:
         from dataflex_mega.config.load import load
-        from dataflex_mega.config.split import split
-        from dataflex_mega.lf.args import keys
+        from dataflex_mega.config.parse import split
+        from dataflex_mega.llamafactory.args import keys
 
         known = keys()
         whole = split(load(given.config), known)

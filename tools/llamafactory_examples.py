@@ -24,7 +24,7 @@ import tiny_model
 import yaml
 
 from dataflex_mega.errors import DataError
-from dataflex_mega.lf.compat import ensure_importable
+from dataflex_mega.llamafactory.compat import ensure_importable
 from dataflex_mega.train import main as train
 
 FIRST = ("train_lora/qwen3_lora_sft.yaml", "train_lora/qwen3_lora_reward.yaml")  # others begin with what they write

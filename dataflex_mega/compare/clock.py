@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from dataflex_mega.checkpoint import truncate_log
-from dataflex_mega.compare.times import FILE
+from dataflex_mega.compare.step_times import FILE
 
 
 class Clock(TrainerCallback):

@@ -12,12 +12,13 @@ from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
-from dataflex_mega.compare import perplexity, pictures, report, results, runner, suite
-from dataflex_mega.compare.board import Board
+from dataflex_mega.compare import perplexity, report, results, runner, suite
+from dataflex_mega.compare import plots as pictures
+from dataflex_mega.compare.progress import Board
 from dataflex_mega.compare.suite import Run, Suite
 from dataflex_mega.config.checks import check_dynamic
 from dataflex_mega.config.load import resolve
-from dataflex_mega.config.split import split
+from dataflex_mega.config.parse import split
 from dataflex_mega.errors import ConfigError, UserError, did_you_mean
 
 HELP = """usage: dataflex-cli compare SUITE.yaml [--collect] [--rerun NAME ...] [key=value ...]
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def check(chosen: Suite) -> dict[str, str]:
     """Find mistakes in any run's configuration before the first is trained -> LLaMA-Factory's keys. Raises ConfigError."""
-    from dataflex_mega.lf.args import keys
+    from dataflex_mega.llamafactory.args import keys
 
     known = keys()
     for run in chosen.runs:

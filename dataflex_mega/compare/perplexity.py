@@ -103,9 +103,9 @@ def measure(
     Raises:
         ConfigError, DataError: naming the key or data set that is wrong.
     """
-    from dataflex_mega.lf import args as lf_args
-    from dataflex_mega.lf.data import load_data
-    from dataflex_mega.lf.model import build_model, load_tokenizer
+    from dataflex_mega.llamafactory import args as lf_args
+    from dataflex_mega.llamafactory.data import load_data
+    from dataflex_mega.llamafactory.model import build_model, load_tokenizer
 
     if batch_size < 1:
         raise ConfigError(f"batch size: must be at least 1, found {batch_size}")

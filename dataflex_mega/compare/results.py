@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataflex_mega.compare import times
+from dataflex_mega.compare import step_times as times
 from dataflex_mega.compare.runner import is_finished, write_beside
 from dataflex_mega.compare.suite import Run, Suite, listed
 from dataflex_mega.metrics import STEPS_FILE

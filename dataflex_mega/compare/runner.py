@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import yaml
 
 from dataflex_mega.checkpoint import PREFIX
-from dataflex_mega.compare import times
+from dataflex_mega.compare import step_times as times
 from dataflex_mega.compare.suite import Run, Suite
 from dataflex_mega.errors import ConfigError, did_you_mean
 

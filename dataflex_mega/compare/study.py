@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dataflex_mega.compare import command, regmix, report, results, runner, suite
-from dataflex_mega.compare.board import Board
+from dataflex_mega.compare.progress import Board
 from dataflex_mega.compare.results import MACRO, OVERALL, Comparison
 from dataflex_mega.compare.suite import Suite
 from dataflex_mega.config.load import resolve
@@ -147,10 +147,10 @@ def natural_proportions(study: Study) -> np.ndarray:
 
 def sample_counts(study: Study) -> list[int]:
     """[k] samples of each domain as training reads them, in this process."""
-    from dataflex_mega.config.split import split
-    from dataflex_mega.lf import args as lf_args
-    from dataflex_mega.lf.data import load_data
-    from dataflex_mega.lf.model import load_tokenizer
+    from dataflex_mega.config.parse import split
+    from dataflex_mega.llamafactory import args as lf_args
+    from dataflex_mega.llamafactory.data import load_data
+    from dataflex_mega.llamafactory.model import load_tokenizer
 
     config = {**resolve(dict(study.base), "base"), "mixer": "static", "output_dir": str(study.output / "natural")}
     lf = split(config, lf_args.keys()).lf

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex_mega.config.corpus import check_corpora, training_domains
-from dataflex_mega.config.split import RunConfig
+from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.errors import ConfigError, did_you_mean
 
 STAGES = ("pt", "sft")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dataflex_mega.config.split import MEGATRON_KEYS, RunConfig
+from dataflex_mega.config.parse import MEGATRON_KEYS, RunConfig
 
 # Keys that may change between the runs of one training: where things go, how often, how the global batch is cut, and
 # how long to train. Everything else is part of what the run is.

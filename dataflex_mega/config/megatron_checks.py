@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dataflex_mega.config.split import RunConfig
+from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.errors import ConfigError
 
 FSDP_DOES = "engine: fsdp does"

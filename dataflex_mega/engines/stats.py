@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.distributed.collectives import Collectives
-from dataflex_mega.signals.loads import LoadSums
+from dataflex_mega.signals.router_load import LoadSums
 from dataflex_mega.types import Batch, SampleObs, StepStats, WeightStats
 
 

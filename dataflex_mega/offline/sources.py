@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dataflex_mega.data.pool import Pool
-from dataflex_mega.data.rows_check import first_bad_row
+from dataflex_mega.data.row_validation import first_bad_row
 from dataflex_mega.errors import ConfigError, DataError
 from dataflex_mega.offline.encoders import Item
 

@@ -24,7 +24,7 @@ class GradientScorer(Protocol):
 
 
 class Provider(Protocol):
-    """Makes further signals; wiring.providers says who makes which."""
+    """Makes further signals; providers.registry says who makes which."""
 
     def __call__(self, scorer: Scorer, ids: np.ndarray) -> dict[str, torch.Tensor]:
         """[n] global ids of this rank's candidates -> signals by name, n rows each, on the CPU.

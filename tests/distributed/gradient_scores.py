@@ -49,7 +49,8 @@ def fsdp_engine(mesh, name, mode):
 
 def megatron_engine(mesh, name, keys, rows=2):
     """`keys`: as in a YAML."""
-    from dataflex_mega.engines.megatron import cpu, processes, weights
+    from dataflex_mega.engines.megatron import cpu, weights
+    from dataflex_mega.engines.megatron import process_groups as processes
     from dataflex_mega.engines.megatron.build import assemble, chunks_of
     from dataflex_mega.engines.megatron.layout import read_layout
     from dataflex_mega.engines.megatron.settings import Training, settings

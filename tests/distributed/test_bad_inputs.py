@@ -95,7 +95,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def no_model(monkeypatch):
     """Building a model fails the test."""
-    from dataflex_mega.lf import model
+    from dataflex_mega.llamafactory import model
 
     def built(*_):
         raise AssertionError("the model was built before the mistake was found")

@@ -62,7 +62,7 @@ def test_every_number_of_processes_trains_the_same(folder, alone, world, sharded
 
 
 def test_products_are_those_of_autograds_gradients(folder):
-    from dataflex_mega.wiring.batch_gradients import batch_gradients
+    from dataflex_mega.providers.batch_gradients import batch_gradients
 
     run, trainer = opened(config_of(folder, "here"))
     engine = trainer.engine

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex_mega.wiring.policy import split
+from dataflex_mega.providers.policy_gradients import split
 from tests.support import corpus, runs
 from tests.support.opened import Trial, opened
 

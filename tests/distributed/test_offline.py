@@ -21,7 +21,7 @@ def do(job):
     """An offline command, or a training run -> (exit status, standard error)."""
     if isinstance(job, dict):
         return runs.train_here(job)
-    from dataflex_mega.wiring import offline
+    from dataflex_mega.commands import offline
 
     heard = io.StringIO()
     with contextlib.redirect_stderr(heard):

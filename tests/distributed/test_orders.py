@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dataflex_mega.config import components, orders
-from dataflex_mega.ordering import Direction, arrange
+from dataflex_mega.control.passes import Direction, arrange
 from dataflex_mega.registry import build
 from tests.support import corpus, runs
 

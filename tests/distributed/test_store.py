@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 
+from dataflex_mega.commands import store as store_command
 from dataflex_mega.distributed.testing import free_port
 from dataflex_mega.store.gradients import GradientStore
-from dataflex_mega.wiring import store_command
 from tests.support import corpus, runs
 
 SELECT = {
@@ -99,7 +99,7 @@ def ours_of(argv):
 
     from accelerate.state import AcceleratorState, PartialState
 
-    from dataflex_mega.wiring.store_command import main
+    from dataflex_mega.commands.store import main
 
     AcceleratorState._reset_state(True)
     PartialState._reset_state()

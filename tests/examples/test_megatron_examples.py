@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from dataflex_mega.config.split import split
+from dataflex_mega.config.parse import split
 from dataflex_mega.corpus import command
 from dataflex_mega.engines.megatron import layout
 from tests.support import corpus, runs
@@ -192,7 +192,7 @@ def export_command(_mesh, keys, path):
 
 def test_the_recipe_is_of_the_size_it_says(folder):
     """64 ranks, 4.19M tokens a step, 627B in all, natural proportions."""
-    from dataflex_mega.lf.args import keys
+    from dataflex_mega.llamafactory.args import keys
 
     given = yaml.safe_load(EXAMPLES[RECIPE].read_text())
     config = split(given, keys())

@@ -128,11 +128,11 @@ def run(config):
 
 def bare_run(keys, own_layers):
     """Write losses and norms as a run does -> (0, nothing said)."""
-    from dataflex_mega.config.split import split
+    from dataflex_mega.config.parse import split
     from dataflex_mega.engines.megatron import cpu, weights
     from dataflex_mega.engines.megatron.build import chunks_of
-    from dataflex_mega.lf.args import keys as lf_keys
-    from dataflex_mega.wiring.run import Build
+    from dataflex_mega.llamafactory.args import keys as lf_keys
+    from dataflex_mega.run.build import Build
 
     built = Build(split(keys, lf_keys()))
     backend = built.backend

@@ -9,12 +9,12 @@ import yaml
 
 
 def opened(config):
-    """A configuration -> (wiring.run.Build, its trainer)."""
+    """A configuration -> (run.build.Build, its trainer)."""
     from dataflex_mega.config.checks import check_dynamic
     from dataflex_mega.config.load import load
-    from dataflex_mega.config.split import split
-    from dataflex_mega.lf.args import keys
-    from dataflex_mega.wiring.run import Build
+    from dataflex_mega.config.parse import split
+    from dataflex_mega.llamafactory.args import keys
+    from dataflex_mega.run.build import Build
 
     path = Path(f"{config['output_dir']}.yaml")
     path.parent.mkdir(parents=True, exist_ok=True)

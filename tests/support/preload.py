@@ -1,6 +1,6 @@
 """Imported by the fork server of `runs.start`, so that a process of a run starts in no time."""
 
-from dataflex_mega.lf.compat import ensure_importable
+from dataflex_mega.llamafactory.compat import ensure_importable
 
 ensure_importable()
 
@@ -15,6 +15,6 @@ import dataflex_mega.train  # noqa: E402
 
 with contextlib.suppress(ImportError):
     import dataflex_mega.engines.megatron.build
-    import dataflex_mega.engines.megatron.offline
+    import dataflex_mega.engines.megatron.conversion
 
 LOADED = (llamafactory, peft, dataflex_mega)

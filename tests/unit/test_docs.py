@@ -18,9 +18,9 @@ from dataflex_mega.algorithms.base import Domains, Mixer, Selector, Weighter
 from dataflex_mega.config import orders
 from dataflex_mega.config.components import flat
 from dataflex_mega.config.identity import FREE_KEYS
-from dataflex_mega.config.split import MEGATRON_KEYS, OUR_KEYS, split
+from dataflex_mega.config.parse import MEGATRON_KEYS, OUR_KEYS, split
 from dataflex_mega.errors import ConfigError, DataError
-from dataflex_mega.lf.args import keys as lf_keys
+from dataflex_mega.llamafactory.args import keys as lf_keys
 from dataflex_mega.registry import CONTRACTS, available, build, parameters, validate
 from tests.unit.algorithms import test_contract as contract
 from tests.unit.algorithms.examples import DOMAINS, clock, generator, observed, stats

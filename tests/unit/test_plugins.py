@@ -9,7 +9,7 @@ import pytest
 
 from dataflex_mega import plugins
 from dataflex_mega.algorithms.base import Mixer
-from dataflex_mega.config.split import split
+from dataflex_mega.config.parse import split
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.registry import all_names, available, build
 

@@ -171,11 +171,11 @@ class Windows:
 
 def train(keys: dict[str, Any], held: list[str], every: int) -> Outcome:
     """One run in this process."""
-    from dataflex_mega.config.split import split
+    from dataflex_mega.config.parse import split
     from dataflex_mega.data.pool import Domain, Pool
-    from dataflex_mega.lf.args import keys as lf_keys
+    from dataflex_mega.llamafactory.args import keys as lf_keys
+    from dataflex_mega.run.build import Build
     from dataflex_mega.signals.scorer import evaluate
-    from dataflex_mega.wiring.run import Build
 
     built = Build(split(keys, lf_keys()))
     trainer = built.trainer()

@@ -148,10 +148,10 @@ def keys_of(options: argparse.Namespace, output: Path) -> dict[str, Any]:
 
 def our_trainer(keys: dict[str, Any], roles: dict[str, Any]) -> tuple[Any, Any]:
     """(trainer, state) ready to advance."""
-    from dataflex_mega.config.split import split
-    from dataflex_mega.lf.args import keys as lf_keys
+    from dataflex_mega.config.parse import split
+    from dataflex_mega.llamafactory.args import keys as lf_keys
+    from dataflex_mega.run.build import Build
     from dataflex_mega.types import TrainState
-    from dataflex_mega.wiring.run import Build
 
     train_type = "dynamic" if roles else "static"
     built = Build(split({**keys, **roles, "train_type": train_type, "tensorboard": False}, lf_keys()))
@@ -161,12 +161,12 @@ def our_trainer(keys: dict[str, Any], roles: dict[str, Any]) -> tuple[Any, Any]:
 
 def bare_of(keys: dict[str, Any]) -> Callable[[], Any]:
     """A step of the bare loop on the model, the layout and the data that `keys` describe."""
-    from dataflex_mega.config.split import split
+    from dataflex_mega.config.parse import split
     from dataflex_mega.data.loader import Loader
     from dataflex_mega.engines.megatron import cpu
     from dataflex_mega.engines.megatron.build import chunks_of
-    from dataflex_mega.lf.args import keys as lf_keys
-    from dataflex_mega.wiring.run import Build
+    from dataflex_mega.llamafactory.args import keys as lf_keys
+    from dataflex_mega.run.build import Build
 
     built = Build(split({**keys, "train_type": "static", "tensorboard": False}, lf_keys()))
     backend: Any = built.backend

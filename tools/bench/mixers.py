@@ -165,7 +165,7 @@ def free(options: argparse.Namespace, folder: Path) -> float:
 
 def doremi(options: argparse.Namespace, folder: Path) -> None:
     """Its proxy's step against static's, and a token of the reference pass against one of training."""
-    from dataflex_mega.wiring import reference
+    from dataflex_mega.run import reference
 
     passes: list[float] = []
     build = reference.build

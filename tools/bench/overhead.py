@@ -64,10 +64,10 @@ def keys_of(options: argparse.Namespace, output: Path) -> dict[str, Any]:
 
 def our_trainer(keys: dict[str, Any], roles: dict[str, Any]) -> tuple[Any, Any]:
     """(trainer, state) ready to advance."""
-    from dataflex_mega.config.split import split
-    from dataflex_mega.lf.args import keys as lf_keys
+    from dataflex_mega.config.parse import split
+    from dataflex_mega.llamafactory.args import keys as lf_keys
+    from dataflex_mega.run.build import Build
     from dataflex_mega.types import TrainState
-    from dataflex_mega.wiring.run import Build
 
     ours = {"train_type": "dynamic", **roles} if roles else {"mixer": "static", "update_step": 1}
     built = Build(split({**keys, **ours, "tensorboard": False}, lf_keys()))

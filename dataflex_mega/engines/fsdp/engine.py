@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from dataflex_mega import objective
 from dataflex_mega.distributed.collectives import Collectives
 from dataflex_mega.distributed.mesh import Mesh
+from dataflex_mega.engines.fsdp import checkpoint as disk
 from dataflex_mega.engines.fsdp import gram
-from dataflex_mega.engines.fsdp import state as disk
 from dataflex_mega.engines.fsdp.hidden import layers_of, listening
 from dataflex_mega.engines.fsdp.parallel import Layout, set_gradient_sync, unwrap
 from dataflex_mega.engines.fsdp.precision import LossScale

@@ -15,10 +15,10 @@ from torch.distributed.fsdp import FSDPModule
 from dataflex_mega import objective
 from dataflex_mega.engines.fsdp.experts import WEIGHTS, ExpertTaps, trained_experts
 from dataflex_mega.engines.fsdp.parallel import set_gradient_sync
-from dataflex_mega.engines.kept import HELD, Held
+from dataflex_mega.engines.layer_cache import HELD, Held
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.signals.capability import choose
 from dataflex_mega.signals.gradients import Adam, Layer, Taps, spans, trained_linears
+from dataflex_mega.signals.kernel_choice import choose
 from dataflex_mega.types import IGNORED, Batch
 
 if TYPE_CHECKING:

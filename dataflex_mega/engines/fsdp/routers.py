@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.signals.loads import LoadSums, token_domains
+from dataflex_mega.signals.router_load import LoadSums, token_domains
 from dataflex_mega.types import Batch
 
 RECORDED = "router_logits"  # transformers' name, under which a model class says what its routers are

@@ -20,8 +20,8 @@ from torch import nn
 from dataflex_mega.distributed.mesh import Mesh
 from dataflex_mega.engines.megatron.engine import MegatronEngine
 from dataflex_mega.engines.megatron.layout import Layout
+from dataflex_mega.engines.megatron.lr_adapter import Rates
 from dataflex_mega.engines.megatron.model import build_chunks, seed_everything
-from dataflex_mega.engines.megatron.rates import Rates
 from dataflex_mega.engines.megatron.settings import Settings
 from dataflex_mega.engines.megatron.shape import Shape
 from dataflex_mega.engines.options import Options

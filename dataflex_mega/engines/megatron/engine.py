@@ -19,11 +19,12 @@ from torch import Tensor
 from dataflex_mega import objective
 from dataflex_mega.distributed.collectives import Collectives
 from dataflex_mega.distributed.mesh import Mesh
-from dataflex_mega.engines.megatron import batches, checkpoint, cpu, gram, processes
+from dataflex_mega.engines.megatron import batches, checkpoint, cpu, gram
+from dataflex_mega.engines.megatron import process_groups as processes
 from dataflex_mega.engines.megatron.context import Context
 from dataflex_mega.engines.megatron.hidden import Listener
 from dataflex_mega.engines.megatron.layout import Layout
-from dataflex_mega.engines.megatron.rates import Rates
+from dataflex_mega.engines.megatron.lr_adapter import Rates
 from dataflex_mega.engines.megatron.routers import Routers
 from dataflex_mega.engines.options import Options
 from dataflex_mega.engines.stats import StepSums

@@ -21,7 +21,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from dataflex_mega import objective
-from dataflex_mega.engines.kept import HELD, Held
+from dataflex_mega.engines.layer_cache import HELD, Held
 from dataflex_mega.engines.megatron import batches, cpu
 from dataflex_mega.engines.megatron.checkpoint import bare
 from dataflex_mega.engines.megatron.moments import Moments

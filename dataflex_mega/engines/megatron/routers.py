@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dataflex_mega.engines.megatron.checkpoint import bare
 from dataflex_mega.engines.megatron.layout import Layout
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.signals.loads import LoadSums, token_domains
+from dataflex_mega.signals.router_load import LoadSums, token_domains
 from dataflex_mega.types import Batch
 
 

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from dataflex_mega.compare import clock, pictures, report, results, suite
+from dataflex_mega.compare import clock, report, results, suite
+from dataflex_mega.compare import plots as pictures
 from dataflex_mega.compare.results import Cost, Result
 from tests.unit.compare.test_suite import BASE
 

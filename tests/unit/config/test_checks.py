@@ -1,7 +1,7 @@
 import pytest
 
 from dataflex_mega.config.checks import REFUSED, check_dynamic, listed
-from dataflex_mega.config.split import split
+from dataflex_mega.config.parse import split
 from dataflex_mega.errors import ConfigError
 from tests.unit.config.conftest import LF_KEYS
 

@@ -4,7 +4,7 @@ import pytest
 
 from dataflex_mega.config.checks import REFUSED, check_dynamic
 from dataflex_mega.config.corpus import with_names
-from dataflex_mega.config.split import split
+from dataflex_mega.config.parse import split
 from dataflex_mega.data import manifest
 from dataflex_mega.data.manifest import Corpus, CorpusDomain, CorpusTokenizer
 from dataflex_mega.errors import ConfigError, DataError

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dataflex_mega.config import components
-from dataflex_mega.config.split import split
+from dataflex_mega.config.parse import split
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.registry import build
 

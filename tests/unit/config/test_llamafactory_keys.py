@@ -6,7 +6,7 @@ import pytest
 
 from dataflex_mega.config.checks import ALLOWED, AT_LEAST, REFUSED, REQUIRED
 from dataflex_mega.config.legacy import DROPPED, INTO_FSDP_CONFIG, RENAMED
-from dataflex_mega.config.split import MEGATRON_KEYS, OUR_KEYS, split
+from dataflex_mega.config.parse import MEGATRON_KEYS, OUR_KEYS, split
 from dataflex_mega.config.values import fit_loosely, kinds
 from dataflex_mega.errors import ConfigError
 from tests.unit.config.conftest import LF_KEYS
@@ -14,7 +14,7 @@ from tests.unit.config.conftest import LF_KEYS
 
 @pytest.fixture(scope="module")
 def keys():
-    from dataflex_mega.lf.args import keys
+    from dataflex_mega.llamafactory.args import keys
 
     return keys()
 

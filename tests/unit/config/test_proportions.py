@@ -12,8 +12,8 @@ import torch
 from dataflex_mega.config import proportions
 from dataflex_mega.config.ours import parse
 from dataflex_mega.errors import ConfigError
+from dataflex_mega.run.averages import write_averages
 from dataflex_mega.types import Averages
-from dataflex_mega.wiring.averages import write_averages
 
 STATIC = {"mixer": "static"}
 

@@ -1,7 +1,7 @@
 import pytest
 
 from dataflex_mega.config.identity import identity
-from dataflex_mega.config.split import MEGATRON_KEYS, OUR_KEYS, split
+from dataflex_mega.config.parse import MEGATRON_KEYS, OUR_KEYS, split
 from dataflex_mega.errors import ConfigError
 
 

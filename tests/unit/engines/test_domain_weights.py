@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dataflex_mega.controller import StepFactors
+from dataflex_mega.control.controller import StepFactors
 from dataflex_mega.data.collate import collate
 from dataflex_mega.distributed import mesh as meshes
 from dataflex_mega.engines.fsdp.engine import FSDPEngine, Options

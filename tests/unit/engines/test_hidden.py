@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from dataflex_mega.algorithms.base import Domains
 from dataflex_mega.algorithms.weighters.adapt import Adapt
 from dataflex_mega.algorithms.weighters.joint_update_aware import JointUpdateAware, maximum
-from dataflex_mega.controller import Controller, Roles
+from dataflex_mega.control.controller import Controller, Roles
+from dataflex_mega.control.schedule import Schedule
 from dataflex_mega.data.collate import collate
 from dataflex_mega.data.pool import Domain, Pool, Sample
 from dataflex_mega.data.sampler import Sampler
 from dataflex_mega.distributed import mesh as meshes
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.schedule import Schedule
 from dataflex_mega.signals.hidden import TargetMean, pool, position_weights, unit
 from dataflex_mega.types import HiddenSpec, TrainState
 from tests.distributed.layouts import samples_of, tiny_llama

@@ -11,7 +11,7 @@ import torch
 
 from dataflex_mega import objective
 from dataflex_mega.algorithms.weighters.rho1 import Rho1
-from dataflex_mega.controller import TokenWeigh
+from dataflex_mega.control.controller import TokenWeigh
 from dataflex_mega.data.collate import collate
 from dataflex_mega.distributed import mesh as meshes
 from dataflex_mega.errors import ConfigError, TrainingFault

@@ -8,10 +8,10 @@ from dataflex_mega.algorithms.base import Selector
 from dataflex_mega.data.collate import collate
 from dataflex_mega.data.pool import Domain, Pool
 from dataflex_mega.errors import ConfigError
+from dataflex_mega.providers import registry as providers
+from dataflex_mega.providers.registry import Entry, check, wants_targets
 from dataflex_mega.registry import build
 from dataflex_mega.signals.scorer import Scorer
-from dataflex_mega.wiring import providers
-from dataflex_mega.wiring.providers import Entry, check, wants_targets
 
 
 class Rows:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dataflex_mega.config.load import load
-from dataflex_mega.config.split import split
-from dataflex_mega.lf.args import keys as lf_keys
+from dataflex_mega.config.parse import split
+from dataflex_mega.llamafactory.args import keys as lf_keys
 from dataflex_mega.registry import CONTRACTS, available, parameters
 from tests.support.corpus import ROOT, tool
 

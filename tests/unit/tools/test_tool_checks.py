@@ -126,7 +126,7 @@ def test_harmless_constructs_are_let_through(checks: ModuleType, tmp_path: Path,
         ("controller.py", "from megatron.core import x", "controller may not import megatron"),
         ("trainer.py", "import torch\ntorch.distributed.barrier()", "trainer may not import torch.distributed"),
         ("metrics.py", "from torch import distributed", "metrics may not import torch.distributed"),
-        ("train.py", "from llamafactory.hparams import x", "train may not import llamafactory (only lf)"),
+        ("train.py", "from llamafactory.hparams import x", "train may not import llamafactory (only llamafactory)"),
         ("novel.py", "from dataflex_mega.types import x", "novel has no place in LAYERS"),
     ],
 )

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
+from dataflex_mega.control.passes import Direction, arrange
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.ordering import Direction, arrange
 from dataflex_mega.registry import build
 
 TIED = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]

@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from dataflex_mega.config.megatron import MegatronArguments
-from dataflex_mega.engines.megatron import cpu, model, processes
+from dataflex_mega.engines.megatron import cpu, model
+from dataflex_mega.engines.megatron import process_groups as processes
 from dataflex_mega.engines.megatron.layout import Layout
 from dataflex_mega.engines.megatron.settings import Training, settings
 from dataflex_mega.engines.megatron.shape import Shape

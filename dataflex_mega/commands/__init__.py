@@ -1,0 +1,1 @@
+"""The subcommands of dataflex-cli, one file each."""

@@ -1,0 +1,102 @@
+"""LLaMA-Factory's arguments: which keys exist, and parsing them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import typing
+from importlib.metadata import PackageNotFoundError
+from typing import Any, NamedTuple
+
+import torch
+
+from dataflex_mega.errors import ConfigError, UserError
+from dataflex_mega.llamafactory.compat import ensure_importable
+
+ENGINE_KEYS = ("fsdp", "fsdp_config")  # ours to act on in dynamic runs, so accelerate must not see them
+REFUSALS = (ValueError, TypeError, ImportError, OSError, NotImplementedError)  # by which libraries say no
+AFTERWARDS = ("do_predict", "predict_with_generate")  # llamafactory.predict acts on them when the training is over
+
+
+class LFArgs(NamedTuple):
+    """LLaMA-Factory's five argument objects."""
+
+    model: Any
+    data: Any
+    training: Any
+    finetuning: Any
+    generating: Any
+
+
+def keys() -> dict[str, str]:
+    """Every key of a LLaMA-Factory training YAML -> its annotation as text."""
+    ensure_importable()
+    from llamafactory.hparams import (
+        DataArguments,
+        FinetuningArguments,
+        GeneratingArguments,
+        ModelArguments,
+        TrainingArguments,
+    )
+
+    classes = (ModelArguments, DataArguments, TrainingArguments, FinetuningArguments, GeneratingArguments)
+    found: dict[str, str] = {}
+    for cls in classes:
+        hints = typing.get_type_hints(cls)  # not field.type: transformers' parser rewrites it when it parses
+        for field in dataclasses.fields(cls):
+            if field.init:
+                hint = hints[field.name]
+                found[field.name] = hint.__name__ if isinstance(hint, type) else str(hint)
+    return found
+
+
+def prepare(lf: dict[str, Any]) -> dict[str, Any]:
+    """LLaMA-Factory's keys of a dynamic run, with the defaults under which our engine runs them."""
+    ready = {key: value for key, value in lf.items() if key not in ENGINE_KEYS}
+    if ready.setdefault("do_train", True):
+        for key in AFTERWARDS:
+            ready.pop(key, None)
+    ready.setdefault("logging_steps", 10)
+    ready.setdefault("use_reentrant_gc", False)  # re-entrant checkpointing does not compose with fully_shard
+    ready["report_to"] = "none"  # our own metrics write TensorBoard; see metrics.py
+    if not torch.cuda.is_available():
+        ready.setdefault("use_cpu", True)  # transformers refuses bf16 on a CPU without it
+    return ready
+
+
+def parse(lf: dict[str, Any]) -> LFArgs:
+    """Parse once per process. Seeds all generators and, under torchrun, starts the process group.
+
+    Raises ConfigError with LLaMA-Factory's or transformers' own words when a value is refused.
+    """
+    ensure_importable()
+    import datasets
+    from llamafactory.hparams import get_train_args
+    from transformers.utils import logging as hf_logging
+
+    try:
+        parsed = LFArgs(*get_train_args(for_processes(lf)))
+    except UserError:
+        raise
+    except REFUSALS as error:
+        raise ConfigError(first_line(error)) from error
+    if not sys.stderr.isatty():
+        hf_logging.disable_progress_bar()
+        datasets.disable_progress_bars()  # in a log file every frame of a bar is a line
+    if "log_level" not in lf:
+        hf_logging.set_verbosity_warning()  # LLaMA-Factory has just set it to info, which prints every configuration file
+    return parsed
+
+
+def for_processes(lf: dict[str, Any]) -> dict[str, Any]:
+    """A copy, in one process without `ddp_backend`, which would make it wait for a process group."""
+    return {key: value for key, value in lf.items() if key != "ddp_backend" or "RANK" in os.environ}
+
+
+def first_line(error: BaseException) -> str:
+    """The first line with words in it of an error raised by a library; all of them for a package that is missing."""
+    if isinstance(error, PackageNotFoundError):  # says after a line's end what to install
+        return " ".join(str(error.name).split())
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,200 @@
+"""LLaMA-Factory datasets as domains of a pool, with domain and row identity kept.
+
+Every dataset of the `dataset` key is one domain, tokenized once by LLaMA-Factory's own processors. The row of a sample
+is its row in that tokenized dataset. `val_size` splits the concatenation of all domains as LLaMA-Factory does, and the
+rows it takes leave their domains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataflex_mega.data.pool import Domain, Rows
+from dataflex_mega.errors import DataError, did_you_mean
+from dataflex_mega.llamafactory.args import LFArgs, first_line
+
+DOMAIN, ROW = "dataflex_domain", "dataflex_row"
+MEDIA = ("images", "videos", "audios")
+
+
+@dataclass(frozen=True)
+class DataBundle:
+    """What training needs of the data: one Domain for each training dataset, and evaluation sets by name."""
+
+    domains: list[Domain]
+    evaluation: dict[str, Rows]  # "" for the one evaluation set, else a name for each
+
+
+class DatasetRows:
+    """Rows of a tokenized Hugging Face dataset as (input_ids, labels) arrays; memory-mapped, nothing is copied ahead."""
+
+    def __init__(self, dataset: Any, no_loss_on: int | None) -> None:
+        columns = [name for name in ("input_ids", "labels") if name in dataset.column_names]
+        self._dataset = dataset.select_columns(columns).with_format("arrow")
+        self._no_loss_on = no_loss_on
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def fetch(self, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """[n] row numbers -> n pairs of int64 arrays (input_ids, labels), aligned position by position."""
+        table = self._dataset[rows.tolist()]
+        inputs = _arrays(table["input_ids"])
+        if "labels" in table.column_names:
+            labels = _arrays(table["labels"])
+        else:
+            # Pre-training rows: every token is a target but padding tokens, as in LLaMA-Factory's collator.
+            labels = [np.where(ids == self._no_loss_on, -100, ids) for ids in inputs]
+        return list(zip(inputs, labels, strict=True))
+
+
+def _arrays(column: Any) -> list[np.ndarray]:
+    """A column of lists in Arrow's memory -> int64 arrays of their own.
+
+    The numpy format of `datasets` would do the same, but up to 4.0 it fails beside a torchvision without VideoReader.
+    """
+    found = []
+    for chunk in column.chunks:
+        values, ends = chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
+        found += [values[a:b].astype(np.int64) for a, b in itertools.pairwise(ends)]
+    return found
+
+
+def load_data(args: LFArgs, tokenizer_module: dict[str, Any], template: Any) -> DataBundle:
+    """Tokenize and split. Raises DataError naming the dataset that is unknown, missing, broken or empty."""
+    names = check_names(args.data.dataset, args.data.dataset_dir)
+    eval_names = check_names(args.data.eval_dataset, args.data.dataset_dir)
+    load = _Loader(args, tokenizer_module, template)
+    if args.data.tokenized_path is not None:
+        raise DataError("tokenized_path is not supported in dynamic training yet: it would lose which row is which")
+    domains = [load(name) for name in names]
+    held_out: dict[str, Any] = {}
+    if args.data.val_size > 1e-6:
+        domains, held_out[""] = _split(domains, args)
+    for name in eval_names:
+        held_out[name if args.data.eval_on_each_dataset else ""] = load(name)
+    if eval_names and not args.data.eval_on_each_dataset and len(eval_names) > 1:
+        from datasets import concatenate_datasets
+
+        held_out = {"": concatenate_datasets([load(name) for name in eval_names])}
+    pad = tokenizer_module["tokenizer"].pad_token_id if args.finetuning.stage == "pt" else None
+    return DataBundle(
+        domains=[Domain(name, DatasetRows(data, pad)) for name, data in zip(names, domains, strict=True)],
+        evaluation={name: DatasetRows(data, pad) for name, data in held_out.items()},
+    )
+
+
+def check_names(names: list[str] | None, dataset_dir: Any) -> list[str]:
+    """The names, all of them entries of dataset_info.json and each there once. Raises DataError naming the first bad one."""
+    if not names:
+        return []
+    from llamafactory.data.parser import get_dataset_list
+
+    known = _known_names(dataset_dir)
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"dataset: {name!r} is listed {names.count(name)} times")
+        if known is not None and name not in known:
+            raise DataError(f"dataset: {name!r} is not in {dataset_dir}/dataset_info.json{did_you_mean(name, known)}")
+    try:
+        found = get_dataset_list(names, dataset_dir)
+    except ValueError as error:
+        raise DataError(f"dataset: {first_line(error)}") from error
+    for name, attributes in zip(names, found, strict=True):
+        path = Path(dataset_dir) / attributes.dataset_name if isinstance(dataset_dir, str) else None
+        if attributes.load_from == "file" and path is not None and not path.exists():
+            raise DataError(f"dataset {name!r}: file {path} not found (named in {dataset_dir}/dataset_info.json)")
+    return list(names)
+
+
+def _known_names(dataset_dir: Any) -> set[str] | None:
+    import json
+
+    if isinstance(dataset_dir, dict):
+        return set(dataset_dir)
+    if not isinstance(dataset_dir, str) or dataset_dir == "ONLINE" or dataset_dir.startswith("REMOTE:"):
+        return None
+    info = Path(dataset_dir) / "dataset_info.json"
+    if not info.is_file():
+        raise DataError(f"dataset_dir: {info} not found")
+    try:
+        return set(json.loads(info.read_text()))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{info}, line {error.lineno}: not JSON: {error.msg}") from error
+
+
+class _Loader:
+    """One dataset name -> its tokenized dataset, through LLaMA-Factory's public `get_dataset`."""
+
+    def __init__(self, args: LFArgs, tokenizer_module: dict[str, Any], template: Any) -> None:
+        self.args, self.tokenizer_module, self.template = args, tokenizer_module, template
+
+    def __call__(self, name: str) -> Any:
+        from datasets.exceptions import DatasetGenerationError
+        from llamafactory.data import get_dataset
+
+        alone = copy.copy(self.args.data)  # never dataclasses.replace: its __post_init__ shortens cutoff_len again
+        alone.dataset, alone.eval_dataset, alone.val_size = [name], None, 0.0
+        if self.args.finetuning.stage == "sft":
+            alone.packing = alone.neat_packing = False  # rows are packed when a batch is made, so that ids survive
+        stage = self.args.finetuning.stage
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints an example of every dataset, token by token
+                data = get_dataset(
+                    self.template, self.args.model, alone, self.args.training, stage=stage, **self.tokenizer_module
+                )
+        except (DatasetGenerationError, ValueError, KeyError, RuntimeError, StopIteration, TypeError) as error:
+            raise DataError(f"dataset {name!r}: {diagnose(name, self.args.data.dataset_dir, error)}") from error
+        rows: Any = data["train_dataset"]  # type: ignore[typeddict-item]  # not streaming, so a datasets.Dataset
+        if len(rows) == 0:
+            raise DataError(f"dataset {name!r}: no usable rows")
+        for column in MEDIA:
+            if column in rows.column_names and any(value is not None for value in rows[: min(len(rows), 100)][column]):
+                raise DataError(f"dataset {name!r}: {column} are not supported in dynamic training")
+        return rows
+
+
+def diagnose(name: str, dataset_dir: Any, error: BaseException) -> str:
+    """What is wrong with a dataset that could not be read: the file and row where that can be told, else the error."""
+    from llamafactory.data.parser import get_dataset_list
+
+    from dataflex_mega.data.row_validation import first_bad_row
+
+    try:
+        attributes = get_dataset_list([name], dataset_dir)[0]
+    except ValueError as unknown:
+        return first_line(unknown)
+    if attributes.load_from == "file" and isinstance(dataset_dir, str):
+        needed = [getattr(attributes, key, None) for key in ("prompt", "messages")]
+        wanted = needed[0] if attributes.formatting == "alpaca" else needed[1]
+        found = first_bad_row(Path(dataset_dir) / attributes.dataset_name, wanted)
+        if found:
+            return found
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {first_line(cause)}"
+
+
+def _split(domains: list[Any], args: LFArgs) -> tuple[list[Any], Any]:
+    """Hold `val_size` of all rows out, as LLaMA-Factory does on the concatenation; domains keep what is left, in order."""
+    from datasets import concatenate_datasets
+    from llamafactory.data import split_dataset
+
+    marked = [
+        data.add_column(DOMAIN, [d] * len(data)).add_column(ROW, list(range(len(data))))
+        for d, data in enumerate(domains)
+    ]
+    try:
+        train, held_out = split_dataset(concatenate_datasets(marked), None, args.data, seed=args.training.seed)
+    except ValueError as error:
+        raise DataError(f"val_size {args.data.val_size}: {first_line(error)}") from error
+    domain, row = np.asarray(train["train"][DOMAIN]), np.asarray(train["train"][ROW])
+    kept = [data.select(np.sort(row[domain == d])) for d, data in enumerate(domains)]
+    return kept, held_out["validation"].remove_columns([DOMAIN, ROW])

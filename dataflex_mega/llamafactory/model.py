@@ -1,0 +1,58 @@
+"""Tokenizer, template and model as LLaMA-Factory builds them: full, freeze and LoRA, from scratch or from weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dataflex_mega.errors import ConfigError, did_you_mean
+from dataflex_mega.llamafactory.args import LFArgs, first_line
+
+
+def load_tokenizer(args: LFArgs) -> tuple[dict[str, Any], Any]:
+    """({"tokenizer", "processor"}, template). Must come before the model: fixing the template may grow the vocabulary."""
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.model import load_tokenizer as load
+
+    check_template(args.data.template)
+    try:
+        module = load(args.model)
+        template = get_template_and_fix_tokenizer(module["tokenizer"], args.data)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"model_name_or_path {args.model.model_name_or_path!r}: {first_line(error)}") from error
+    return dict(module), template
+
+
+def check_template(name: str | None) -> None:
+    """Raises ConfigError for a template that LLaMA-Factory does not have, with the nearest that it has."""
+    from llamafactory.data.template import TEMPLATES
+
+    if name is not None and name not in TEMPLATES:
+        raise ConfigError(f"template: there is no {name!r}{did_you_mean(name, TEMPLATES)}")
+
+
+def build_model(args: LFArgs, tokenizer: Any) -> Any:
+    """The trainable Hugging Face model, or the PEFT model around it, not yet parallel."""
+    from llamafactory.model import load_model
+
+    try:
+        model = load_model(tokenizer, args.model, args.finetuning, is_trainable=True)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"model_name_or_path {args.model.model_name_or_path!r}: {first_line(error)}") from error
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(f"finetuning_type {args.finetuning.finetuning_type!r} leaves no parameter to train")
+    return model
+
+
+def freeze_gates(model: Any) -> int:
+    """Stop training the routers of mixture-of-experts layers -> how many parameters that are.
+
+    A router is a module named `gate` or `router`; the `gate_proj` of an MLP is not one. Raises ConfigError if none is.
+    """
+    frozen = 0
+    for name, parameter in model.named_parameters():
+        if {"gate", "router"} & set(name.split(".")[:-1]):
+            parameter.requires_grad_(False)
+            frozen += 1
+    if frozen == 0:
+        raise ConfigError("freeze_gate: the model has no router (a module named gate or router) to freeze")
+    return frozen

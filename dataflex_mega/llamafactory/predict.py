@@ -1,0 +1,67 @@
+"""`do_predict` and `predict_with_generate` after a run: LLaMA-Factory's own generation with the model just written."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dataflex_mega.errors import ConfigError
+from dataflex_mega.llamafactory.args import parse, prepare
+
+METRICS = {"jieba": "jieba", "nltk": "nltk", "rouge_chinese": "rouge-chinese"}  # module -> package
+OF_TRAINING = (
+    "dataset", "val_size", "packing", "neat_packing", "mix_strategy", "train_on_prompt", "mask_history",
+    "eval_on_each_dataset",
+)  # fmt: skip
+ALSO = (
+    "output_dir", "seed", "per_device_eval_batch_size", "bf16", "fp16", "use_cpu", "ddp_timeout", "ddp_backend",
+    "finetuning_type", "stage", "generation_max_length", "generation_num_beams",
+)  # fmt: skip
+
+
+def wanted(lf: dict[str, Any]) -> bool:
+    """Whether a configuration asks for generation after training."""
+    return bool(lf.get("do_predict") or lf.get("predict_with_generate"))
+
+
+def check(lf: dict[str, Any]) -> None:
+    """Raises ConfigError before training when generation could not run after it."""
+    key = "do_predict" if lf.get("do_predict") else "predict_with_generate"
+    if lf.get("stage", "sft") != "sft":
+        raise ConfigError(f"{key}: generation after training needs stage: sft, found {lf['stage']!r}")
+    if not lf.get("eval_dataset"):
+        raise ConfigError(f"{key}: needs eval_dataset, the prompts to answer")
+    missing = [package for module, package in METRICS.items() if find_spec(module) is None]
+    if missing:
+        raise ConfigError(f"{key}: LLaMA-Factory scores answers with {', '.join(missing)}; pip install them")
+
+
+def predict(lf: dict[str, Any], output: Path) -> None:
+    """Answer the prompts of `eval_dataset` with the model in `output`; every rank answers its share.
+
+    Writes generated_predictions.jsonl and predict_results.json there. Runs in the process group of the training.
+    """
+    arguments = parse(prepare(keys_of_prediction(lf, output)))
+    from llamafactory.train.sft.workflow import run_sft
+
+    run_sft(*arguments, callbacks=[])
+
+
+def keys_of_prediction(lf: dict[str, Any], output: Path) -> dict[str, Any]:
+    """A training's keys -> those of the generation that follows it: the trained model, no training data."""
+    from llamafactory.hparams import DataArguments, GeneratingArguments, ModelArguments
+
+    classes = (DataArguments, GeneratingArguments, ModelArguments)
+    kept = {field.name for cls in classes for field in dataclasses.fields(cls)} - set(OF_TRAINING) | set(ALSO)
+    found = {key: value for key, value in lf.items() if key in kept}
+    found.update(do_train=False, do_predict=True, predict_with_generate=True)
+    if lf.get("finetuning_type", "lora") == "lora":
+        before = lf.get("adapter_name_or_path") if lf.get("create_new_adapter") else None
+        found["adapter_name_or_path"] = f"{before},{output}" if before else str(output)
+        found.pop("create_new_adapter", None)
+    else:
+        found["model_name_or_path"] = str(output)
+        found["finetuning_type"] = "full"
+    return found

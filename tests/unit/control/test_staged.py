@@ -1,0 +1,255 @@
+"""Roles on clocks of their own, with the real sampler: what is drawn when, in which order, and never twice in a pass."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from dataflex_mega.algorithms.base import Domains, Mixer, Selector
+from dataflex_mega.control.controller import Roles
+from dataflex_mega.control.passes import Direction, Ordering
+from dataflex_mega.control.schedule import Schedule
+from dataflex_mega.control.staged import Source, Staged, Stages
+from dataflex_mega.data.sampler import Sampler
+from dataflex_mega.registry import build
+from dataflex_mega.types import SignalTable, TrainState
+from tests.unit.control.test_controller import ALONE, ByLoss
+
+SIZES, G = (40, 24, 56), 4
+TOTAL = sum(SIZES)
+OFFSETS = np.concatenate([[0], np.cumsum(SIZES)])
+
+
+@dataclass
+class Losses(Selector):
+    """Keeps the lowest losses."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"loss"})
+
+    def score(self, table):
+        return table["loss"]
+
+    def choose(self, scores, count, clock, rng):
+        return scores.topk(count, largest=False).indices
+
+
+@dataclass
+class Turning(Mixer):
+    """Another domain leads at each update."""
+
+    def proportions(self, clock, rng):
+        weights = torch.ones(3, dtype=torch.float64)
+        weights[clock.update % 3] = 4
+        return weights / weights.sum()
+
+
+class Measured:
+    """Losses by id that may be exchanged; counts how many samples were measured."""
+
+    def __init__(self, losses=None, ids=None, counts=None):
+        self.losses = torch.arange(float(TOTAL)) if losses is None else losses
+        self.ids, self.counts = ids, [] if counts is None else counts
+
+    def only(self, ids):
+        return Measured(self.losses, ids, self.counts)
+
+    def shares(self):
+        return [TOTAL if self.ids is None else len(self.ids)]
+
+    def domains(self, ids):
+        return torch.bucketize(ids, torch.tensor(OFFSETS[1:-1]) - 1)
+
+    def table(self, needs):
+        ids = torch.arange(TOTAL) if self.ids is None else self.ids
+        self.counts.append(len(ids))
+        return SignalTable(ids, self.domains(ids), {"loss": self.losses[ids]})
+
+
+def staged(pattern=None, clocks=None, source=None, direction=None, roles=None, **options):
+    roles = dict(roles or {})
+    if pattern is not None:
+        roles["reorder"] = build("reorder", pattern)
+    bounds = [0, TOTAL] if "mixer" not in roles else OFFSETS.tolist()
+    ordering = Ordering(roles["reorder"], direction or Direction(), bounds) if pattern is not None else None
+    given = {"selector": Schedule(0, 6, -1, False), "mixer": Schedule(0, 3, -1, False),
+             "weighter": Schedule(2, 1, -1, False), "reorder": Schedule(0, 3, -1, False), **(clocks or {})}  # fmt: skip
+    stages = Stages(given, source or Source(selector=Losses()), **options)
+    sizes = tuple(size / TOTAL for size in SIZES)
+    return Staged(
+        Roles(**roles), Domains(("a", "b", "c"), SIZES, sizes), given["selector"], Sampler(SIZES, G, seed=5), ALONE,
+        Measured(), G, 100, 5, stages=stages, ordering=ordering,
+    )  # fmt: skip
+
+
+def drive(made, steps, state=None, hook=None):
+    state = state or TrainState(0, made.first_plan())
+    batches = []
+    for _ in range(steps):
+        if hook is not None:
+            hook(made, state.step)
+        if made.due(state):
+            state.plan = made.next_plan(state)
+        batches.append(made.sampler.global_batch(state.plan, state.step))
+        state.step += 1
+    return batches, state
+
+
+def means(batches, size):
+    return [float(np.mean(np.concatenate(batches[i : i + size]))) for i in range(0, len(batches), size)]
+
+
+def test_a_folding_run_goes_up_and_down_though_it_is_scored_anew_at_every_update():
+    """30 steps of 4 are one pass over 120: thirds from low to high, each of ten steps; windows of three steps."""
+    batches, _ = drive(staged({"name": "folding", "layers": 3}), 30)
+    ids = np.concatenate(batches)
+    assert ids.tolist() == [*range(0, 120, 3), *range(1, 120, 3), *range(2, 120, 3)]
+
+
+def test_the_whole_pool_is_seen_once_a_pass_whatever_the_losses_do():
+    def change(made, step):
+        made.scores.losses = torch.rand(TOTAL, generator=torch.Generator().manual_seed(step))
+
+    made = staged({"name": "saw", "num_sections": 3, "folding_ratio": 0.1})
+    batches, _ = drive(made, 60, hook=change)
+    for first in (0, 30):
+        assert sorted(np.concatenate(batches[first : first + 30])) == list(range(TOTAL))
+
+
+def test_only_what_is_left_is_scored():
+    made = staged("sorting")
+    drive(made, 12)
+    assert made.scores.counts == [120, 108, 96, 84]
+    assert made.last_order.scored == 84 and made.last_order.step == 9 and made.last_order.end == 12
+
+
+def test_a_warmup_is_drawn_at_random_and_counts_as_seen():
+    made = staged("sorting", clocks={"reorder": Schedule(4, 3, -1, False)})
+    batches, _ = drive(made, 30)
+    warm = set(np.concatenate(batches[:4]).tolist())
+    assert len(warm) == 16
+    assert np.concatenate(batches[4:]).tolist() == [i for i in range(TOTAL) if i not in warm]
+
+
+def test_fixed_scores_and_descending():
+    fixed = torch.arange(float(TOTAL)).flip(0)
+    made = staged("sorting", source=Source(fixed=fixed), direction=Direction(ascending=False), rescore=False)
+    batches, _ = drive(made, 30)
+    assert np.concatenate(batches).tolist() == list(range(TOTAL)) and made.scores.counts == []
+
+
+def test_scored_once_and_every_other_time():
+    once = staged("sorting", rescore=False)
+    drive(once, 12)
+    assert once.scores.counts == [120]
+    other = staged("sorting", score_every=2)
+    drive(other, 12)
+    assert other.scores.counts == [120, 96]
+
+
+def test_without_consume_once_every_update_begins_anew():
+    batches, _ = drive(staged("sorting", consume_once=False), 9)
+    assert [sorted(np.concatenate(batches[i : i + 3])) for i in (0, 3, 6)] == [list(range(12))] * 3
+
+
+def test_a_sample_of_the_pool_is_scored_and_the_others_are_in_the_middle():
+    made = staged("sorting", source=Source(selector=Losses(), max_samples=20))
+    batches, _ = drive(made, 3)
+    assert made.scores.counts == [20]
+    low = np.concatenate(batches)[:6]
+    assert low.tolist() == sorted(low.tolist()), "the lowest of those that were scored come first"
+
+
+def test_with_a_mixture_the_counts_are_those_of_the_mixture_and_each_domain_is_in_order():
+    made = staged("sorting", roles={"mixer": Turning()})
+    plain = staged(roles={"mixer": Turning()})
+    batches, _ = drive(made, 12)
+    expected, _ = drive(plain, 12)
+    for ours, theirs in zip(batches, expected, strict=True):
+        assert np.histogram(ours, OFFSETS)[0].tolist() == np.histogram(theirs, OFFSETS)[0].tolist()
+    seen = np.concatenate([sorted(batch) for batch in batches])
+    for d in range(3):
+        here = seen[(seen >= OFFSETS[d]) & (seen < OFFSETS[d + 1])]
+        assert here.tolist() == (OFFSETS[d] + np.arange(len(here)) % SIZES[d]).tolist()
+
+
+def test_filter_then_order_never_serves_a_sample_twice_though_the_pool_changes():
+    def change(made, step):
+        made.scores.losses = torch.rand(TOTAL, generator=torch.Generator().manual_seed(step // 6))
+
+    made = staged("sorting", roles={"selector": Losses()}, mode="filter", keep_ratio=0.5)
+    batches, _ = drive(made, 15, hook=change)
+    ids = np.concatenate(batches)
+    assert len(set(ids.tolist())) == len(ids) == 60
+    assert [count for count in made.scores.counts if count == 120] == [120] * 3, (
+        "the selections, whose losses serve the order too"
+    )
+    assert len(made.scores.counts) == 5 and all(24 <= count <= 48 for count in made.scores.counts[1::2])
+    assert set(batches[-1].tolist()) <= set(made.kept.tolist())
+
+
+def test_selecting_and_ordering_by_loss_at_one_step_measure_once():
+    made = staged("sorting", roles={"selector": Losses()}, mode="filter", keep_ratio=0.5)
+    drive(made, 3)
+    assert made.scores.counts == [120]
+
+
+def test_losses_may_be_some_steps_old():
+    made = staged("sorting", max_age={"reorder": 3})
+    drive(made, 9)
+    assert made.scores.counts == [120, 96], "at step 3 those of step 0 will do, at step 6 they are too old"
+
+
+def test_a_drawn_selection_is_the_window_that_is_ordered():
+    made = staged("sorting", roles={"selector": Losses()}, direction=Direction(ascending=False),
+                  clocks={"selector": Schedule(0, 6, -1, False), "reorder": Schedule(0, 6, -1, False)})  # fmt: skip
+    batches, _ = drive(made, 12)
+    for first in (0, 6):
+        assert np.concatenate(batches[first : first + 6]).tolist() == list(range(23, -1, -1))
+
+
+def test_filter_then_mix_goes_on_in_the_same_choice():
+    made = staged(roles={"selector": Losses(), "mixer": Turning()}, mode="filter", keep_ratio=0.5)
+    batches, state = drive(made, 6)
+    ids = np.concatenate(batches)
+    assert set(ids.tolist()) <= set(range(60)), "the lower half"
+    assert len(set(ids.tolist())) == len(ids), "the second mixture goes on where the first one stopped"
+    assert state.plan.proportions[2] == 0 and sum(state.plan.proportions) == pytest.approx(1)
+
+
+def test_weights_have_a_clock_of_their_own():
+    made = staged("sorting", roles={"weighter": ByLoss()})
+    assert made.weigher(TrainState(1, made.first_plan())) is None
+    assert made.weigher(TrainState(2, made.first_plan())) is not None
+
+
+@pytest.mark.parametrize("cut", [1, 5, 6, 8])
+@pytest.mark.parametrize(
+    ("roles", "options"),
+    [
+        ({}, {}),
+        ({"mixer": Turning}, {}),
+        ({"selector": Losses, "mixer": Turning}, {"mode": "filter", "max_age": {"reorder": 4}}),
+    ],
+)
+def test_a_restart_changes_nothing(roles, options, cut):
+    def made():
+        return staged("segment", roles={name: cls() for name, cls in roles.items()}, **options)
+
+    expected, _ = drive(made(), 14)
+    first, again = made(), made()
+    begun, state = drive(first, cut)
+    again.restore(first.state())
+    rest, _ = drive(again, 14 - cut, TrainState(state.step, state.plan))
+    for one, other in zip(expected, begun + rest, strict=True):
+        assert one.tolist() == other.tolist()
+
+
+def test_a_plan_that_another_batch_size_cut_short_loses_no_sample():
+    made = staged("sorting", clocks={"reorder": Schedule(0, 6, -1, False)})
+    batches, state = drive(made, 2)
+    state.plan = made.sampler.advance(state.plan, 2)
+    made.sampler, made.global_batch = Sampler(SIZES, 5, seed=5), 5
+    rest, _ = drive(made, 4, state)
+    assert np.concatenate(batches + rest).tolist() == list(range(8 + 20))
