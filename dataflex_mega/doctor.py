@@ -1,7 +1,7 @@
-"""`python -m dataflex_mega.doctor`: what of the software and hardware was found, and what can therefore be run.
+"""`python -m dataflex_mega.doctor`: which software and hardware this machine has, and what can therefore be run.
 
-`find` looks and returns plain data, `lines` makes text of it. Every check asks a `Probe`, so a test can show it a
-machine that does not exist.
+`inspect_machine` returns plain data, `format_report` makes text of it. Every check asks a `Probe`, so a test can present
+a machine that does not exist.
 """
 
 from __future__ import annotations
@@ -18,23 +18,25 @@ from importlib import metadata
 from types import ModuleType
 from typing import Any
 
+from dataflex_mega.log import get_logger
+
 PACKAGE = "dataflex_mega"
 # What importing an installed package raises when it, or a library it needs, does not fit this machine.
-IMPORT_FAULTS = (ImportError, OSError, RuntimeError, AttributeError)
+IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError)
 OK, ABSENT, BROKEN, UNFIT = "ok", "absent", "broken", "unfit"
 
-MEGATRON = ">=0.16.1,<0.20"  # versions of megatron-core; engines/megatron/version.py refuses others
+MEGATRON_VERSIONS = ">=0.16.1,<0.20"  # versions of megatron-core; engines/megatron/version.py refuses others
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked for."""
+    """The state of one package or device."""
 
     name: str
     state: str  # OK, ABSENT, BROKEN (installed, not importable) or UNFIT (another version or another package)
     detail: str = ""  # version, device, or what is wrong
-    follows: str = ""  # what this means for the user, where that is not plain
-    needed: bool = False  # whether training is impossible unless it is OK
+    consequence: str = ""  # what this means for the user, where it is not obvious
+    required: bool = False  # whether training is impossible unless it is OK
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,12 @@ class Ability:
 
     name: str
     possible: bool
-    why: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything `main` prints."""
+    """What `main` prints."""
 
     findings: list[Finding]
     abilities: list[Ability]
@@ -57,7 +59,7 @@ class Report:
     def obstacle(self) -> str | None:
         """Why nothing can be trained here, in one line; None when training is possible."""
         for f in self.findings:
-            if f.needed and f.state != OK:
+            if f.required and f.state != OK:
                 return f"{f.name} is {f.state}" + (f" ({f.detail})" if f.detail else "")
         return None
 
@@ -67,7 +69,7 @@ class Report:
 
 
 class Probe:
-    """The only way the checks see the machine."""
+    """All questions to the machine that the checks ask."""
 
     def version(self, distribution: str) -> str | None:
         """The installed version of a distribution, or None."""
@@ -77,32 +79,32 @@ class Probe:
             return None
 
     def requirements(self) -> list[str]:
-        """What dataflex_mega's own metadata asks for, like `torch>=2.8`; empty when it runs from a bare source tree."""
+        """The requirements in dataflex_mega's own metadata, like `torch>=2.8`; none in an uninstalled source tree."""
         try:
             return metadata.requires(PACKAGE) or []
         except metadata.PackageNotFoundError:
             return []
 
-    def load(self, module: str) -> ModuleType:
-        """Import a module. Raises one of IMPORT_FAULTS."""
+    def import_module(self, module: str) -> ModuleType:
+        """Import a module. Raises one of IMPORT_ERRORS."""
         return importlib.import_module(module)
 
-    def hide(self, module: str) -> None:
-        """Make a broken module look as if it were not installed, as `llamafactory.compat` does before training."""
+    def hide_module(self, module: str) -> None:
+        """Let a broken module count as not installed, as `llamafactory.compat` does before training."""
         for name in [m for m in sys.modules if m == module or m.startswith(module + ".")]:
             del sys.modules[name]
-        sys.modules[module] = None  # type: ignore[assignment]  # how Python marks a module that is not to be found
+        sys.modules[module] = None  # type: ignore[assignment]  # importing it raises ModuleNotFoundError
 
     def has_program(self, name: str) -> bool:
         """Whether a program of that name is on the path."""
         return shutil.which(name) is not None
 
-    def python(self) -> tuple[int, ...]:
+    def python_version(self) -> tuple[int, ...]:
         """The version of this Python, like (3, 11, 7)."""
         return sys.version_info[:3]
 
 
-def release(version: str) -> tuple[int, ...]:
+def parse_release(version: str) -> tuple[int, ...]:
     """The numbers a version starts with, without trailing zeros: `2.13.0+cpu` -> (2, 13)."""
     match = re.match(r"\d+(\.\d+)*", version)
     numbers = [int(part) for part in match.group().split(".")] if match else []
@@ -111,7 +113,7 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def fits(version: str, bounds: str) -> bool:
+def version_fits(version: str, bounds: str) -> bool:
     """Whether a version is inside bounds like `>=0.9.5,<0.10`; pre-releases count as their release."""
     compare: dict[str, Callable[[Any, Any], bool]] = {
         ">=": lambda a, b: a >= b,
@@ -121,11 +123,11 @@ def fits(version: str, bounds: str) -> bool:
         "==": lambda a, b: a == b,
         "!=": lambda a, b: a != b,
     }
-    found = re.findall(r"(>=|<=|==|!=|<|>)\s*([0-9][0-9.]*)", bounds)
-    return all(compare[sign](release(version), release(bound)) for sign, bound in found)
+    conditions = re.findall(r"(>=|<=|==|!=|<|>)\s*([0-9][0-9.]*)", bounds)
+    return all(compare[sign](parse_release(version), parse_release(bound)) for sign, bound in conditions)
 
 
-def bounds_of(probe: Probe, distribution: str) -> str:
+def supported_versions(probe: Probe, distribution: str) -> str:
     """`>=0.9.5,<0.10` for llamafactory: the range in dataflex_mega's own metadata, or an empty string."""
     for requirement in probe.requirements():
         name, _, marker = requirement.partition(";")
@@ -135,49 +137,49 @@ def bounds_of(probe: Probe, distribution: str) -> str:
     return ""
 
 
-def fault(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error, short enough for a line of the report."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return text if len(text) <= 100 else text[:97] + "..."
 
 
 def check_python(probe: Probe) -> Finding:
-    """This interpreter."""
-    version = probe.python()
+    """The version of this interpreter."""
+    version = probe.python_version()
     text = ".".join(map(str, version))
     if version < (3, 11):
-        return Finding("python", UNFIT, f"{text}; 3.11 or newer is needed", needed=True)
-    return Finding("python", OK, text, needed=True)
+        return Finding("python", UNFIT, f"{text}; 3.11 or newer is needed", required=True)
+    return Finding("python", OK, text, required=True)
 
 
 def check_package(
-    probe: Probe, distribution: str, needed: bool = True, follows: str = "", module: str | None = None
+    probe: Probe, distribution: str, required: bool = True, consequence: str = "", module: str | None = None
 ) -> Finding:
-    """A package whose module (by default of the same name) is importable, inside the range that we ask for."""
+    """Whether a package has a supported version and its module, by default of the same name, can be imported."""
     version = probe.version(distribution)
     if version is None:
-        return Finding(distribution, ABSENT, follows=follows, needed=needed)
-    bounds = bounds_of(probe, distribution)
-    if not fits(version, bounds):
-        return Finding(distribution, UNFIT, f"{version}; {bounds} is supported", follows, needed)
+        return Finding(distribution, ABSENT, consequence=consequence, required=required)
+    bounds = supported_versions(probe, distribution)
+    if not version_fits(version, bounds):
+        return Finding(distribution, UNFIT, f"{version}; {bounds} is supported", consequence, required)
     try:
-        probe.load(module or distribution)
-    except IMPORT_FAULTS as error:
-        return Finding(distribution, BROKEN, f"{version}: {fault(error)}", follows, needed)
-    return Finding(distribution, OK, version, needed=needed)
+        probe.import_module(module or distribution)
+    except IMPORT_ERRORS as error:
+        return Finding(distribution, BROKEN, f"{version}: {first_line(error)}", consequence, required)
+    return Finding(distribution, OK, version, required=required)
 
 
 def check_torch(probe: Probe) -> Finding:
-    """PyTorch, and for what it was built."""
-    found = check_package(probe, "torch")
-    if found.state != OK:
-        return found
-    cuda = probe.load("torch").version.cuda
-    return Finding("torch", OK, f"{found.detail} ({f'CUDA {cuda}' if cuda else 'CPU'} build)", needed=True)
+    """PyTorch, and the CUDA version that it was built for."""
+    finding = check_package(probe, "torch")
+    if finding.state != OK:
+        return finding
+    cuda = probe.import_module("torch").version.cuda
+    return Finding("torch", OK, f"{finding.detail} ({f'CUDA {cuda}' if cuda else 'CPU'} build)", required=True)
 
 
 def check_devices(probe: Probe, torch: Any) -> list[Finding]:
-    """CUDA devices and the communication libraries of this torch."""
+    """CUDA devices, and the communication libraries that this torch was built with."""
     findings = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -185,27 +187,29 @@ def check_devices(probe: Probe, torch: Any) -> list[Finding]:
             size = f"{device.total_memory / 2**30:.0f} GiB"
             findings.append(Finding(f"cuda:{index}", OK, f"{device.name}, {size}, sm_{device.major}{device.minor}"))
     elif torch.version.cuda is None and probe.has_program("nvidia-smi"):
-        follows = "install a CUDA build of torch (DATAFLEX_TORCH names it to `make env`)"
-        findings.append(Finding("cuda", UNFIT, "an NVIDIA driver is here, but this torch is a CPU build", follows))
+        consequence = "install a CUDA build of torch (DATAFLEX_TORCH names it to `make env`)"
+        findings.append(Finding("cuda", UNFIT, "an NVIDIA driver is here, but this torch is a CPU build", consequence))
     else:
         findings.append(Finding("cuda", ABSENT, "no CUDA device", "training runs on the CPU"))
     distributed = torch.distributed
     gloo = distributed.is_available() and distributed.is_gloo_available()
-    findings.append(Finding("gloo", OK if gloo else ABSENT, follows="" if gloo else "one process only on CPU"))
+    findings.append(Finding("gloo", OK if gloo else ABSENT, consequence="" if gloo else "one process only on CPU"))
     nccl = distributed.is_available() and distributed.is_nccl_available()
-    findings.append(Finding("nccl", OK if nccl else ABSENT, follows="" if nccl else "no training over several GPUs"))
+    findings.append(
+        Finding("nccl", OK if nccl else ABSENT, consequence="" if nccl else "no training over several GPUs")
+    )
     return findings
 
 
 def check_llamafactory(probe: Probe) -> Finding:
-    """The front end. Not imported, that takes ten seconds: its version decides."""
-    name, bounds = "llamafactory", bounds_of(probe, "llamafactory")
+    """The front end, by its version: importing it takes ten seconds."""
+    name, bounds = "llamafactory", supported_versions(probe, "llamafactory")
     version = probe.version(name)
     if version is None:
-        return Finding(name, ABSENT, "`make env` installs it", needed=True)
-    if not fits(version, bounds):
-        return Finding(name, UNFIT, f"{version}; {bounds} is supported", needed=True)
-    return Finding(name, OK, version, needed=True)
+        return Finding(name, ABSENT, "`make env` installs it", required=True)
+    if not version_fits(version, bounds):
+        return Finding(name, UNFIT, f"{version}; {bounds} is supported", required=True)
+    return Finding(name, OK, version, required=True)
 
 
 def check_media(probe: Probe, distribution: str, use: str) -> Finding:
@@ -215,29 +219,29 @@ def check_media(probe: Probe, distribution: str, use: str) -> Finding:
     """
     version = probe.version(distribution)
     if version is None:
-        return Finding(distribution, ABSENT, follows=f"no {use}; text training does not need it")
+        return Finding(distribution, ABSENT, consequence=f"no {use}; text training does not need it")
     if "placeholder" in version:
         return Finding(distribution, ABSENT, "a placeholder is installed", f"no {use}; text training does not need it")
     try:
-        probe.load(distribution)
-    except IMPORT_FAULTS as error:
-        probe.hide(distribution)
-        follows = f"treated as not installed; no {use}"
-        return Finding(distribution, BROKEN, f"{version}: {fault(error)}", follows)
+        probe.import_module(distribution)
+    except IMPORT_ERRORS as error:
+        probe.hide_module(distribution)
+        consequence = f"treated as not installed; no {use}"
+        return Finding(distribution, BROKEN, f"{version}: {first_line(error)}", consequence)
     return Finding(distribution, OK, version)
 
 
 def check_megatron(probe: Probe) -> Finding:
-    """megatron-core."""
+    """megatron-core, in a supported version."""
     name, version = "megatron-core", probe.version("megatron-core")
     if version is None:
         return Finding(name, ABSENT)
-    if not fits(version, MEGATRON):
-        return Finding(name, UNFIT, f"{version}; {MEGATRON} is supported")
+    if not version_fits(version, MEGATRON_VERSIONS):
+        return Finding(name, UNFIT, f"{version}; {MEGATRON_VERSIONS} is supported")
     try:
-        probe.load("megatron.core")
-    except IMPORT_FAULTS as error:
-        return Finding(name, BROKEN, f"{version}: {fault(error)}")
+        probe.import_module("megatron.core")
+    except IMPORT_ERRORS as error:
+        return Finding(name, BROKEN, f"{version}: {first_line(error)}")
     return Finding(name, OK, version)
 
 
@@ -245,48 +249,48 @@ def check_transformer_engine(probe: Probe) -> Finding:
     """NVIDIA Transformer Engine: its PyTorch part, which is compiled for one torch."""
     name, version = "transformer-engine", probe.version("transformer-engine")
     try:
-        module = probe.load("transformer_engine.pytorch")
+        module = probe.import_module("transformer_engine.pytorch")
     except ModuleNotFoundError as error:
         if version is None:
             return Finding(name, ABSENT)
-        return Finding(name, BROKEN, f"{version}: {fault(error)}")
-    except IMPORT_FAULTS as error:
-        return Finding(name, BROKEN, f"{version or 'unknown version'}: {fault(error)}")
+        return Finding(name, BROKEN, f"{version}: {first_line(error)}")
+    except IMPORT_ERRORS as error:
+        return Finding(name, BROKEN, f"{version or 'unknown version'}: {first_line(error)}")
     return Finding(name, OK, version or str(getattr(module, "__version__", "unknown version")))
 
 
 def check_apex(probe: Probe) -> Finding:
-    """NVIDIA Apex, told by `apex.optimizers.FusedAdam`. PyPI's `apex` is another project with the same name."""
+    """NVIDIA Apex, recognized by `apex.optimizers.FusedAdam`. PyPI's `apex` is another project with the same name."""
     name, version = "nvidia-apex", probe.version("apex")
     try:
-        optimizers = probe.load("apex.optimizers")
+        optimizers = probe.import_module("apex.optimizers")
     except ModuleNotFoundError as error:
         if version is None and error.name == "apex":
             return Finding(name, ABSENT)
         if error.name in {"apex", "apex.optimizers"}:
-            return wrong_apex(version)
+            return foreign_apex(version)
         return Finding(
-            name, BROKEN, f"{version or 'unknown version'}: {fault(error)}", "PyPI's apex is another project"
+            name, BROKEN, f"{version or 'unknown version'}: {first_line(error)}", "PyPI's apex is another project"
         )
-    except IMPORT_FAULTS as error:
+    except IMPORT_ERRORS as error:
         return Finding(
-            name, BROKEN, f"{version or 'unknown version'}: {fault(error)}", "PyPI's apex is another project"
+            name, BROKEN, f"{version or 'unknown version'}: {first_line(error)}", "PyPI's apex is another project"
         )
     if not hasattr(optimizers, "FusedAdam"):
-        return wrong_apex(version)
+        return foreign_apex(version)
     return Finding(name, OK, version or "unknown version")
 
 
-def wrong_apex(version: str | None) -> Finding:
-    """The finding for a package called apex that is not NVIDIA's."""
+def foreign_apex(version: str | None) -> Finding:
+    """The finding about a package called apex that is not NVIDIA's."""
     detail = f"apex {version or 'of unknown version'} is not NVIDIA Apex: it has no apex.optimizers.FusedAdam"
     return Finding(
         "nvidia-apex", UNFIT, detail, "PyPI's apex is the wrong package; NVIDIA Apex is built from its source"
     )
 
 
-def abilities(findings: list[Finding], torch: Any) -> list[Ability]:
-    """What can be run, given what was found. `torch` is None when it cannot be imported."""
+def list_abilities(findings: list[Finding], torch: Any) -> list[Ability]:
+    """What can be run on a machine with these findings. `torch` is None when it cannot be imported."""
     report = Report(findings, [])
     obstacle = report.obstacle
     if obstacle is not None:
@@ -294,8 +298,8 @@ def abilities(findings: list[Finding], torch: Any) -> list[Ability]:
     cuda = torch.cuda.is_available()
     result = [
         Ability("FSDP engine on CPU", True, "one process, DDP, FSDP2" if report.state("gloo") == OK else "one process"),
-        Ability("FSDP engine on GPU", cuda, gpu_modes(report, torch) if cuda else "no usable CUDA device"),
-        megatron(report, cuda),
+        Ability("FSDP engine on GPU", cuda, describe_gpu_modes(report, torch) if cuda else "no usable CUDA device"),
+        megatron_ability(report, cuda),
         Ability("bf16", not cuda or torch.cuda.is_bf16_supported(), "" if cuda else "on CPU with use_cpu: true"),
         Ability("fp16", cuda, "" if cuda else "needs a CUDA device"),
     ]
@@ -308,71 +312,71 @@ def abilities(findings: list[Finding], torch: Any) -> list[Ability]:
     return result
 
 
-def megatron(report: Report, cuda: bool) -> Ability:
+def megatron_ability(report: Report, cuda: bool) -> Ability:
     """What `engine: megatron` can do here."""
     name, state = "Megatron engine", report.state("megatron-core")
     if state != OK:
-        return Ability(name, False, f"megatron-core is {state}; {MEGATRON} is supported")
+        return Ability(name, False, f"megatron-core is {state}; {MEGATRON_VERSIONS} is supported")
     if report.state("gloo") != OK and not cuda:
         return Ability(name, True, "one process: this torch has no gloo")
     parallel = "tensor, sequence, pipeline (interleaved too), expert, data parallel"
     if not cuda:
         return Ability(name, True, f"{parallel}; on CPUs through gloo, layers of its own, moe dispatcher allgather")
     layers = "Transformer Engine's layers" if report.state("transformer-engine") == OK else "torch's attention"
-    optimizer = "Apex's or Transformer Engine's Adam" if fused_adam(report) else "torch's Adam"
+    optimizer = "Apex's or Transformer Engine's Adam" if has_fused_adam(report) else "torch's Adam"
     return Ability(name, True, f"{parallel}; {layers}, {optimizer}")
 
 
-def fused_adam(report: Report) -> bool:
-    """Whether megatron-core has a fused optimizer to take."""
+def has_fused_adam(report: Report) -> bool:
+    """Whether a fused Adam that megatron-core can use is installed."""
     return OK in (report.state("nvidia-apex"), report.state("transformer-engine"))
 
 
-def gpu_modes(report: Report, torch: Any) -> str:
-    """What several GPUs can do together."""
+def describe_gpu_modes(report: Report, torch: Any) -> str:
+    """How training can use the GPUs of this machine."""
     devices = torch.cuda.device_count()
     if devices > 1 and report.state("nccl") == OK:
         return f"{devices} devices: one process, DDP, FSDP2"
     return "one process" if devices == 1 else f"{devices} devices, but without nccl only one process"
 
 
-def find(probe: Probe | None = None) -> Report:
-    """Look at this machine, or at the one that `probe` shows."""
+def inspect_machine(probe: Probe | None = None) -> Report:
+    """The report about this machine, or about the one that `probe` presents."""
     probe = probe or Probe()
     findings = [check_python(probe), check_torch(probe)]
-    torch = probe.load("torch") if findings[-1].state == OK else None
+    torch = probe.import_module("torch") if findings[-1].state == OK else None
     if torch is not None:
         findings += check_devices(probe, torch)
         findings += [check_media(probe, "torchvision", "images or video"), check_media(probe, "torchaudio", "audio")]
         findings += [check_package(probe, "transformers", module="transformers.modeling_utils")]
         findings += [check_package(probe, name) for name in ("peft", "datasets", "safetensors", "omegaconf")]
         findings += [check_llamafactory(probe)]
-        findings += [check_package(probe, "tensorboard", needed=False, follows="no curves in TensorBoard")]
+        findings += [check_package(probe, "tensorboard", required=False, consequence="no curves in TensorBoard")]
         findings += [check_megatron(probe), check_transformer_engine(probe), check_apex(probe)]
-    return Report(findings, abilities(findings, torch))
+    return Report(findings, list_abilities(findings, torch))
 
 
-def lines(report: Report) -> list[str]:
-    """The report as aligned text."""
+def format_report(report: Report) -> list[str]:
+    """The report as lines of aligned text."""
     width = max(len(f.name) for f in report.findings)
     result = [f"dataflex_mega on {platform.system()} {platform.machine()}", "", "found"]
     for f in report.findings:
-        text = "; ".join(part for part in (f.detail, f.follows) if part)
+        text = "; ".join(part for part in (f.detail, f.consequence) if part)
         result.append(f"  {f.state:<6}  {f.name:<{width}}  {text}".rstrip())
     width = max(len(a.name) for a in report.abilities)
     result += ["", "so this machine can run"]
     for a in report.abilities:
-        result.append(f"  {'yes' if a.possible else 'no':<6}  {a.name:<{width}}  {a.why}".rstrip())
+        result.append(f"  {'yes' if a.possible else 'no':<6}  {a.name:<{width}}  {a.reason}".rstrip())
     return result
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the report. Returns the exit status: 0 when training is possible, else 1 after one line that says why not."""
     argparse.ArgumentParser(prog="python -m dataflex_mega.doctor", description=main.__doc__).parse_args(argv)
-    report = find()
-    print("\n".join(lines(report)))
+    report = inspect_machine()
+    print("\n".join(format_report(report)))
     if report.obstacle is not None:
-        print(f"doctor: training cannot run here: {report.obstacle}", file=sys.stderr)
+        get_logger().error("doctor: training cannot run here: %s", report.obstacle)
         return 1
     return 0
 

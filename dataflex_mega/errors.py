@@ -1,4 +1,4 @@
-"""What can go wrong, by who can mend it. `UserError` ends the program with status 2 and one line."""
+"""Exceptions, by who can correct the cause. A `UserError` ends the program with status 2 and one line."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ class CheckpointError(UserError):
 
 
 class TrainingFault(RuntimeError):
-    """Training cannot go on (a NaN loss, ranks that disagree). The message names the step and the samples."""
+    """Training cannot continue (a NaN loss, ranks that disagree). The message names the step and the samples."""
 
 
 class NotFinite(TrainingFault):
-    """A loss or a gradient is NaN or infinite; nothing was updated."""
+    """A loss or a gradient is NaN or infinite; nothing was updated.
+
+    `sample_ids`: the samples whose loss is not finite; empty when only the gradient is.
+    """
 
     def __init__(self, message: str, sample_ids: list[int]) -> None:
         super().__init__(message)
@@ -35,7 +38,7 @@ class NotFinite(TrainingFault):
 
 
 def did_you_mean(word: str, known: Iterable[str], count: int = 1) -> str:
-    """` (did you mean 'x'?)`, or an empty string when nothing is near."""
-    near = difflib.get_close_matches(word.lower(), {k.lower(): k for k in known}, n=count, cutoff=0.6)
-    names = {k.lower(): k for k in known}
-    return f" (did you mean {' or '.join(repr(names[n]) for n in near)}?)" if near else ""
+    """` (did you mean 'x'?)` with at most `count` names, or an empty string when no known name is similar."""
+    names = {name.lower(): name for name in known}
+    similar = difflib.get_close_matches(word.lower(), names, n=count, cutoff=0.6)
+    return f" (did you mean {' or '.join(repr(names[s]) for s in similar)}?)" if similar else ""

@@ -1,6 +1,6 @@
-"""What people see of a run: a progress bar, TensorBoard, files of one line a step, and DataFlex's own files.
+"""What people see of a run: a progress bar, TensorBoard, files with one line per step, and DataFlex's own files.
 
-Only the main rank makes one that writes; the others hold a silent one. Nothing here is read back by training.
+The instance of the main rank writes; those of other ranks are silent. Training reads nothing of it back.
 """
 
 from __future__ import annotations
@@ -16,60 +16,69 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.checkpoint import truncate_log
-from dataflex_mega.types import Plan, StepStats, TrainState
+from dataflex_mega.control.plan_report import LossCacheView, OrderRecord, PlanReport, SelectionRecord
+from dataflex_mega.files import atomic_write
+from dataflex_mega.progress import TrainingProgressBar
+from dataflex_mega.types import SamplingPlan, StepStats, TrainState
 
 STEPS_FILE, ORDERS_FILE = "metrics.jsonl", "orders.jsonl"
 
 
 @dataclass
-class Window:
-    """Sums since the last log."""
+class LogWindow:
+    """Sums over the steps since the last log."""
 
-    loss: float = 0.0
-    steps: int = 0
-    tokens: int = 0
-    grad_norm: float = 0.0
+    loss_sum: float = 0.0  # of the steps' mean losses
+    num_steps: int = 0
+    num_tokens: int = 0
+    grad_norm: float = 0.0  # of the last step
     started: float = field(default_factory=time.perf_counter)
-    seconds: dict[str, float] = field(default_factory=dict)
-    domain_loss: Tensor | None = None
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    domain_loss: Tensor | None = None  # [k], as in StepStats
     domain_tokens: Tensor | None = None
     domain_samples: Tensor | None = None
 
-    def add(self, stats: StepStats, seconds: dict[str, float]) -> None:
-        """One step."""
-        self.loss += stats.mean_loss
-        self.steps += 1
-        self.tokens += stats.tokens
+    def add(self, stats: StepStats, phase_seconds: dict[str, float]) -> None:
+        """Add one optimizer step."""
+        self.loss_sum += stats.mean_loss
+        self.num_steps += 1
+        self.num_tokens += stats.num_tokens
         self.grad_norm = stats.grad_norm
-        for phase, spent in seconds.items():
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+        for phase, seconds in phase_seconds.items():
+            self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + seconds
         for name in ("domain_loss", "domain_tokens", "domain_samples"):
             old, new = getattr(self, name), getattr(stats, name)
             setattr(self, name, new.clone() if old is None else old + new)
 
+    def tokens_per_second(self) -> float:
+        """Tokens of the window over the time since it began."""
+        return self.num_tokens / max(time.perf_counter() - self.started, 1e-9)
+
 
 @dataclass
 class Metrics:
-    """See the module. `tensorboard` and `bar` are None where they are not wanted."""
+    """Receives the events of the loop and writes what people look at."""
 
     folder: Path
     domains: tuple[str, ...]
     max_steps: int
-    writes: bool
-    mixer_name: str | None = None
-    selection_folder: Path | None = None
-    board_folder: Path | None = None  # where the losses known of each plan's samples go
+    is_writer: bool  # whether this is the main rank's
+    mixer_name: str | None = None  # None without a mixer
+    selection_folder: Path | None = None  # where the ids and scores of each selection go
+    scoreboard_folder: Path | None = None  # where the known losses of each plan's samples go
     tensorboard: Any = None  # torch.utils.tensorboard.SummaryWriter
-    bar: Any = None  # progress.Bar
-    window: Window = field(default_factory=Window, init=False)
-    last: StepStats | None = field(default=None, init=False)
-    rate: float = field(default=0.0, init=False)
+    progress_bar: TrainingProgressBar | None = None
+    log_window: LogWindow = field(default_factory=LogWindow, init=False)
+    last_stats: StepStats | None = field(default=None, init=False)
+    learning_rate: float = field(default=0.0, init=False)
     plan_digest: str = field(default="", init=False)
 
-    def begin(self, state: TrainState) -> None:
-        """Before the first step; what an earlier run logged or chose beyond `state.step` is dropped."""
-        self.window = Window()
-        if not self.writes:
+    # -- events --------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, state: TrainState) -> None:
+        """Before the first step; drops what an earlier run logged or selected beyond `state.step`."""
+        self.log_window = LogWindow()
+        if not self.is_writer:
             return
         self.plan_digest = state.plan.digest()[:16]
         truncate_log(self.folder / STEPS_FILE, state.step)
@@ -77,20 +86,18 @@ class Metrics:
             # Its line "step" s is written before step s + 1, so an interrupted run may have left the one of state.step.
             truncate_log(path, state.step - 1)
         truncate_log(self.folder / "trainer_log.jsonl", state.step, key="current_steps")
-        own = self.folder / "selections"
-        if self.selection_folder == own:  # another one may be shared with other runs
-            for path in own.glob("step_*.json"):
+        own_selections = self.folder / "selections"
+        if self.selection_folder == own_selections:  # another folder may be shared with other runs
+            for path in own_selections.glob("step_*.json"):
                 number = path.stem.removeprefix("step_")
                 if number.isdecimal() and int(number) >= state.step:
                     path.unlink()
-        if self.bar is not None:
-            self.bar.begin(state.step, self.max_steps)
+        if self.progress_bar is not None:
+            self.progress_bar.start(state.step, self.max_steps)
 
-    # -- events --------------------------------------------------------------------------------------------------
-
-    def planned(self, state: TrainState, controller: Any) -> None:
-        """After a re-plan."""
-        if not self.writes:
+    def on_plan(self, state: TrainState, report: PlanReport) -> None:
+        """After a new plan, `state.plan`; `report` says what the roles did for it."""
+        if not self.is_writer:
             return
         self.plan_digest = state.plan.digest()[:16]
         if self.mixer_name is not None and state.plan.phase == "train":
@@ -99,111 +106,131 @@ class Metrics:
                 "timestamp": time.strftime("%Y-%m-%dT%H:%M:%S"),
                 "domain_names": list(self.domains),
                 "domain_weights": list(state.plan.proportions),
-                **controller.roles.mixer.report(),
+                **report.mixer,
             }
             self._append(f"{self.mixer_name}_weights.jsonl", row)
-        if self.board_folder is not None:
-            self._boarded(self.board_folder, state, controller.board)
-        order = controller.last_order
-        if order is not None and order.step == state.step:
-            self._append(ORDERS_FILE, vars(order))
-            self._scalars(state.step, {"order/scored": order.scored, "order/mean_score": order.mean_score or 0.0})
-        selection = controller.last_selection
-        if selection is not None and selection.step == state.step:
-            self._selected(state, controller, selection)
+        if self.scoreboard_folder is not None and report.loss_cache is not None:
+            self._write_scoreboard(self.scoreboard_folder, state, report.loss_cache)
+        if report.order is not None:
+            self._log_order(report.order)
+        if report.selection is not None:
+            self._write_selection(report.selection, report.signal_name)
 
-    def _boarded(self, folder: Path, state: TrainState, board: Any) -> None:
-        """What is known of the losses of a plan's samples, in DataFlex's layout; null for one that was never measured."""
-        ids = next((i for i in (state.plan.order, state.plan.chosen) if i is not None), torch.arange(board.size))
-        losses = [None if math.isnan(loss) else loss for loss in board.losses[ids].tolist()]
-        content = {
-            "indices": ids.tolist(),
-            "metric": {"loss": losses},
-            "computed_at_step": {"loss": int(board.measured[ids].max())},
-        }
-        _write_whole(folder / f"scoreboard_step_{state.step}.json", json.dumps(content))
-
-    def _selected(self, state: TrainState, controller: Any, selection: Any) -> None:
-        assert self.selection_folder is not None
-        needs = sorted(controller.roles.selector.needs) or ["score"]
-        content = {"indices": selection.chosen.tolist(), "metric": {needs[0]: selection.scores.tolist()}}
-        _write_whole(self.selection_folder / f"step_{state.step}.json", json.dumps(content, indent=4))
-        self._scalars(
-            state.step,
-            {
-                "select/size": len(selection.chosen),
-                "select/overlap": selection.overlap,
-                **{f"select/score_q{q}": v for q, v in zip((0, 25, 50, 75, 100), selection.quantiles, strict=False)},
-            },
-        )
-
-    def step(self, state: TrainState, stats: StepStats, lr: float, seconds: dict[str, float]) -> None:
-        """After every step."""
-        self.window.add(stats, seconds)
-        self.last, self.rate = stats, lr
-        if not self.writes:
+    def on_step_end(self, state: TrainState, stats: StepStats, lr: float, phase_seconds: dict[str, float]) -> None:
+        """After every optimizer step; `lr` is the learning rate it was done with."""
+        self.log_window.add(stats, phase_seconds)
+        self.last_stats, self.learning_rate = stats, lr
+        if not self.is_writer:
             return
         self._append(STEPS_FILE, {**step_row(state, stats, lr, self.domains), "plan": self.plan_digest})
-        if self.bar is not None:
-            self.bar.step(state.step, self._bar_text(state.plan))
+        if self.progress_bar is not None:
+            self.progress_bar.update(state.step, self._progress_fields(state.plan))
 
-    def _bar_text(self, plan: Plan) -> dict[str, str]:
-        spent = max(time.perf_counter() - self.window.started, 1e-9)
-        parts = {"loss": f"{self.window.loss / self.window.steps:.4f}", "tok/s": f"{self.window.tokens / spent:,.0f}"}
-        if len(self.domains) > 1:
-            parts["mix"] = " ".join(f"{n[:12]}:{p:.2f}" for n, p in zip(self.domains, plan.proportions, strict=True))
-        return parts
-
-    def log(self, state: TrainState) -> dict[str, float]:
-        """Scalars of the steps since the last call: to TensorBoard in full, to the callbacks under Trainer's names."""
-        w = self.window
-        spent = max(time.perf_counter() - w.started, 1e-9)
-        logs = {"loss": w.loss / max(w.steps, 1), "grad_norm": w.grad_norm, "learning_rate": self.rate}
-        if self.writes:
+    def flush(self, state: TrainState) -> dict[str, float]:
+        """End the window: write its scalars to TensorBoard -> those that callbacks get, under Trainer's names."""
+        window = self.log_window
+        logs = {
+            "loss": window.loss_sum / max(window.num_steps, 1),
+            "grad_norm": window.grad_norm,
+            "learning_rate": self.learning_rate,
+        }
+        if self.is_writer:
             self._scalars(state.step, {f"train/{name}": value for name, value in logs.items()})
-            self._scalars(
-                state.step, {"train/tokens_per_second": w.tokens / spent, "train/tokens_seen": state.tokens_seen}
-            )
-            self._scalars(state.step, {f"seconds/{name}": value / max(w.steps, 1) for name, value in w.seconds.items()})
+            speed = {"train/tokens_per_second": window.tokens_per_second(), "train/tokens_seen": state.tokens_seen}
+            self._scalars(state.step, speed)
+            seconds = window.phase_seconds.items()
+            self._scalars(state.step, {f"seconds/{name}": value / max(window.num_steps, 1) for name, value in seconds})
             self._scalars(state.step, self._domain_scalars(state.plan))
-            if self.last is not None and self.last.weights is not None:
-                weights = self.last.weights
-                ends = {"weight/min": weights.minimum, "weight/max": weights.maximum}
-                self._scalars(state.step, {"weight/entropy": weights.entropy, **ends})
-        self.window = Window()
+            if self.last_stats is not None and self.last_stats.weights is not None:
+                weights = self.last_stats.weights
+                bounds = {"weight/min": weights.minimum, "weight/max": weights.maximum}
+                self._scalars(state.step, {"weight/entropy": weights.entropy, **bounds})
+        self.log_window = LogWindow()
         return logs
 
-    def _domain_scalars(self, plan: Plan) -> dict[str, float]:
-        found: dict[str, float] = {}
-        w = self.window
-        if w.domain_loss is None or w.domain_tokens is None or w.domain_samples is None:
-            return found
-        total = float(w.domain_samples.sum())
-        for d, name in enumerate(self.domains):
-            found[f"mix/proportion/{name}"] = plan.proportions[d]
-            found[f"mix/drawn/{name}"] = float(w.domain_samples[d]) / total
-            if w.domain_tokens[d] > 0:
-                loss = float(w.domain_loss[d] / w.domain_tokens[d])
-                found[f"domain/loss/{name}"] = loss
-                found[f"domain/perplexity/{name}"] = math.exp(min(loss, 50.0))
-        return found
-
-    def evaluated(self, state: TrainState, metrics: dict[str, float]) -> None:
-        """After an evaluation."""
-        if not self.writes:
+    def on_evaluate(self, state: TrainState, metrics: dict[str, float]) -> None:
+        """After an evaluation; `metrics` are named as Trainer names them, `eval_loss`."""
+        if not self.is_writer:
             return
         self._scalars(state.step, {f"eval/{name.removeprefix('eval_')}": value for name, value in metrics.items()})
-        if self.bar is not None:
-            self.bar.note("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        if self.progress_bar is not None:
+            self.progress_bar.print_line("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
-    def end(self, state: TrainState) -> None:
-        """After the last step."""
-        if self.bar is not None:
-            self.bar.end()
+    def on_train_end(self, state: TrainState) -> None:
+        """After the last step: close the progress bar and TensorBoard."""
+        if self.progress_bar is not None:
+            self.progress_bar.stop()
         if self.tensorboard is not None:
             self.tensorboard.close()
 
     # -- outlets -------------------------------------------------------------------------------------------------
+
+    def _write_scoreboard(self, folder: Path, state: TrainState, cache: LossCacheView) -> None:
+        """The cached losses of a plan's samples, in DataFlex's layout; null for a loss that was never measured."""
+        plan = state.plan
+        lists = (plan.ordered_ids, plan.selected_ids)
+        ids = next((i for i in lists if i is not None), torch.arange(len(cache.losses)))
+        losses = [None if math.isnan(loss) else loss for loss in cache.losses[ids].tolist()]
+        content = {
+            "indices": ids.tolist(),
+            "metric": {"loss": losses},
+            "computed_at_step": {"loss": int(cache.measured_at_step[ids].max())},
+        }
+        _write_atomically(folder / f"scoreboard_step_{state.step}.json", json.dumps(content))
+
+    def _log_order(self, order: OrderRecord) -> None:
+        row = {
+            "step": order.step,
+            "end": order.end,
+            "scored": order.num_scored,
+            "mean_score": order.mean_score,
+            "passes": order.passes,
+        }
+        self._append(ORDERS_FILE, row)
+        scalars = {"order/scored": order.num_scored, "order/mean_score": order.mean_score or 0.0}
+        self._scalars(order.step, scalars)
+
+    def _write_selection(self, selection: SelectionRecord, signal_name: str) -> None:
+        """The selected ids and their scores, in DataFlex's layout."""
+        assert self.selection_folder is not None
+        content = {"indices": selection.selected_ids.tolist(), "metric": {signal_name: selection.scores.tolist()}}
+        _write_atomically(self.selection_folder / f"step_{selection.step}.json", json.dumps(content, indent=4))
+        quantiles = zip((0, 25, 50, 75, 100), selection.quantiles, strict=False)  # none when no score is finite
+        self._scalars(
+            selection.step,
+            {
+                "select/size": len(selection.selected_ids),
+                "select/overlap": selection.overlap,
+                **{f"select/score_q{percent}": value for percent, value in quantiles},
+            },
+        )
+
+    def _progress_fields(self, plan: SamplingPlan) -> dict[str, str]:
+        """What the progress bar shows beside the step: mean loss and speed of the window, and the mixture."""
+        window = self.log_window
+        fields = {
+            "loss": f"{window.loss_sum / window.num_steps:.4f}",
+            "tok/s": f"{window.tokens_per_second():,.0f}",
+        }
+        if len(self.domains) > 1:
+            fields["mix"] = " ".join(f"{n[:12]}:{p:.2f}" for n, p in zip(self.domains, plan.proportions, strict=True))
+        return fields
+
+    def _domain_scalars(self, plan: SamplingPlan) -> dict[str, float]:
+        """Proportion, fraction drawn, loss and perplexity of every domain over the window, by TensorBoard tag."""
+        scalars: dict[str, float] = {}
+        w = self.log_window
+        if w.domain_loss is None or w.domain_tokens is None or w.domain_samples is None:
+            return scalars
+        total = float(w.domain_samples.sum())
+        for d, name in enumerate(self.domains):
+            scalars[f"mix/proportion/{name}"] = plan.proportions[d]
+            scalars[f"mix/drawn/{name}"] = float(w.domain_samples[d]) / total
+            if w.domain_tokens[d] > 0:
+                loss = float(w.domain_loss[d] / w.domain_tokens[d])
+                scalars[f"domain/loss/{name}"] = loss
+                scalars[f"domain/perplexity/{name}"] = math.exp(min(loss, 50.0))
+        return scalars
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         with (self.folder / name).open("a") as stream:
@@ -215,12 +242,10 @@ class Metrics:
                 self.tensorboard.add_scalar(name, value, step)
 
 
-def _write_whole(target: Path, text: str) -> None:
-    """A file that is there whole or not at all; its folder is made."""
+def _write_atomically(target: Path, text: str) -> None:
+    """Write a file that is either complete or absent; creates its folder."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_suffix(".tmp")
-    beside.write_text(text)
-    beside.replace(target)
+    atomic_write(target, text)
 
 
 def step_row(state: TrainState, stats: StepStats, lr: float, domains: tuple[str, ...]) -> dict[str, Any]:
@@ -237,7 +262,7 @@ def step_row(state: TrainState, stats: StepStats, lr: float, domains: tuple[str,
         "objective": stats.loss,
         "grad_norm": stats.grad_norm,
         "learning_rate": lr,
-        "tokens": stats.tokens,
+        "tokens": stats.num_tokens,
         "proportions": dict(zip(domains, state.plan.proportions, strict=True)),
         "drawn": by_name(stats.domain_samples),
         "domain_loss": {name: v for name, v in by_name(mean).items() if not math.isnan(v)},

@@ -1,4 +1,4 @@
-"""Pictures of a finished run, from metrics.jsonl: how the mixture moved, and what each domain learned."""
+"""Plots of a finished run, from metrics.jsonl: the mixture, and the loss of each domain, over the steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataflex_mega.metrics import STEPS_FILE
 
 
 def plot_run(folder: Path) -> list[Path]:
-    """Write proportions.png and domain_loss.png into `folder` -> their paths. Needs at least two logged steps."""
+    """Write proportions.png and domain_loss.png into `folder` -> their paths, none with fewer than two logged steps."""
     rows = [json.loads(line) for line in (folder / STEPS_FILE).read_text().splitlines()]
     if len(rows) < 2:
         return []
@@ -18,11 +18,12 @@ def plot_run(folder: Path) -> list[Path]:
 
 
 def _smooth(values: list[float], width: int) -> list[float]:
-    """Mean of the last `width` values at each place."""
+    """At each position the mean of the last `width` values, fewer at the beginning."""
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
-    return [(sums[i + 1] - sums[max(0, i + 1 - width)]) / (i + 1 - max(0, i + 1 - width)) for i in range(len(values))]
+    starts = [max(0, end - width) for end in range(1, len(sums))]
+    return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, start=1)]
 
 
 def _figure() -> tuple[Any, Any]:
@@ -39,12 +40,15 @@ def _plot_proportions(rows: list[dict[str, Any]], target: Path) -> Path:
     steps = [row["step"] for row in rows]
     width = max(1, len(rows) // 20)
     for number, name in enumerate(rows[-1]["proportions"]):
-        share = [row["drawn"][name] / max(sum(row["drawn"].values()), 1) for row in rows]
+        drawn = [row["drawn"][name] / max(sum(row["drawn"].values()), 1) for row in rows]
         planned = [row["proportions"][name] for row in rows]
         axes.plot(steps, planned, color=f"C{number}", label=name)
-        axes.plot(steps, _smooth(share, width), color=f"C{number}", alpha=0.35, linestyle="--")
+        axes.plot(steps, _smooth(drawn, width), color=f"C{number}", alpha=0.35, linestyle="--")
     axes.set(
-        xlabel="step", ylabel="share of samples", title="Mixture: planned (solid) and drawn (dashed)", ylim=(0, None)
+        xlabel="step",
+        ylabel="fraction of the samples",
+        title="Mixture: planned (solid) and drawn (dashed)",
+        ylim=(0, None),
     )
     axes.legend()
     figure.savefig(target, dpi=120)
@@ -55,10 +59,11 @@ def _plot_losses(rows: list[dict[str, Any]], target: Path) -> Path:
     figure, axes = _figure()
     width = max(1, len(rows) // 30)
     for number, name in enumerate(rows[-1]["proportions"]):
-        seen = [(row["step"], row["domain_loss"][name]) for row in rows if name in row["domain_loss"]]
-        if seen:
-            axes.plot([s for s, _ in seen], _smooth([v for _, v in seen], width), color=f"C{number}", label=name)
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title="Training loss by domain")
+        points = [(row["step"], row["domain_loss"][name]) for row in rows if name in row["domain_loss"]]
+        if points:
+            losses = _smooth([loss for _, loss in points], width)
+            axes.plot([step for step, _ in points], losses, color=f"C{number}", label=name)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss by domain")
     axes.legend()
     figure.savefig(target, dpi=120)
     return target

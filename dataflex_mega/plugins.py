@@ -1,6 +1,6 @@
-"""Algorithms of other packages, under names of their own.
+"""Algorithms of other packages, by name.
 
-A class is registered by a decorator, as DataFlex users know it, when its module is imported:
+A decorator, as in DataFlex, registers a class when its module is imported:
 
     @register_mixer("curriculum")
     @dataclass
@@ -20,19 +20,19 @@ from typing import TypeVar
 
 from dataflex_mega.errors import ConfigError
 
-GROUP = "dataflex_mega.plugins"
-T = TypeVar("T", bound=type)
+ENTRY_POINT_GROUP = "dataflex_mega.plugins"
+ClassType = TypeVar("ClassType", bound=type)
 
 _registered: dict[tuple[str, str], type] = {}  # decorators fill it while modules are imported
 
 
-def register(kind: str, name: str) -> Callable[[T], T]:
+def register(kind: str, name: str) -> Callable[[ClassType], ClassType]:
     """A decorator that makes a class the algorithm `name` of a kind, such as `mixer`.
 
-    Raises ConfigError when another class has the name; the same class of a module that is imported again has not.
+    Raises ConfigError when another class has that name; a module may be imported twice.
     """
 
-    def decorate(cls: T) -> T:
+    def decorate(cls: ClassType) -> ClassType:
         other = _registered.setdefault((kind, name), cls)
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ConfigError(
@@ -45,47 +45,47 @@ def register(kind: str, name: str) -> Callable[[T], T]:
     return decorate
 
 
-def register_selector(name: str) -> Callable[[T], T]:
+def register_selector(name: str) -> Callable[[ClassType], ClassType]:
     """`@register_selector("mine")`: the class is `selector: mine`."""
     return register("selector", name)
 
 
-def register_mixer(name: str) -> Callable[[T], T]:
+def register_mixer(name: str) -> Callable[[ClassType], ClassType]:
     """`@register_mixer("mine")`: the class is `mixer: mine`."""
     return register("mixer", name)
 
 
-def register_reorder(name: str) -> Callable[[T], T]:
+def register_reorder(name: str) -> Callable[[ClassType], ClassType]:
     """`@register_reorder("mine")`: the class is `reorder: mine`."""
     return register("reorder", name)
 
 
-def register_weighter(name: str) -> Callable[[T], T]:
+def register_weighter(name: str) -> Callable[[ClassType], ClassType]:
     """`@register_weighter("mine")`: the class is `weighter: mine`."""
     return register("weighter", name)
 
 
-def registered(kind: str) -> dict[str, type]:
-    """Name -> class of what installed packages, and modules loaded by `load`, have registered for a kind."""
-    _load_installed()
-    return {name: cls for (of, name), cls in _registered.items() if of == kind}
+def get_registered_classes(kind: str) -> dict[str, type]:
+    """Name -> class of a kind, as registered by installed packages and by modules that `load_modules` has imported."""
+    _load_installed_plugins()
+    return {name: cls for (its_kind, name), cls in _registered.items() if its_kind == kind}
 
 
-def load(modules: Iterable[str]) -> None:
-    """Import these modules for what they register. Raises ConfigError naming one that cannot be imported."""
+def load_modules(modules: Iterable[str]) -> None:
+    """Import modules that register algorithms. Raises ConfigError for one that cannot be imported."""
     for module in modules:
-        _import(module, "plugins")
+        _import_module(module, "plugins")
 
 
 @cache
-def _load_installed() -> None:
-    for entry in metadata.entry_points(group=GROUP):
+def _load_installed_plugins() -> None:
+    for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
         package = f" of {entry.dist.name}" if entry.dist else ""
-        _import(entry.module, f"plug-in {entry.name}{package}")
+        _import_module(entry.module, f"plug-in {entry.name}{package}")
 
 
-def _import(module: str, where: str) -> None:
+def _import_module(module: str, origin: str) -> None:
     try:
         importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f"{where}: cannot import {module!r}: {error}") from error
+        raise ConfigError(f"{origin}: cannot import {module!r}: {error}") from error

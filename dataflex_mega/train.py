@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataflex_mega.config.checks import check_dynamic, listed
+from dataflex_mega.config.checks import check_dynamic, split_names
 from dataflex_mega.config.load import load
 from dataflex_mega.config.megatron import engine_of_environment
 from dataflex_mega.config.megatron_checks import check_megatron
-from dataflex_mega.config.parse import RunConfig, split
+from dataflex_mega.config.parse import RunConfig, parse_config
 from dataflex_mega.errors import TrainingFault, UserError
 from dataflex_mega.llamafactory import predict
+from dataflex_mega.log import ALL_RANKS, get_logger
 
 HELP = """usage: python -m dataflex_mega.train CONFIG.yaml [key=value ...]
        torchrun --nproc_per_node N -m dataflex_mega.train CONFIG.yaml [key=value ...]
@@ -30,72 +31,66 @@ run is plain LLaMA-Factory training. key=value changes a key for this run: mixer
 A run that was interrupted continues from its last checkpoint when the same command is given again.
 `dataflex-cli components` lists the algorithms and their parameters."""
 
-
 INTERRUPTED = "interrupted; a run with a role goes on from its last checkpoint when the same command is given again"
+
+logger = get_logger()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when trained; 2 after one line for a user's mistake, 1 when training could not go on, 130 when interrupted."""
+    """Exit status: 0 when trained, 2 for a user's mistake, 1 when training could not go on, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0 if argv else 2
     try:
         run(argv[0], argv[1:])
-    except UserError as error:  # found by every rank alike, so said once
-        return _say(error, 2) if os.environ.get("RANK", "0") == "0" else 2
+    except UserError as error:  # every rank finds it alike, so the main one reports it
+        logger.error("error: %s", error)
+        return 2
     except TrainingFault as error:
-        return _say(error, 1)
+        logger.error("error: %s", error, extra=ALL_RANKS)
+        return 1
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print(INTERRUPTED, file=sys.stderr, flush=True)
+        logger.info(INTERRUPTED)
         return 130
     return 0
 
 
-def _say(error: Exception, status: int) -> int:
-    rank = os.environ.get("RANK", "0")
-    who = f"[rank {rank}] " if rank != "0" else ""
-    print(f"{who}error: {error}", file=sys.stderr, flush=True)
-    return status
-
-
 def run(path: str, overrides: Sequence[str] = ()) -> None:
     """Train as the YAML says. Raises UserError for mistakes and TrainingFault for faults in the middle."""
-    from dataflex_mega.llamafactory.args import keys
+    from dataflex_mega.llamafactory.args import argument_types
 
-    variable = engine_of_environment(os.environ)  # now, because importing LLaMA-Factory takes the variables away
-    config = split(load(path, overrides), keys(), variable)
+    variable = engine_of_environment(os.environ)  # before LLaMA-Factory is imported, which removes the variables
+    config = parse_config(load(path, overrides), argument_types(), variable)
     for note in config.notes:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"note: {note}", file=sys.stderr)
-    if config.ours.train_type == "static" and config.engine == "fsdp":
+        logger.info("note: %s", note)
+    if config.dataflex.train_type == "static" and config.engine == "fsdp":
         from dataflex_mega.llamafactory.static import run_static
 
-        datasets = [*listed(config.lf.get("dataset")), *listed(config.lf.get("eval_dataset"))]
-        run_static(config.lf, list(config.ours.callbacks), datasets)
+        datasets = [name for key in ("dataset", "eval_dataset") for name in split_names(config.llamafactory.get(key))]
+        run_static(config.llamafactory, list(config.dataflex.callbacks), datasets)
         return
     check_dynamic(config)
-    if predict.wanted(config.lf):
-        predict.check(config.lf)
+    if predict.is_requested(config.llamafactory):
+        predict.check(config.llamafactory)
     if config.engine == "megatron":
         check_megatron(config)
     run_dynamic(config)
 
 
 def run_dynamic(config: RunConfig) -> None:
-    """Our own loop, on either engine; without a role it trains plainly."""
-    from dataflex_mega.distributed import mesh as meshes
+    """Train in the package's own loop, on either engine; without a role every sample is drawn and counts alike."""
+    from dataflex_mega.distributed.parallel_info import shutdown_distributed
     from dataflex_mega.run.build import Build
 
     finished = False
     try:
         Build(config).fit()
-        if predict.wanted(config.lf):
-            predict.predict(config.lf, Path(config.lf["output_dir"]))
+        if predict.is_requested(config.llamafactory):
+            predict.predict(config.llamafactory, Path(config.llamafactory["output_dir"]))
         finished = True
     finally:
-        meshes.stop(orderly=finished)
+        shutdown_distributed(orderly=finished)
 
 
 if __name__ == "__main__":

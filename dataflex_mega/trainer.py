@@ -1,4 +1,4 @@
-"""The loop. It knows no process group, no model class and no algorithm: it moves plain data between the parts."""
+"""The training loop. It knows no process group, no model class and no algorithm: it moves plain data between the parts."""
 
 from __future__ import annotations
 
@@ -9,68 +9,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from dataflex_mega.checkpoint import Checkpointer
+from dataflex_mega.control.controller import DataController
+from dataflex_mega.data.loader import Loader
+from dataflex_mega.engines.base import Engine
 from dataflex_mega.errors import NotFinite, TrainingFault
-from dataflex_mega.types import Batch, Plan, StepStats, TrainState, Weigh
+from dataflex_mega.metrics import Metrics
+from dataflex_mega.types import Batch, SamplingPlan, StepStats, TrainState
+
+MAX_NAMED_SAMPLES = 8  # in the message about a loss that is not finite
 
 
-class Engine(Protocol):
-    """See engines.base.Engine; the part that the loop uses."""
+class TrainerHooks(Protocol):
+    """When to log, evaluate, save and stop: llamafactory.callbacks.Hooks, which needs transformers.
 
-    def train_step(self, micros: list[Batch], weigh: Weigh | None) -> StepStats: ...
-    def learning_rate(self) -> float: ...
+    What `on_step_end` and `on_evaluate` return has the flags of transformers' TrainerControl.
+    """
 
-
-class Controller(Protocol):
-    """See controller.Controller."""
-
-    last_selection: Any
-
-    def first_plan(self) -> Plan: ...
-    def due(self, state: TrainState) -> bool: ...
-    def plan_end(self, step: int, last: int) -> int: ...
-    def next_plan(self, state: TrainState) -> Plan: ...
-    def weigher(self, state: TrainState) -> Weigh | None: ...
-    def observe(self, stats: StepStats, state: TrainState) -> None: ...
-    def state(self) -> dict[str, Any]: ...
-    def restore(self, saved: dict[str, Any]) -> None: ...
-
-
-class Loader(Protocol):
-    """See data.loader.Loader."""
-
-    def micro_batches(self, plan: Plan, step: int, last_step: int | None = None) -> list[Batch]: ...
-    def close(self) -> None: ...
-
-
-class Checkpointer(Protocol):
-    """See checkpoint.Checkpointer."""
-
-    def save(self, state: TrainState, engine: Any, extra: dict[str, Any]) -> Path: ...
-    def restore(self, path: Path, engine: Any) -> tuple[TrainState, dict[str, Any]]: ...
-
-
-class Hooks(Protocol):
-    """See llamafactory.callbacks.Hooks: what happens at which step."""
-
-    def begin(self, step: int, epoch: float) -> None: ...
-    def step_end(self, step: int, epoch: float, tokens: int) -> Any: ...
-    def log(self, logs: dict[str, float]) -> None: ...
-    def evaluated(self, metrics: dict[str, float]) -> Any: ...
-    def saved(self) -> None: ...
-    def end(self) -> None: ...
+    def on_train_begin(self, step: int, epoch: float) -> None: ...
+    def on_step_end(self, step: int, epoch: float, tokens: int) -> Any: ...
+    def on_log(self, logs: dict[str, float]) -> None: ...
+    def on_evaluate(self, metrics: dict[str, float]) -> Any: ...
+    def on_save(self) -> None: ...
+    def on_train_end(self) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Metrics(Protocol):
-    """See metrics.Metrics: what people see."""
-
-    def begin(self, state: TrainState) -> None: ...
-    def planned(self, state: TrainState, controller: Any) -> None: ...
-    def step(self, state: TrainState, stats: StepStats, lr: float, seconds: dict[str, float]) -> None: ...
-    def log(self, state: TrainState) -> dict[str, float]: ...
-    def evaluated(self, state: TrainState, metrics: dict[str, float]) -> None: ...
-    def end(self, state: TrainState) -> None: ...
 
 
 @dataclass
@@ -78,97 +41,103 @@ class Trainer:
     """The parts of a run and the loop that joins them."""
 
     engine: Engine
-    controller: Controller
+    controller: DataController
     loader: Loader
     checkpointer: Checkpointer
-    hooks: Hooks
+    hooks: TrainerHooks
     metrics: Metrics
     max_steps: int
-    global_batch: int
-    samples: int  # of the pool: an epoch is that many samples drawn
+    global_batch_size: int  # samples of one optimizer step, over all ranks
+    pool_size: int  # samples in the pool; drawing that many is one epoch
     evaluate: Callable[[], dict[str, float]] | None = None
-    describe: Callable[[int], str] = str  # sample id -> where it comes from, for messages
-    adopt: Callable[[Plan, int], Plan] | None = None  # the plan of a checkpoint with another global batch, restated
-    seconds: dict[str, float] = field(default_factory=dict, init=False)
-    _rate: float = field(default=0.0, init=False)
+    describe_sample: Callable[[int], str] = str  # sample id -> where it comes from, for messages
+    # (plan, step) of a checkpoint with another global batch size -> the same plan, counted in batches of this run
+    restate_plan: Callable[[SamplingPlan, int], SamplingPlan] | None = None
+    phase_seconds: dict[str, float] = field(default_factory=dict, init=False)  # of the current step
+    _learning_rate: float = field(default=0.0, init=False)
 
     def fit(self, resume: Path | None = None) -> TrainState:
         """Train to `max_steps`, from the start or from a checkpoint. Raises TrainingFault naming step and samples."""
-        state = self._start(resume)
-        self.metrics.begin(state)
-        self.hooks.begin(state.step, state.samples_seen / self.samples)
+        state = self._initial_state(resume)
+        self.metrics.on_train_begin(state)
+        self.hooks.on_train_begin(state.step, state.samples_seen / self.pool_size)
         stop = False
         while state.step < self.max_steps and not stop:
-            self.advance(state)
-            stop = self._follow(state)
-        self.hooks.end()
-        self.metrics.end(state)
+            self.step(state)
+            stop = self._run_callbacks(state)
+        self.hooks.on_train_end()
+        self.metrics.on_train_end(state)
         return state
 
-    def advance(self, state: TrainState) -> None:
-        """One optimizer step, with the re-planning before it when that is due."""
-        if self.controller.due(state):
+    def step(self, state: TrainState) -> None:
+        """One optimizer step, with a new plan before it when the controller needs one. Changes `state`."""
+        if self.controller.needs_new_plan(state):
             with self._timed("plan"):
                 state.plan = self.controller.next_plan(state)
-            self.metrics.planned(state, self.controller)
+            self.metrics.on_plan(state, self.controller.plan_report(state))
         with self._timed("data"):
-            end = self.controller.plan_end(state.step, self.max_steps)
-            micros = self.loader.micro_batches(state.plan, state.step, end)
-        stats = self._step(state, micros)
+            end = self.controller.next_update_step(state.step, self.max_steps)
+            micro_batches = self.loader.micro_batches(state.plan, state.step, end)
+        stats = self._train_step(state, micro_batches)
         state.step += 1
-        state.tokens_seen += stats.tokens
-        state.samples_seen += self.global_batch
+        state.tokens_seen += stats.num_tokens
+        state.samples_seen += self.global_batch_size
         self.controller.observe(stats, state)
-        self.metrics.step(state, stats, self._rate, self.seconds)
-        self.seconds.clear()
+        self.metrics.on_step_end(state, stats, self._learning_rate, self.phase_seconds)
+        self.phase_seconds.clear()
 
-    def _start(self, resume: Path | None) -> TrainState:
+    def _initial_state(self, resume: Path | None) -> TrainState:
         if resume is None:
-            return TrainState(step=0, plan=self.controller.first_plan())
+            return TrainState(step=0, plan=self.controller.initial_plan())
         state, extra = self.checkpointer.restore(resume, self.engine)
-        self.controller.restore(extra["controller"])
+        self.controller.load_state_dict(extra["controller"])
         self.hooks.load_state_dict(extra["hooks"])
-        if self.adopt is not None:
-            state.plan = self.adopt(state.plan, state.step)
+        if self.restate_plan is not None:
+            state.plan = self.restate_plan(state.plan, state.step)
         return state
 
-    def _step(self, state: TrainState, micros: list[Batch]) -> StepStats:
-        self._rate = self.engine.learning_rate()
+    def _train_step(self, state: TrainState, micro_batches: list[Batch]) -> StepStats:
+        self._learning_rate = self.engine.learning_rate()
         with self._timed("train"):
             try:
-                return self.engine.train_step(micros, self.controller.weigher(state))
+                return self.engine.train_step(micro_batches, self.controller.weight_fn(state))
             except NotFinite as fault:
-                where = ", ".join(f"{i} ({self.describe(i)})" for i in fault.sample_ids[:8])
-                more = f" and {len(fault.sample_ids) - 8} more" if len(fault.sample_ids) > 8 else ""
-                what = f"; samples {where}{more}" if where else ""
                 raise TrainingFault(
-                    f"step {state.step + 1}: {fault}{what}; parameters and checkpoints are as before this step "
-                    "(nan_loss: continue would skip it)"
+                    f"step {state.step + 1}: {fault}{self._describe(fault.sample_ids)}; parameters and checkpoints are "
+                    "as before this step (on_non_finite: continue would skip it)"
                 ) from fault
 
-    def _follow(self, state: TrainState) -> bool:
+    def _describe(self, sample_ids: list[int]) -> str:
+        """`; samples 3 (file, row), 7 (file, row) and 12 more`, or an empty string without samples."""
+        if not sample_ids:
+            return ""
+        named = ", ".join(f"{i} ({self.describe_sample(i)})" for i in sample_ids[:MAX_NAMED_SAMPLES])
+        others = len(sample_ids) - MAX_NAMED_SAMPLES
+        return f"; samples {named} and {others} more" if others > 0 else f"; samples {named}"
+
+    def _run_callbacks(self, state: TrainState) -> bool:
         """Log, evaluate and save as the hooks ask -> whether to stop."""
-        epoch = state.samples_seen / self.samples
-        wanted = self.hooks.step_end(state.step, epoch, state.tokens_seen)
-        if wanted.should_log:
-            self.hooks.log(self.metrics.log(state))
-        if wanted.should_evaluate and self.evaluate is not None:
+        epoch = state.samples_seen / self.pool_size
+        control = self.hooks.on_step_end(state.step, epoch, state.tokens_seen)
+        if control.should_log:
+            self.hooks.on_log(self.metrics.flush(state))
+        if control.should_evaluate and self.evaluate is not None:
             with self._timed("evaluate"):
-                found = self.evaluate()
-            self.hooks.log(found)
-            self.metrics.evaluated(state, found)
-            wanted = self.hooks.evaluated(found)
-        if wanted.should_save:
+                results = self.evaluate()
+            self.hooks.on_log(results)
+            self.metrics.on_evaluate(state, results)
+            control = self.hooks.on_evaluate(results)
+        if control.should_save:
             with self._timed("save"):
-                extra = {"controller": self.controller.state(), "hooks": self.hooks.state_dict()}
+                extra = {"controller": self.controller.state_dict(), "hooks": self.hooks.state_dict()}
                 self.checkpointer.save(state, self.engine, extra)
-            self.hooks.saved()
-        stop = bool(wanted.should_training_stop)
-        wanted.should_log = wanted.should_evaluate = wanted.should_save = False
+            self.hooks.on_save()
+        stop = bool(control.should_training_stop)
+        control.should_log = control.should_evaluate = control.should_save = False
         return stop
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + time.perf_counter() - start

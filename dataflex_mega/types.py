@@ -1,4 +1,4 @@
-"""The data that flows through a step. Plain values: no process group, no model, no file is known here.
+"""The data that flows through a step. Plain values: nothing here knows a process group, a model or a file.
 
 Shapes: b rows of a micro-batch, S positions of a row, n samples of a micro-batch (n > b when rows are packed),
 G samples of a global batch, k domains, N samples of the pool.
@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-IGNORED = -100  # a label that carries no loss
+IGNORE_INDEX = -100  # a label that carries no loss
 
 
 @dataclass(frozen=True)
@@ -23,92 +23,92 @@ class Batch:
     """One micro-batch of one data-parallel rank. Labels are already shifted: labels[r, s] is what follows position s."""
 
     input_ids: Tensor  # [b, S] int64
-    labels: Tensor  # [b, S] int64, IGNORED where there is no target
-    segment: Tensor  # [b, S] int64, index into `sample_id` of the sample a position belongs to, -1 on padding
-    position_ids: Tensor  # [b, S] int64, counted from each sample's own start
-    sample_id: Tensor  # [n] int64, global ids of the pool
-    domain: Tensor  # [n] int64
-    packed: bool = False  # whether some row holds more than one sample, so attention needs the segments
-    reference: Tensor | None = None  # [b, S] float32 token losses of the reference model, aligned with `labels`
+    labels: Tensor  # [b, S] int64, IGNORE_INDEX where there is no target
+    segment_ids: Tensor  # [b, S] int64, index into `sample_ids` of the sample at a position, -1 on padding
+    position_ids: Tensor  # [b, S] int64, counted from the start of each sample
+    sample_ids: Tensor  # [n] int64, positions in the pool
+    domain_ids: Tensor  # [n] int64, 0..k-1
+    is_packed: bool = False  # whether a row may hold several samples, so attention needs `segment_ids`
+    reference_losses: Tensor | None = None  # [b, S] float32 token losses of the reference model, aligned with `labels`
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         moved = {name: value.to(device, non_blocking=True) for name, value in self.tensors().items()}
-        return Batch(**moved, packed=self.packed)
+        return Batch(**moved, is_packed=self.is_packed)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensor fields by name."""
-        names = ("input_ids", "labels", "segment", "position_ids", "sample_id", "domain")
-        there = {name: getattr(self, name) for name in names}
-        return there if self.reference is None else {**there, "reference": self.reference}
+        """The fields that are tensors, by name; without `reference_losses` where there are none."""
+        names = ("input_ids", "labels", "segment_ids", "position_ids", "sample_ids", "domain_ids")
+        fields = {name: getattr(self, name) for name in names}
+        return fields if self.reference_losses is None else {**fields, "reference_losses": self.reference_losses}
 
 
 @dataclass(frozen=True)
-class SampleObs:
-    """What is known of samples after their forward pass. No gradient flows through any of it."""
+class SampleStats:
+    """Per-sample results of a forward pass. No gradient flows through any of them."""
 
-    sample_id: Tensor  # [n] int64
-    domain: Tensor  # [n] int64
+    sample_ids: Tensor  # [n] int64
+    domain_ids: Tensor  # [n] int64
     loss_sum: Tensor  # [n] float32, summed over the sample's target tokens
-    tokens: Tensor  # [n] int64, number of target tokens
-    excess_sum: Tensor | None = None  # [n] float32, sum over target tokens of max(loss - reference loss, 0)
-    step_count: Tensor | None = None  # [k] float64, each domain's part of the loss denominator of the whole step
-    # [n, h] float32, see HiddenSpec; for `weights`, [n, m] what NeedsHidden.compare made of it
-    hidden: Tensor | None = None
+    num_tokens: Tensor  # [n] int64, number of target tokens
+    excess_loss_sum: Tensor | None = None  # [n] float32, sum over target tokens of max(loss - reference loss, 0)
+    step_denominators: Tensor | None = None  # [k] float64, each domain's part of the loss denominator of the whole step
+    # [n, h] float32, see EmbeddingSpec; for `Weighter.weights`, [n, m] what NeedsHidden.compare reduced them to
+    embeddings: Tensor | None = None
 
-    def weighed(self) -> dict[str, Tensor]:
-        """The fields by which samples are weighed, one row a sample; those that are there."""
-        names = ("sample_id", "domain", "loss_sum", "tokens", "hidden")
+    def gathered_fields(self) -> dict[str, Tensor]:
+        """The fields with one row per sample, which are gathered from all ranks before samples are weighed."""
+        names = ("sample_ids", "domain_ids", "loss_sum", "num_tokens", "embeddings")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @classmethod
-    def joined(cls, parts: Sequence[SampleObs], step_count: Tensor) -> SampleObs:
-        """Micro-batches of a step as one."""
-        fields = [part.weighed() for part in parts]
-        return cls(**{name: torch.cat([f[name] for f in fields]) for name in fields[0]}, step_count=step_count)
+    def concatenate(cls, micro_batches: Sequence[SampleStats], step_denominators: Tensor) -> SampleStats:
+        """The samples of several micro-batches of a step, in their order."""
+        fields = [samples.gathered_fields() for samples in micro_batches]
+        joined = {name: torch.cat([f[name] for f in fields]) for name in fields[0]}
+        return cls(**joined, step_denominators=step_denominators)
 
     @property
     def loss(self) -> Tensor:
         """[n] float32: mean loss of a sample's target tokens; 0 for a sample without targets."""
-        return self.loss_sum / self.tokens.clamp(min=1)
+        return self.loss_sum / self.num_tokens.clamp(min=1)
 
 
-Weigh = Callable[[SampleObs], Tensor]
-"""Samples of one rank -> their weights, [n] float32, no gradient, mean 1 over all samples of the step (or micro-step)."""
+WeightFn = Callable[[SampleStats], Tensor]
+"""Samples of one rank -> [n] float32 weights, without gradient; mean 1 over all ranks' samples of the step or micro-step."""
 
 
-LossNorm = Literal["token", "per_domain"]
+DomainLossNorm = Literal["token", "per_domain"]
 
 
 class NeedsReference:
-    """Marks an algorithm that compares token losses with those of a reference model."""
+    """Marks an algorithm that compares token losses with those of a reference model, and so needs a reference run."""
 
 
 class NeedsGradients(ABC):
-    """A mixer that learns, before each of its updates, from inner products of the domains' gradients."""
+    """A mixer that gets, before each of its updates, the inner products of the domains' gradients."""
 
-    probe_samples: int  # of each domain
-    against: Literal["others", "eval"]  # whether the gradient of the evaluation sets is wanted too
+    probe_samples: int  # samples per domain whose mean gradient stands for the domain's
+    against: Literal["others", "eval"]  # "eval": the gradient of the evaluation sets is a further row of the products
 
     @abstractmethod
     def learn(self, gram: Tensor) -> None:
-        """[m, m] float64 inner products; see signals.gram.DomainGram."""
+        """`gram`: [m, m] float64 inner products; see signals.gradient_gram.DomainGradientGram."""
 
 
 class NeedsLoads:
-    """Marks a mixer that learns from where a mixture of experts sends tokens; see StepStats.expert_load."""
+    """Marks a mixer that reads how many tokens of a domain each expert gets; see StepStats.expert_load."""
 
 
 @dataclass(frozen=True)
-class HiddenSpec:
-    """How one vector is made of a sample's hidden states; see signals.hidden."""
+class EmbeddingSpec:
+    """How a sample's hidden states become one vector; see signals.sample_embeddings."""
 
-    pooling: Literal["mean", "late", "last"] = (
-        "mean"  # over positions: equal weights, position t weighs t, the last alone
-    )
-    layer: int = -1  # as transformers counts hidden states: 0 the embeddings, -1 what the output layer gets
-    unit: bool = True  # whether a vector is divided by its length
-    squash: bool = False  # whether states go through tanh before they are averaged
+    # Weights of the positions: all equal, position t (from 1) weighs t, or the last target position alone.
+    pooling: Literal["mean", "position_weighted", "last"] = "mean"
+    layer: int = -1  # as transformers counts hidden states: 0 the embeddings, -1 the input of the output layer
+    normalize: bool = True  # whether a vector is divided by its length
+    tanh: bool = False  # whether hidden states go through tanh before they are averaged
 
 
 class NeedsHidden(ABC):
@@ -116,129 +116,129 @@ class NeedsHidden(ABC):
 
     @property
     @abstractmethod
-    def hidden(self) -> HiddenSpec:
-        """The vectors it wants."""
+    def hidden(self) -> EmbeddingSpec:
+        """Which vector of a sample it compares."""
 
     @property
     def target_samples(self) -> int:
-        """How many target samples are looked at, spread evenly over the evaluation sets; 0: all of them."""
+        """How many target samples are averaged, spread evenly over the evaluation sets; 0: all of them."""
         return 0
 
     @abstractmethod
     def stale(self, step: int) -> bool:
-        """Whether it wants the targets' vectors anew before the step after `step` steps."""
+        """Whether the target embeddings must be recomputed before the next step, after `step` steps."""
 
     @abstractmethod
     def learn(self, target: Tensor, step: int) -> None:
-        """[h] float64, the mean vector of the target samples under the model of now."""
+        """`target`: [h] float64, the mean vector of the target samples under the current model."""
 
     @abstractmethod
     def compare(self, hidden: Tensor) -> Tensor:
-        """[n, h] vectors of one rank's samples -> [n, m] what travels to all ranks of it, and reaches `weights`."""
+        """[n, h] vectors of one rank's samples -> [n, m], what is gathered from all ranks and given to `weights`."""
 
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """How a pool is cut into groups of samples that are alike; see signals.clusters."""
+    """How the pool is clustered by the samples' hidden states; see signals.clusters."""
 
-    layers: tuple[int, ...] | None  # hidden states that make a sample's features; None: five, evenly spaced
-    clusters: int | None  # None: one for every 20 samples, at most 10000
+    layers: tuple[int, ...] | None  # whose hidden states are a sample's features; None: five layers, evenly spaced
+    num_clusters: int | None  # None: one for every 20 samples, at most 10000
     seed: int = 0
-    iterations: int = 10  # at most
-    single_density: float = 1.0  # of a cluster with one member
+    iterations: int = 10  # of k-means, at most
+    singleton_density: float = 1.0  # the density of a cluster with one member, which has no pair of members
 
 
 class NeedsClusters(ABC):
-    """A selector that wants the signals "clusters"."""
+    """A selector that reads the signals "clusters"; see algorithms.base.Selector."""
 
     @abstractmethod
     def cluster_spec(self) -> ClusterSpec:
-        """Of which kind."""
+        """How the pool is clustered for it."""
 
 
 class CutsTargets:
-    """Marks a selector that may cut the evaluation samples into tasks of its own."""
+    """Marks a selector that may divide the evaluation samples into tasks of its own."""
 
-    task_boundaries: list[int] | None  # sizes of the tasks, in the order of the evaluation sets
+    task_boundaries: list[int] | None  # sizes of the tasks, in the order of the evaluation sets; None: a task per set
 
 
 @dataclass(frozen=True)
-class FeatureSpec:
-    """Which projection makes features of gradients; see signals.projection."""
+class ProjectionSpec:
+    """The random projection of per-sample gradients to features; see signals.projection."""
 
     kind: Literal["two_sided", "dense"] = "two_sided"
-    size: int = 16  # two_sided: numbers a side of each layer; dense: numbers in all
+    size: int = 16  # two_sided: width of each of a layer's two sides; dense: width of the whole feature
     seed: int = 0
 
 
 class UsesStore(ABC):
-    """A selector that may have gradient features on disk; see store.gradients."""
+    """A selector that may read gradient features from disk; see store.gradients."""
 
     store_dir: str | None  # None: output_dir/gradient_store
-    store_block: int  # samples
+    store_block: int  # samples per block, the unit in which a store is written
 
     @abstractmethod
-    def feature_spec(self) -> FeatureSpec:
-        """The projection of its features."""
+    def feature_spec(self) -> ProjectionSpec:
+        """The projection with which its features are made."""
 
 
 class NeedsBatchGradients(ABC):
-    """A weighter that looks at the gradients of the whole batch before the step that trains it; see
+    """A weighter that gets the gradients of a global batch before the step that trains it; see
     providers.batch_gradients."""
 
-    target_batch: int  # target samples compared with at a step; 0: all
+    target_batch: int  # target samples per step, with which gradients are compared; 0: all
 
     @property
     @abstractmethod
-    def preconditioned(self) -> bool:
-        """Whether the samples' gradients are Adam's updates; the targets' never are."""
+    def uses_adam(self) -> bool:
+        """Whether the samples' gradients are replaced by Adam's updates; those of the targets never are."""
 
     @abstractmethod
-    def feature_spec(self) -> FeatureSpec:
+    def feature_spec(self) -> ProjectionSpec:
         """The projection in which gradients are compared."""
 
     @abstractmethod
-    def look(self, ids: Tensor, dot: Tensor, gram: Tensor) -> None:
-        """[G] ids of the step to come, [G] inner products with the targets' mean gradient, [G, G] with each other."""
+    def observe_batch(self, ids: Tensor, dot: Tensor, gram: Tensor) -> None:
+        """[G] ids of the next step, [G] inner products with the targets' mean gradient, [G, G] with each other."""
 
 
 @dataclass(frozen=True)
-class SamplingSpec:
-    """How answers are drawn from a model."""
+class GenerationSpec:
+    """How answers are generated: the parameters of transformers' GenerationConfig of these names."""
 
     max_new_tokens: int
     temperature: float = 1.0
-    top_k: int = 0  # 0: any token
+    top_k: int = 0  # 0: no limit
     top_p: float = 1.0
 
 
 class UsesPolicy(ABC):
-    """A selector whose targets are rewards of what the model of now answers; see providers.policy_gradients."""
+    """A selector whose targets are rewards of the current model's answers; see providers.policy_gradients."""
 
-    reward: str
-    mc_samples: int
-    max_prompt_length: int
+    reward: str  # the name of a built-in reward, or package.module:function
+    mc_samples: int  # answers per prompt
+    max_prompt_length: int  # tokens; longer prompts lose their beginning
     seed: int
 
     @abstractmethod
-    def sampling(self) -> SamplingSpec:
-        """How answers are drawn."""
+    def sampling(self) -> GenerationSpec:
+        """How answers are generated."""
 
     @abstractmethod
     def factors(self, rewards: Tensor) -> Tensor:
-        """[P, mc_samples] rewards -> [P, mc_samples] factors of the answers' log-probabilities."""
+        """[P, mc_samples] rewards -> [P, mc_samples] weights of the answers' log-probabilities."""
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """Which samples of a pool belong together; equal on every rank."""
+    """The cluster of every sample of a pool; equal on every rank."""
 
-    own: Tensor  # [N] int64, number of a sample's cluster
-    distance: Tensor  # [N] float32, squared, from its centre
+    cluster_ids: Tensor  # [N] int64
+    squared_distances: Tensor  # [N] float32, from a sample to the centre of its cluster
 
 
 class UsesClusters(ABC):
-    """A selector that scores clusters of samples by some of their members; see wiring.clusters."""
+    """A selector that scores clusters of samples by some of their members; see providers.cluster_gradients."""
 
     cluster_count: int
     samples_per_cluster: int
@@ -251,18 +251,18 @@ class UsesClusters(ABC):
     clusters: Clusters | None  # None before the first selection
 
     @abstractmethod
-    def feature_spec(self) -> FeatureSpec:
+    def feature_spec(self) -> ProjectionSpec:
         """The projection for `combine: direction`."""
 
     @abstractmethod
-    def keep(self, clusters: Clusters) -> None:
-        """Take the clusters that were found; they are part of its state."""
+    def set_clusters(self, clusters: Clusters) -> None:
+        """Take the clusters of the pool, which become part of its state."""
 
 
 class StepWeighing(ABC):
-    """A mixer whose domain weights of the loss change after every step, not only with the plan."""
+    """A mixer whose domain weights of the loss change after every step, and not only with the plan."""
 
-    loss_norm: LossNorm
+    loss_norm: DomainLossNorm
     """How the weights w of k domains make a loss of a step in which domain d has the token-loss sum L_d and T_d tokens:
 
     "token"        sum over d of (w_d / p_d) L_d, divided by the sum of (w_d / p_d) T_d; p are the drawn proportions
@@ -271,36 +271,36 @@ class StepWeighing(ABC):
 
     @abstractmethod
     def domain_weights(self) -> Tensor:
-        """[k] float64, sums to 1, of the step to come."""
+        """[k] float64 that sums to 1: the weights for the next step."""
 
 
 class TokenChoice(ABC):
-    """A weighter that keeps a share of the target tokens, the ones with the highest scores, and drops the others."""
+    """A weighter that trains on a fraction of the target tokens, those with the highest scores."""
 
-    keep: float  # 0..1
+    keep_ratio: float  # the fraction, 0..1
 
     @abstractmethod
     def token_scores(self, token_loss: Tensor, reference: Tensor) -> Tensor:
-        """Token losses and those of the reference, one shape, float32 -> scores of that shape."""
+        """Token losses of the model and of the reference, float32 of one shape -> scores of that shape."""
 
 
 @dataclass(frozen=True)
-class TokenWeigh:
-    """A Weigh that weighs tokens too; see objective.token_weights."""
+class TokenWeightFn:
+    """A WeightFn that also selects tokens; see objective.token_weights."""
 
-    samples: Weigh
+    weight_fn: WeightFn
     choice: TokenChoice
 
-    def __call__(self, obs: SampleObs) -> Tensor:
-        return self.samples(obs)
+    def __call__(self, samples: SampleStats) -> Tensor:
+        return self.weight_fn(samples)
 
 
 class Averages(ABC):
-    """A mixer whose result is the mean of its weights over the run, for another run to draw by."""
+    """A mixer whose result is the mean of its weights over the run: the proportions of a later run."""
 
     @abstractmethod
     def average_weights(self) -> tuple[int, Tensor]:
-        """(how many updates, [k] float64 that sums to 1)."""
+        """(number of updates, [k] float64 that sums to 1)."""
 
 
 @dataclass(frozen=True)
@@ -312,12 +312,12 @@ class StepStats:
     domain_loss: Tensor  # [k] float64, unweighted token-loss sums
     domain_tokens: Tensor  # [k] float64, target tokens
     domain_samples: Tensor  # [k] float64
-    tokens: int  # all tokens of the step, padding left out
+    num_tokens: int  # all tokens of the step, without padding
     weights: WeightStats | None = None  # None when no weighter ran
-    domain_excess: Tensor | None = None  # [k] float64, sums of max(loss - reference loss, 0); None without a reference
-    expert_load: Tensor | None = (
-        None  # [layers, k, E] float64, tokens of a domain that went to an expert; None unless asked
-    )
+    # [k] float64, sums of max(loss - reference loss, 0); None without a reference
+    domain_excess_loss: Tensor | None = None
+    # [layers, k, E] float64, tokens of a domain that went to an expert; None without an algorithm that reads it
+    expert_load: Tensor | None = None
 
     @property
     def mean_loss(self) -> float:
@@ -335,31 +335,32 @@ class WeightStats:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to draw from step `start` on. Equal on every rank; small, except for `chosen`.
+class SamplingPlan:
+    """What to draw from step `start_step` on. Equal on every rank; small, except for `selected_ids` and `ordered_ids`.
 
-    `cursor` counts what each domain has given before `start` (of the pool, or of `chosen` when that is set) and `credit`
-    is what the proportions still owe it (target minus drawn, in samples), so a plan continues the one before it exactly.
-    With `order` the samples are those and no others; proportions and credit say how they were come by.
+    `cursors` counts what each domain has given before `start_step` (of the pool, or of `selected_ids` when they are set)
+    and `credits` is what the proportions still owe it (target minus drawn, in samples), so a plan continues the previous
+    one exactly. With `ordered_ids` these samples are drawn and no others; the other fields say how they were determined.
     """
 
-    start: int
+    start_step: int
     proportions: tuple[float, ...]  # [k], sums to 1
-    cursor: tuple[int, ...]  # [k]
-    credit: tuple[float, ...]  # [k], sums to 0
-    chosen: Tensor | None = None  # [m] int64 sorted global ids, duplicates allowed; None means the whole pool
-    pool_cursor: tuple[int, ...] = ()  # [k], kept while `chosen` is served
-    loss_weights: tuple[float, ...] | None = None  # [k], optional domain weights of the loss, from the mixer
-    phase: str = "train"  # "warmup" before the first update of a cycle, for the log
-    order: Tensor | None = None  # [m] int64 global ids in the order in which the steps from `start` on take them
+    cursors: tuple[int, ...]  # [k]
+    credits: tuple[float, ...]  # [k], sums to 0
+    selected_ids: Tensor | None = None  # [m] int64 sorted sample ids, duplicates allowed; None: the whole pool
+    pool_cursors: tuple[int, ...] = ()  # [k], where the pool stood when `selected_ids` were set
+    domain_loss_weights: tuple[float, ...] | None = None  # [k], a mixer's weights of the loss
+    phase: str = "train"  # "warmup" before the first update of a cycle; for logs
+    ordered_ids: Tensor | None = None  # [m] int64 sample ids, in the order in which the steps draw them
 
     def digest(self) -> str:
-        """A hash of everything that decides what is drawn; ranks compare it."""
+        """SHA-256 of everything that decides what is drawn; all ranks must have the same."""
         sha = hashlib.sha256()
-        floats = (self.proportions, self.credit, self.loss_weights or ())
-        sha.update(repr((self.start, self.cursor, self.pool_cursor)).encode())
+        floats = (self.proportions, self.credits, self.domain_loss_weights or ())
+        sha.update(repr((self.start_step, self.cursors, self.pool_cursors)).encode())
         sha.update(repr([[float(x).hex() for x in group] for group in floats]).encode())
-        for name, ids in (("chosen", self.chosen), ("order", self.order)):
+        # These names are part of the hash, which metrics.jsonl records.
+        for name, ids in (("chosen", self.selected_ids), ("order", self.ordered_ids)):
             if ids is not None:
                 sha.update(name.encode() + ids.contiguous().numpy().tobytes())
         return sha.hexdigest()
@@ -367,10 +368,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class SignalTable:
-    """What a selector sees of candidates: one row a candidate. Only the signals it asked for are there."""
+    """What a selector sees of the candidates: one row per candidate, and a column for each signal that it asked for."""
 
-    sample_id: Tensor  # [n] int64
-    domain: Tensor  # [n] int64
+    sample_ids: Tensor  # [n] int64
+    domain_ids: Tensor  # [n] int64
     signals: dict[str, Tensor] = field(default_factory=dict)  # name -> [n] or [n, S]
 
     def __getitem__(self, name: str) -> Tensor:
@@ -378,15 +379,15 @@ class SignalTable:
 
 
 @dataclass(frozen=True)
-class Clock:
-    """When a re-plan happens."""
+class UpdateContext:
+    """When in the run an update of a selector, mixer or reorder takes place."""
 
     step: int  # optimizer steps done
     total_steps: int
-    update: int  # 0 for the first re-plan
+    update_index: int  # 0 for the first update
     seed: int
-    total_updates: int = 0  # re-plans of the whole run; 0 when they go on until its end
-    rate: float = 0.0  # learning rate of the step to come
+    total_updates: int = 0  # updates of the whole run; 0 when they go on until its end
+    learning_rate: float = 0.0  # of the next step
 
 
 @dataclass
@@ -394,6 +395,6 @@ class TrainState:
     """The loop's own variables."""
 
     step: int
-    plan: Plan
+    plan: SamplingPlan
     tokens_seen: int = 0
     samples_seen: int = 0

@@ -1,4 +1,4 @@
-"""What all tests share: one thread a process, no network, and no GPU but for a run of tests/gpu alone."""
+"""Settings for all tests: one thread per process, no network, and no GPU unless tests/gpu runs alone."""
 
 import os
 
@@ -19,7 +19,7 @@ def pytest_configure(config):
     and from what they start; `pytest tests/gpu` by itself sees them."""
     from pathlib import Path
 
-    here = Path(__file__).parent / GPU_TESTS
-    asked = [Path(config.invocation_params.dir, str(arg).split("::")[0]).resolve() for arg in config.args]
-    if not asked or not all(here == path or here in path.parents for path in asked):
+    gpu_tests = Path(__file__).parent / GPU_TESTS
+    requested = [Path(config.invocation_params.dir, str(arg).split("::")[0]).resolve() for arg in config.args]
+    if not requested or not all(gpu_tests == path or gpu_tests in path.parents for path in requested):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch has not looked yet

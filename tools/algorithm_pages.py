@@ -2,7 +2,7 @@
 
     python tools/algorithm_pages.py [FOLDER]
 
-`make docs` runs this; FOLDER (docs/generated) is not committed, so a page cannot say what the code no longer does.
+`make docs` runs this; FOLDER (docs/generated) is not committed, so a page cannot contradict the code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from dataflex_mega.algorithms.base import Selector
-from dataflex_mega.registry import CONTRACTS, available, load_class, parameters
+from dataflex_mega.registry import CONTRACTS, get_parameters, list_builtin_names, load_class
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docs" / "generated"
@@ -30,27 +30,27 @@ START_FROM = {
     "selector": "examples/select.yaml", "mixer": "examples/demo.yaml", "reorder": "examples/demo.yaml",
     "weighter": "examples/weight.yaml",
 }  # fmt: skip
-# A class that an algorithm also derives from -> what it wants beside the signals.
-ALSO_WANTS = {
+# A marker class of an algorithm -> the input that it needs besides the signals.
+INPUT_OF_MARKER = {
     "NeedsReference": "token losses of `reference_model`",
     "NeedsHidden": "hidden states of the training forward pass, and of target samples",
     "StepWeighing": "the loss sums of every step",
-    "NeedsLoads": "how many tokens of each domain every expert gets, counted in the training forward pass",
+    "NeedsLoads": "the number of tokens of each domain per expert, counted in the training forward pass",
     "NeedsGradients": "inner products of the domains' gradients, at every update",
     "TokenChoice": "the loss of every token",
     "UsesPolicy": "answers of the model to the prompts of `eval_dataset`",
     "UsesClusters": "hidden states of the whole pool, once",
-    "NeedsBatchGradients": "gradients of the batch that is about to be trained",
+    "NeedsBatchGradients": "gradients of the next training batch",
 }
-OF_ROLE = {
-    "mixer": "the loss sums and token counts of every domain, reduced once a step",
-    "reorder": "a score of every sample in the order's hands, see `score_source`",
+INPUT_OF_ROLE = {
+    "mixer": "the loss sums and token counts of every domain, reduced once per step",
+    "reorder": "a score of every sample that it orders, see `score_source`",
     "weighter": "the loss, token count and domain of every sample of the step",
 }
 
 
-def prose(text: str) -> str:
-    """A plain docstring as Markdown: indented blocks become code, and signs that Markdown would take are escaped."""
+def to_markdown(text: str) -> str:
+    """A plain docstring as Markdown: indented blocks become code, and Markdown's special characters are escaped."""
     out = []
     for block in re.split(r"\n\s*\n", textwrap.dedent(text).strip("\n")):
         if all(line.startswith("    ") for line in block.splitlines()):
@@ -61,89 +61,88 @@ def prose(text: str) -> str:
     return "\n\n".join(out)
 
 
-def arguments(cls: type) -> dict[str, str]:
-    """Parameter -> what its line under `Args:` says."""
-    _, _, listed = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")
-    listed = re.split(r"\n(?=\w+:\n)", listed)[0]  # Raises: and the like
-    found = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", listed, re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in found}
+def parse_arguments_section(cls: type) -> dict[str, str]:
+    """Parameter -> its description under `Args:`."""
+    _, _, section_text = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")
+    section_text = re.split(r"\n(?=\w+:\n)", section_text)[0]  # without Raises: and other sections
+    entries = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", section_text, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
 
 
-def signals(kind: str, cls: type) -> list[str]:
-    """What has to be computed for an algorithm."""
-    found = [OF_ROLE[kind]] if kind in OF_ROLE else []
+def describe_inputs(kind: str, cls: type) -> list[str]:
+    """The inputs that a run computes for an algorithm."""
+    found = [INPUT_OF_ROLE[kind]] if kind in INPUT_OF_ROLE else []
     if issubclass(cls, Selector):
-        found += [f"`{name}` of every candidate" for name in sorted(cls.needs)] or ["nothing of the candidates"]
-    return found + [text for name, text in ALSO_WANTS.items() if name in {base.__name__ for base in cls.__mro__}]
+        found += [f"`{name}` of every candidate" for name in sorted(cls().signals)] or ["nothing of the candidates"]
+    return found + [text for name, text in INPUT_OF_MARKER.items() if name in {base.__name__ for base in cls.__mro__}]
 
 
-def section(kind: str, name: str) -> str:
-    """The part of docs/algorithms.md on an algorithm: what it costs, how it is checked, how it differs elsewhere."""
+def notes_of(kind: str, name: str) -> str:
+    """The notes of docs/algorithms.md on an algorithm: its cost, its checks, its differences from other implementations."""
     text = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
     parts = re.split(r"^### (\w+): `(\w+)`$", text, flags=re.MULTILINE)
-    own = {(k, n): body for k, n, body in zip(parts[1::3], parts[2::3], parts[3::3], strict=True)}[kind, name]
-    own = re.split(r"^## ", own, flags=re.MULTILINE)[0]
-    shared = re.split(r"^#", text.split(f"\n## {TITLES[kind]}\n")[1], flags=re.MULTILINE)[0]  # said of the whole role
-    notes = re.findall(r"^\*\*.*?(?=\n\n|\Z)", f"{own}\n\n{shared}", re.MULTILINE | re.DOTALL)
+    body_text = {(k, n): body for k, n, body in zip(parts[1::3], parts[2::3], parts[3::3], strict=True)}[kind, name]
+    body_text = re.split(r"^## ", body_text, flags=re.MULTILINE)[0]
+    shared = re.split(r"^#", text.split(f"\n## {TITLES[kind]}\n")[1], flags=re.MULTILINE)[0]  # notes on the whole role
+    notes = re.findall(r"^\*\*.*?(?=\n\n|\Z)", f"{body_text}\n\n{shared}", re.MULTILINE | re.DOTALL)
     return re.sub(r"\]\((?!https?:|#)([^)]*)\)", r"](../\1)", "\n\n".join(notes))
 
 
-def examples() -> Iterator[tuple[Path, dict[str, Any]]]:
+def runnable_examples() -> Iterator[tuple[Path, dict[str, Any]]]:
     """Every YAML of examples/ that needs no file of an earlier run, by path, with its keys."""
     for path in sorted((ROOT / "examples").rglob("*.yaml")):
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        ready = "init_mixture_proportions_file" not in (found or {})  # else it waits for what another command writes
-        if isinstance(found, dict) and "model_name_or_path" in found and ready:
-            yield path.relative_to(ROOT), found
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        ready = "init_mixture_proportions_file" not in (config or {})  # otherwise it reads a file of another command
+        if isinstance(config, dict) and "model_name_or_path" in config and ready:
+            yield path.relative_to(ROOT), config
 
 
-def named(config: dict[str, Any], kind: str) -> str | None:
+def algorithm_of(config: dict[str, Any], kind: str) -> str | None:
     """The algorithm of a role in an example."""
     spec = config.get(kind)
     return spec.get("name") if isinstance(spec, dict) else spec
 
 
-def example(kind: str, name: str) -> list[str]:
-    """The arguments of a training command that runs an algorithm: an example that names it, else the role's own.
+def example_arguments(kind: str, name: str) -> list[str]:
+    """The arguments of a training command that runs an algorithm: an example that names it, else the role's default.
 
-    Raises LookupError for one that no example names although it cannot do without further keys.
+    Raises LookupError for one that no example names although it needs further keys.
     """
-    for path, config in examples():
-        if named(config, kind) == name:
+    for path, config in runnable_examples():
+        if algorithm_of(config, kind) == name:
             return [str(path)]
     cls = load_class(kind, name)
-    required = [key for key, p in parameters(kind, name).items() if p.default is dataclasses.MISSING]
+    required = [key for key, p in get_parameters(kind, name).items() if p.default is dataclasses.MISSING]
     if required or "NeedsReference" in {base.__name__ for base in cls.__mro__}:
         raise LookupError(f"{kind} {name}: no file of examples/ names it, and it needs more than its name")
     return [START_FROM[kind], f"{kind}={name}"]
 
 
-def page(kind: str, name: str) -> str:
-    """The page of one algorithm."""
+def render_page(kind: str, name: str) -> str:
+    """The page of one algorithm as Markdown."""
     cls = load_class(kind, name)
     module = importlib.import_module(cls.__module__)
-    described = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")[0]
-    meanings = arguments(cls)
+    description = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")[0]
+    meanings = parse_arguments_section(cls)
     rows = []
-    for key, parameter in parameters(kind, name).items():
+    for key, parameter in get_parameters(kind, name).items():
         default = "required" if parameter.default is dataclasses.MISSING else f"`{parameter.default!r}`"
-        kinds = parameter.type_text.replace("|", "\\|")
-        rows.append(
-            f"| `{key}` | `{kinds}` | {default} | {prose(meanings.get(parameter.attribute, meanings.get(key, '')))} |"
-        )
+        type_text = parameter.type_text.replace("|", "\\|")
+        meaning = to_markdown(meanings.get(parameter.attribute, meanings.get(key, "")))
+        rows.append(f"| `{key}` | `{type_text}` | {default} | {meaning} |")
     table = (
         ["| parameter | type | default | meaning |", "|---|---|---|---|", *rows] if rows else ["It has no parameters."]
     )
     source = str(Path(inspect.getfile(cls)).resolve().relative_to(ROOT))
-    command = " ".join(example(kind, name))
+    command = " ".join(example_arguments(kind, name))
     parts = [
         f"# {kind}: `{name}`",
-        prose(inspect.cleandoc(module.__doc__ or "")),
-        prose(described),
+        to_markdown(inspect.cleandoc(module.__doc__ or "")),
+        to_markdown(description),
         "## Parameters\n\n" + "\n".join(table),
-        "## What it looks at\n\n" + "\n".join(f"- {line}" for line in signals(kind, cls)),
+        "## Inputs\n\n" + "\n".join(f"- {line}" for line in describe_inputs(kind, cls)),
         "## Run it\n\n```bash\npython -m dataflex_mega.train " + command + "\n```",
-        "## Cost, checks, differences\n\n" + section(kind, name),
+        "## Cost, checks, differences\n\n" + notes_of(kind, name),
         f"Source: `{source}`",
     ]
     return "\n\n".join(parts) + "\n"
@@ -154,21 +153,21 @@ def write(folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written, index = [], ["# Every algorithm on a page", ""]
     for kind in CONTRACTS:
-        names = available(kind)
-        listed = [f"{kind}_{name}" for name in names]
-        index += [f"## {TITLES[kind]}", "", "```{toctree}", ":maxdepth: 1", "", *listed, "```", ""]
+        names = list_builtin_names(kind)
+        page_names = [f"{kind}_{name}" for name in names]
+        index += [f"## {TITLES[kind]}", "", "```{toctree}", ":maxdepth: 1", "", *page_names, "```", ""]
         for name in names:
             path = folder / f"{kind}_{name}.md"
-            path.write_text(page(kind, name), encoding="utf-8")
+            path.write_text(render_page(kind, name), encoding="utf-8")
             written.append(path)
     (folder / "index.md").write_text("\n".join(index), encoding="utf-8")
-    for old in set(folder.glob("*.md")) - {*written, folder / "index.md"}:
-        old.unlink()
+    for stale in set(folder.glob("*.md")) - {*written, folder / "index.md"}:
+        stale.unlink()
     return written
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=TARGET)
     args = parser.parse_args(argv)

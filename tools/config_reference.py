@@ -1,6 +1,6 @@
-"""Write docs/configuration.md from the code: every key of ours, Megatron's, and the parameters of every algorithm.
+"""Write docs/configuration.md from the code: every key of this package and the parameters of every algorithm.
 
-`--check` writes nothing and exits with 1 when the file on disk is not what would be written.
+`--check` writes nothing and exits with 1 when the file on disk is out of date.
 """
 
 from __future__ import annotations
@@ -8,13 +8,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dataflex_mega.config import checks, components, legacy, megatron, megatron_checks, orders, ours, pipelines
-from dataflex_mega.config.values import kinds
-from dataflex_mega.registry import CONTRACTS, Parameter, available, load_class, parameters
+from dataflex_mega.config import (
+    checks,
+    component_parameters,
+    components,
+    dataflex_parse,
+    legacy,
+    megatron,
+    megatron_checks,
+    pipelines,
+    reorder_arguments,
+)
+from dataflex_mega.registry import CONTRACTS, Parameter, get_parameters, list_builtin_names, load_class
+from dataflex_mega.schema.coercion import type_text
+from dataflex_mega.schema.constraints import constraints_of, field_hints
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 DATAFLEX_KEYS = (
@@ -22,6 +33,8 @@ DATAFLEX_KEYS = (
     "train_step", "freeze_gate", "early_stopping_min_delta", "mixture_sample_rule", "init_mixture_proportions",
     "mixer_eval_dataset",
 )  # fmt: skip
+
+HEAD = ("key", "type", "range", "default", "meaning")
 
 INTRODUCTION = """# Configuration
 
@@ -33,16 +46,16 @@ A run is one YAML or JSON file plus `key=value` overrides on the command line:
 dataflex-cli train run.yaml mixer=odm mixer.alpha=0.8 update_step=50 learning_rate=1e-4
 ```
 
-A file may hold the keys of LLaMA-Factory (which are not listed here: its own documentation holds for them), those of
-DataFlex and ours. A key that none of them has is an error that names the nearest one, and so is a value of the wrong
-type, a value out of range, or a key that would have no effect. `${key}` and `${oc.env:NAME}` are replaced.
+A file may hold the keys of LLaMA-Factory (not listed here: see its own documentation), of DataFlex, and of this
+package. An unknown key is an error that names the nearest one. A value of the wrong type, a value out of range, and a key
+without effect are errors too. `${key}` and `${oc.env:NAME}` are replaced.
 
-Overrides are read as YAML: `a=1e-3` is a number, `a=[0.5,0.5]` a list, `a=` nothing. Dots go into mappings, and
-`mixer.alpha=0.8` works on a plain `mixer: odm` too."""
+Overrides are read as YAML: `a=1e-3` is a number, `a=[0.5,0.5]` a list, `a=` null. A dot selects a key inside a mapping,
+and `mixer.alpha=0.8` also works with a plain `mixer: odm`."""
 
 ROLES = """## Roles
 
-`selector`, `mixer`, `reorder` and `weighter` are independent; any combination may be on. Each is a name, a mapping, or a
+`selector`, `mixer`, `reorder` and `weighter` are independent; any combination may be active. Each is a name, a mapping, or a
 mapping with `params` as in DataFlex's components files:
 
 ```yaml
@@ -56,12 +69,12 @@ An unknown parameter is an error. `train_type: dynamic_select | dynamic_mix | dy
 then changes its parameters."""
 
 
-ORDERS = """Beside the parameters of its pattern a `reorder` has these. DataFlex's layout, `pattern` with
-`pattern_params`, is read too. [Algorithms](algorithms.md#orders) says what they do."""
+ORDERS = """Besides the parameters of its pattern, a `reorder` has the following keys. DataFlex's layout, `pattern` with
+`pattern_params`, is accepted too. [Algorithms](algorithms.md#orders) explains them."""
 
 
 PIPELINES = """`train_type: dynamic_lego` with `component_name`, a preset of the components file, or with the key `pipeline`.
-[Algorithms](algorithms.md#pipelines) says what it does. A preset has:"""
+[Algorithms](algorithms.md#pipelines) explains pipelines. The keys of a preset:"""
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -71,8 +84,8 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def shown(value: Any) -> str:
-    """A default as YAML would have it."""
+def format_default(value: Any) -> str:
+    """A default in YAML notation."""
     if value is dataclasses.MISSING:
         return "required"
     if value is None:
@@ -82,48 +95,41 @@ def shown(value: Any) -> str:
     return f"`{list(value) if isinstance(value, tuple) else value}`"
 
 
-def type_text(annotation: str) -> str:
-    """`Literal['a', 'b'] | None` -> `a | b | none`."""
-    words = {"none": "none", "choice": "", "list": "list", "dict": "mapping", "any": "any"}
-    parts = []
-    for kind in kinds(annotation):
-        parts += [str(choice) for choice in kind.choices] if kind.choices else [words.get(kind.name, kind.name)]
-    return f"`{' | '.join(parts)}`"
-
-
 def field_rows(cls: Any, names: Iterable[str]) -> list[list[str]]:
-    """A row a key: name, type, default, meaning."""
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    made = []
+    """One row per key: name, type, range, default, meaning."""
+    known, hints = {f.name: f for f in dataclasses.fields(cls)}, field_hints(cls)
+    rows = []
     for name in names:
         f = known[name]
         default = f.default_factory() if callable(f.default_factory) else f.default
-        made.append([f"`{name}`", type_text(str(f.type)), shown(default), f.metadata["help"]])
-    return made
+        allowed = ", ".join(str(constraint) for constraint in constraints_of(hints[name]))
+        rows.append([f"`{name}`", f"`{type_text(hints[name])}`", allowed, format_default(default), f.metadata["help"]])
+    return rows
 
 
-def fields_of(cls: Any) -> list[list[str]]:
-    """A row for every field of a dataclass."""
-    return field_rows(cls, [f.name for f in dataclasses.fields(cls)])
+def all_field_rows(cls: Any) -> list[list[str]]:
+    """One row for every field of a dataclass that is a key."""
+    return field_rows(cls, [f.name for f in dataclasses.fields(cls) if f.init])
 
 
-def algorithm(role: str, name: str) -> str:
+def algorithm_section(role: str, name: str) -> str:
     """One algorithm: its first docstring line and its parameters."""
     first = (load_class(role, name).__doc__ or "").strip().splitlines()[0]
-    known: dict[str, Parameter] = parameters(role, name)
+    known: dict[str, Parameter] = get_parameters(role, name)
     lines = [f"#### {role}: `{name}`", "", first]
     if known:
         meaning = argument_help(load_class(role, name).__doc__ or "")
         rows = [
-            [f"`{p.name}`", f"`{p.type_text}`", shown(p.default), meaning.get(p.attribute, "")] for p in known.values()
+            [f"`{p.name}`", f"`{p.type_text}`", p.range_text, format_default(p.default), meaning.get(p.attribute, "")]
+            for p in known.values()
         ]
-        lines += ["", table(("parameter", "type", "default", "meaning"), rows)]
+        lines += ["", table(("parameter", *HEAD[1:]), rows)]
     return "\n".join(lines)
 
 
 def argument_help(docstring: str) -> dict[str, str]:
     """The `Args:` of a docstring: name -> text in one line."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     inside, name = False, ""
     for line in docstring.splitlines():
         stripped = line.strip()
@@ -132,32 +138,45 @@ def argument_help(docstring: str) -> dict[str, str]:
             inside = True
         elif inside and stripped and depth == 8:
             name, _, text = stripped.partition(":")
-            found[name] = text.strip()
+            texts[name] = text.strip()
         elif inside and stripped and depth > 8:
-            found[name] += " " + stripped
+            texts[name] += " " + stripped
         elif inside and stripped:
             break
-    return found
+    return texts
 
 
 def packaged_components() -> str:
-    """What `component_name` may be."""
+    """The table of the values of `component_name`."""
     rows = []
     for role in CONTRACTS:
         for name in components.entries(None, role):
-            spec = components.pick(None, role, name)
-            given = ", ".join(f"{key}: {value}" for key, value in spec.items() if key != "name")
-            rows.append([role, f"`{name}`", f"`{spec['name']}`", f"`{given}`" if given else ""])
+            spec = components.read_component(None, role, name).spec
+            values = ", ".join(f"{key}: {value}" for key, value in spec.items() if key != "name")
+            rows.append([role, f"`{name}`", f"`{spec['name']}`", f"`{values}`" if values else ""])
     return table(("role", "`component_name`", "algorithm", "parameters"), rows)
+
+
+def new_words(words: Mapping[str, str]) -> str:
+    """`; `exact` is now `step`` for each word that a renamed key took."""
+    return "".join(f"; `{old}` is now `{new}`" for old, new in words.items())
+
+
+def parameters_without_effect() -> str:
+    """The parameters of DataFlex's components that no algorithm here reads."""
+    rows = []
+    for (role, name), reasons in component_parameters.UNUSED_PARAMETERS.items():
+        rows += [[f"{role} `{name}`", f"`{parameter}`", reason] for parameter, reason in reasons.items()]
+    return table(("algorithm", "parameter", "reason"), rows)
 
 
 def document() -> str:
     """The whole page."""
-    our_names = [f.name for f in dataclasses.fields(ours.RunArguments)]
+    our_names = [f.name for f in dataclasses.fields(dataflex_parse.RunArguments)]
     own = [name for name in our_names if name not in DATAFLEX_KEYS]
-    head = ("key", "type", "default", "meaning")
     renamed = [[f"`{old}`", f"`{new}`"] for old, new in sorted(legacy.RENAMED.items())]
     renamed += [[f"`{old}`", f"`fsdp_config.{new}`"] for old, new in sorted(legacy.INTO_FSDP_CONFIG.items())]
+    renamed += [[f"`{old}`", f"`{new}`{new_words(words)}"] for old, (new, words) in legacy.OUR_RENAMED.items()]
     renamed += [["`group_by_length`", "`train_sampling_strategy`"]]
     renamed += [[f"`{old}`", f"dropped: {why}"] for old, (_, why) in sorted(legacy.DROPPED.items())]
     refused = [[f"`{key}`", instead] for key, instead in sorted(checks.REFUSED.items())]
@@ -165,57 +184,62 @@ def document() -> str:
     without_megatron = [[f"`{key}`", instead] for key, instead in sorted(without.items())]
     allowed = [[f"`{key}`", ", ".join(f"`{v}`" for v in values), why] for key, (values, why) in checks.ALLOWED.items()]
     names = [f.name for f in dataclasses.fields(megatron.MegatronArguments)]
-    score_params = [[f"`{source}`", ", ".join(f"`{k}`" for k in keys)] for source, keys in orders.SCORE_PARAMS.items()]
+    score_params = [
+        [f"`{source}`", ", ".join(f"`{k}`" for k in keys)] for source, keys in reorder_arguments.SCORE_PARAMS.items()
+    ]
     parts = [
         INTRODUCTION,
         "## DataFlex's keys",
-        table(head, field_rows(ours.RunArguments, DATAFLEX_KEYS)),
-        "## Our keys",
-        table(head, field_rows(ours.RunArguments, own)),
+        table(HEAD, field_rows(dataflex_parse.RunArguments, DATAFLEX_KEYS)),
+        "## Keys of this package",
+        table(HEAD, field_rows(dataflex_parse.RunArguments, own)),
         ROLES,
         "### Algorithms",
-        *(algorithm(role, name) for role in CONTRACTS for name in available(role)),
+        *(algorithm_section(role, name) for role in CONTRACTS for name in list_builtin_names(role)),
         "### Orders",
         ORDERS,
-        table(head, fields_of(orders.OrderArguments)),
-        "`score_params` has, by `score_source`:",
+        table(HEAD, all_field_rows(reorder_arguments.ReorderArguments)),
+        "The keys of `score_params` for each `score_source`:",
         table(("score_source", "score_params"), score_params),
-        table(head, fields_of(orders.ScoreParams)),
+        table(HEAD, all_field_rows(reorder_arguments.ScoreParams)),
         "### Pipelines",
         PIPELINES,
-        table(head, fields_of(pipelines.PipelineArguments)),
-        "A stage has:",
-        table(head, fields_of(pipelines.StageArguments)),
+        table(HEAD, all_field_rows(pipelines.PipelineArguments)),
+        "The keys of a stage:",
+        table(HEAD, all_field_rows(pipelines.StageArguments)),
         "### The packaged components file",
         packaged_components(),
-        "## What dynamic training does not do",
-        "These keys of LLaMA-Factory are refused by name in a dynamic run, before anything is built. Static runs take all.",
+        "A components file written for DataFlex is read as it is. A note names those of its parameters that have no effect "
+        "here:",
+        parameters_without_effect(),
+        "## Keys that dynamic training refuses",
+        "A dynamic run refuses these keys of LLaMA-Factory by name before anything is built. Static runs accept them.",
         table(("key", "instead"), refused),
-        table(("key", "dynamic training takes", "why"), allowed),
+        table(("key", "accepted values", "reason"), allowed),
         "## Old keys",
-        "Keys that the installed transformers has dropped are translated, with a note.",
+        "Keys that the installed transformers no longer has, and older names of our keys, are translated, with a note.",
         table(("old", "new"), renamed),
         "## Megatron's keys",
-        "Known by their names in LLaMA-Factory. `engine: megatron`, `USE_MCA=1`, or any of them with another value than the "
+        "They have the names of LLaMA-Factory. `engine: megatron`, `USE_MCA=1`, or any of them with another value than the "
         "default asks for the [Megatron engine](megatron.md).",
-        table(head, field_rows(megatron.MegatronArguments, names)),
-        "What the Megatron engine does not do is refused by name:",
+        table(HEAD, field_rows(megatron.MegatronArguments, names)),
+        "Keys that the Megatron engine refuses by name:",
         table(("key", "instead"), without_megatron),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: written, or up to date; 1: `--check` found another text on disk."""
+    """0: written, or up to date; 1: `--check` found a file that is out of date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only compare")
+    parser.add_argument("--check", action="store_true", help="only compare with the file on disk")
     parser.add_argument("--output", type=Path, default=TARGET, help="where the page is (docs/configuration.md)")
     args = parser.parse_args(argv)
     text = document()
     present = args.output.read_text(encoding="utf-8") if args.output.is_file() else None
     if args.check:
         if present != text:
-            print(f"{args.output} is not what the code says; run python tools/config_reference.py", file=sys.stderr)
+            print(f"{args.output} is out of date; run python tools/config_reference.py", file=sys.stderr)
         return int(present != text)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(text, encoding="utf-8")

@@ -1,11 +1,11 @@
-"""Convert between a Hugging Face folder and a distributed checkpoint of megatron-core, or check that nothing is lost.
+"""Convert between a Hugging Face folder and a megatron-core checkpoint, or check that the conversion is lossless.
 
     python tools/convert.py check --model FOLDER [--tensor 2 --pipeline 2]
     python tools/convert.py to-megatron --model FOLDER --output FOLDER
     python tools/convert.py to-hf --model FOLDER --output FOLDER
 
-Checkpoints do not depend on the layout. A layout spreads the model over processes, which this command starts itself; under
-torchrun it uses those of torchrun, which may be on several machines with a shared folder.
+Checkpoints do not depend on the layout. This command starts the processes of a layout itself; under torchrun
+it uses torchrun's processes, which may be on several machines with a shared folder.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from dataflex_mega.config.megatron import MegatronArguments
 from dataflex_mega.errors import ConfigError, UserError
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in {
-        "check": "Hugging Face -> Megatron -> Hugging Face in memory; says which tensors differ",
+    for name, description in {
+        "check": "Hugging Face -> Megatron -> Hugging Face in memory; lists the tensors that differ",
         "to-megatron": "write a checkpoint of megatron-core (torch_dist)",
         "to-hf": "write a Hugging Face folder from such a checkpoint",
     }.items():
-        command = commands.add_parser(name, help=what, description=what)
+        command = commands.add_parser(name, help=description, description=description)
         command.add_argument("--model", type=Path, required=True, help="folder to read")
         if name != "check":
-            command.add_argument("--output", type=Path, required=True, help="folder to write; empty or not there")
+            command.add_argument("--output", type=Path, required=True, help="folder to write; must be empty or missing")
         for dimension in ("tensor", "pipeline", "expert"):
             command.add_argument(f"--{dimension}", type=int, default=1, help=f"{dimension}-parallel size (1)")
         command.add_argument("--vocab-multiple", type=int, default=1, help="pad the vocabulary to a multiple (1)")
@@ -43,9 +43,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def request_of(args: argparse.Namespace) -> Any:
-    """What the command line asks for. Raises ConfigError for sizes below 1 and an output that has something in it."""
-    from dataflex_mega.engines.megatron.conversion import Request
+def build_request(args: argparse.Namespace) -> Any:
+    """The conversion that the arguments describe. Raises ConfigError for sizes below 1 and for a non-empty output folder."""
+    from dataflex_mega.engines.megatron.conversion import ConversionRequest
     from dataflex_mega.engines.megatron.export import ExportOptions
 
     for name in ("tensor", "pipeline", "expert", "vocab_multiple", "file_gb"):
@@ -59,33 +59,35 @@ def request_of(args: argparse.Namespace) -> Any:
         pipeline_model_parallel_size=args.pipeline,
         expert_model_parallel_size=args.expert,
         expert_tensor_parallel_size=1,
-        sequence_parallel=args.tensor > 1,  # a mixture of experts under tensor parallelism needs it
+        sequence_parallel=args.tensor > 1,  # required for a mixture of experts under tensor parallelism
     )
-    return Request(args.model, target, keys, args.vocab_multiple, ExportOptions(int(args.file_gb * 1e9)))
+    return ConversionRequest(args.model, target, keys, args.vocab_multiple, ExportOptions(int(args.file_gb * 1e9)))
 
 
-def in_processes(function: Callable[..., Any], world: int, request: Any) -> Any:
-    """Call `function(mesh, request)` in every process -> what the main one returns; None on others of torchrun."""
-    from dataflex_mega.distributed import mesh
-    from dataflex_mega.distributed.testing import run_processes
+def run_in_processes(function: Callable[..., Any], world_size: int, request: Any) -> Any:
+    """Call `function(parallel_info, request)` in every process -> the main process's result; else None."""
+    from dataflex_mega.distributed.parallel_info import init_distributed, shutdown_distributed
+    from dataflex_mega.distributed.testing import run_distributed_test
 
     if "RANK" not in os.environ:
-        return run_processes(function, world, request)[0]
-    joined = mesh.start()
-    result = function(joined, request)
-    mesh.stop(orderly=True)
-    return result if joined.is_main else None
+        return run_distributed_test(function, world_size, request)[0]
+    parallel_info = init_distributed()
+    result = function(parallel_info, request)
+    shutdown_distributed(orderly=True)
+    return result if parallel_info.is_main else None
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do it -> the exit status. Raises UserError."""
-    from dataflex_mega.engines.megatron import conversion as offline
+    """Run the conversion or the check -> the exit status. Raises UserError."""
+    from dataflex_mega.engines.megatron import conversion
 
-    request = request_of(args)
-    world = max(args.tensor, args.expert) * args.pipeline
-    offline.plan(request, offline.config_of(args.model), int(os.environ.get("WORLD_SIZE", str(world))))
-    function = {"check": offline.check, "to-megatron": offline.to_megatron, "to-hf": offline.to_hf}[args.command]
-    differing = in_processes(function, world, request)
+    request = build_request(args)
+    world_size = max(args.tensor, args.expert) * args.pipeline
+    conversion.plan(request, conversion.config_of(args.model), int(os.environ.get("WORLD_SIZE", str(world_size))))
+    function = {"check": conversion.check, "to-megatron": conversion.to_megatron, "to-hf": conversion.to_hf}[
+        args.command
+    ]
+    differing = run_in_processes(function, world_size, request)
     if os.environ.get("RANK", "0") != "0":
         return 0
     if args.command != "check":
@@ -96,8 +98,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line. Returns the exit status: 0, 1 when a check fails, or 2 after one line that says what is wrong."""
-    args = parse(argv)
+    """Run the command line. Returns the exit status: 0, 1 when a check fails, or 2 after one line that names the mistake."""
+    args = parse_arguments(argv)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         return run(args)

@@ -1,9 +1,9 @@
 """Make the demo data: four text domains and one instruction set, in LLaMA-Factory's format.
 
-C4, Wikipedia and Alpaca come out of LLaMA-Factory's source distribution, which pip downloads once into the cache; the
+C4, Wikipedia and Alpaca come from LLaMA-Factory's source distribution, which pip downloads once into the cache; the
 fourth domain is the source of the Python standard library that runs this script. Nothing is random: the same archive,
-Python and options give the same bytes. Every domain holds whole documents out for validation, so no piece of a document
-is trained on while another one is evaluated. SOURCES.json (and .md) beside the data say what was taken from where.
+Python and options give the same bytes. Every domain holds out whole documents for validation, so no document is in both
+training and evaluation. SOURCES.json and SOURCES.md beside the data name the source of each data set.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ORIGIN = {
     "demo_python": ("Python standard library, .py files", "PSF License Agreement (Python's LICENSE)"),
     "demo_alpaca": ("the same Alpaca instructions, for supervised fine-tuning", "CC BY-NC 4.0"),
 }
-# Not the library proper: tests, data tables, applications, other people's packages, what the build machine wrote.
+# Not library code: tests, data tables, applications, third-party packages, files of the build machine.
 SKIPPED_FOLDERS = {
     "test", "tests", "site-packages", "dist-packages", "encodings", "idlelib", "lib2to3", "distutils", "pydoc_data",
     "turtledemo", "ensurepip", "__phello__", "__pycache__", "lib-dynload",
@@ -44,21 +44,21 @@ SKIPPED_PREFIXES = ("config-", "_sysconfigdata", "sitecustomize", "usercustomize
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the bytes besides the sources. Sizes are characters."""
+    """Options that determine the data besides the sources. Sizes are in characters."""
 
     piece: int = 2000  # longest row of text
     python_size: int = 1_600_000
-    held_out: float = 0.08  # share of a domain's characters that goes to validation, at least one document
+    held_out: float = 0.08  # fraction of a domain's characters for validation, at least one document
     seed: int = 0
 
 
-def rank(seed: int, name: str) -> str:
-    """A key that orders documents evenly but not by name; equal everywhere."""
+def shuffle_key(seed: int, name: str) -> str:
+    """A sort key that shuffles documents; the same on every machine."""
     return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
 
 
-def cut(text: str, limit: int) -> list[str]:
-    """Pieces of about equal length, none over `limit` characters, whose concatenation is `text`.
+def split_text(text: str, limit: int) -> list[str]:
+    """Split a text into pieces of about equal length, none over `limit` characters, whose concatenation is `text`.
 
     A piece ends after a blank line, a line, a sentence or a word, the first of these that occurs in its second half.
     """
@@ -67,41 +67,41 @@ def cut(text: str, limit: int) -> list[str]:
         aim = -(-len(text) // -(-len(text) // limit))  # length / number of pieces, both rounded up
         end = min(limit, aim + aim // 8)
         for separator in ("\n\n", "\n", ". ", " "):
-            found = text.rfind(separator, end // 2, end)
-            if found >= 0:
-                end = min(found + len(separator), limit)
+            position = text.rfind(separator, end // 2, end)
+            if position >= 0:
+                end = min(position + len(separator), limit)
                 break
         pieces.append(text[:end])
         text = text[end:]
     return [*pieces, text] if text else pieces
 
 
-def split(documents: dict[str, Any], sizes: dict[str, int], options: Options) -> tuple[list[str], list[str]]:
+def hold_out(documents: dict[str, Any], sizes: dict[str, int], options: Options) -> tuple[list[str], list[str]]:
     """Names of the (training, validation) documents, each in the given order; both have at least one."""
     if len(documents) < 2:
         raise DataError(f"a domain of {len(documents)} documents cannot be split; at least 2 are needed")
-    wanted, held, taken = options.held_out * sum(sizes.values()), set(), 0
-    for name in sorted(documents, key=lambda name: rank(options.seed, name)):
-        if len(held) < len(documents) - 1 and (not held or taken + sizes[name] <= wanted):
-            held.add(name)
-            taken += sizes[name]
-    return [n for n in documents if n not in held], [n for n in documents if n in held]
+    target_size, held_out, size = options.held_out * sum(sizes.values()), set(), 0
+    for name in sorted(documents, key=lambda name: shuffle_key(options.seed, name)):
+        if len(held_out) < len(documents) - 1 and (not held_out or size + sizes[name] <= target_size):
+            held_out.add(name)
+            size += sizes[name]
+    return [n for n in documents if n not in held_out], [n for n in documents if n in held_out]
 
 
 def python_documents(stdlib: Path, options: Options) -> dict[str, str]:
     """Path below `stdlib` -> source text, of as many files as `python_size` allows, sorted by path."""
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for path in stdlib.rglob("*.py"):
         parts = path.relative_to(stdlib).parts
         if SKIPPED_FOLDERS.isdisjoint(parts) and not any(part.startswith(SKIPPED_PREFIXES) for part in parts):
-            found["/".join(parts)] = path
+            paths["/".join(parts)] = path
     documents: dict[str, str] = {}
     total = 0
-    for name in sorted(found, key=lambda name: rank(options.seed, name)):
+    for name in sorted(paths, key=lambda name: shuffle_key(options.seed, name)):
         try:
-            text = found[name].read_text(encoding="utf-8")
+            text = paths[name].read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            continue  # a handful of files in other encodings, on purpose so in the library
+            continue  # a few library files are in other encodings on purpose
         if len(text) < 200 or total + len(text) > options.python_size:
             continue
         documents[name] = text
@@ -135,7 +135,7 @@ def download(version: str, cache: Path) -> Path:
     if archive.exists():
         return archive
     cache.mkdir(parents=True, exist_ok=True)
-    # Only llamafactory itself is wanted as source: with ":all:" pip would compile its build back end from source too.
+    # Only llamafactory itself is downloaded as source: with ":all:" pip would compile its build back end from source too.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llamafactory"]
     command += ["--retries", "2", "--dest", str(cache), f"llamafactory=={version}"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -169,8 +169,8 @@ def datasets(texts: dict[str, str], python: dict[str, str], options: Options) ->
     result: dict[str, list[dict[str, str]]] = {}
     for name, documents in domains.items():
         sizes = {key: len(text) for key, text in documents.items()}
-        for suffix, keys in zip(("", "_validation"), split(documents, sizes, options), strict=True):
-            pieces = (piece for key in keys for piece in cut(documents[key], options.piece))
+        for suffix, keys in zip(("", "_validation"), hold_out(documents, sizes, options), strict=True):
+            pieces = (piece for key in keys for piece in split_text(documents[key], options.piece))
             result[name + suffix] = [{"text": piece} for piece in pieces if piece.strip()]
             if name == "demo_alpaca_text":
                 result["demo_alpaca" + suffix] = [alpaca[key] for key in keys]
@@ -178,16 +178,16 @@ def datasets(texts: dict[str, str], python: dict[str, str], options: Options) ->
 
 
 def fingerprint(options: Options, source: str) -> str:
-    """Changes when the bytes could: options, this file, Python's version, the archive's version or content."""
+    """A hash of all inputs: options, this file, Python's version, the archive's version or content."""
     parts = [repr(options), source, platform.python_version(), Path(__file__).read_text(encoding="utf-8")]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def is_current(output: Path, wanted: str) -> bool:
+def is_current(output: Path, expected: str) -> bool:
     """Whether `output` holds exactly what SOURCES.json says was written with this fingerprint."""
     try:
         record = json.loads((output / "SOURCES.json").read_text(encoding="utf-8"))
-        same = record["fingerprint"] == wanted
+        same = record["fingerprint"] == expected
         return same and all((output / d["file"]).stat().st_size == d["bytes"] for d in record["datasets"].values())
     except (OSError, KeyError, TypeError, json.JSONDecodeError):
         return False
@@ -198,7 +198,7 @@ def write(output: Path, rows: dict[str, list[dict[str, str]]], record: dict[str,
     output.mkdir(parents=True, exist_ok=True)
     (output / "SOURCES.json").unlink(missing_ok=True)
     info: dict[str, Any] = {}
-    described: dict[str, Any] = {}
+    datasets_record: dict[str, Any] = {}
     for name, content in sorted(rows.items()):
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content).encode()
         (output / f"{name}.jsonl").write_bytes(data)
@@ -206,9 +206,9 @@ def write(output: Path, rows: dict[str, list[dict[str, str]]], record: dict[str,
         if "text" in content[0]:
             info[name]["columns"] = {"prompt": "text"}
         origin, licence = ORIGIN[name.removesuffix("_validation")]
-        described[name] = {"file": f"{name}.jsonl", "rows": len(content), "bytes": len(data)}
-        described[name] |= {"sha256": hashlib.sha256(data).hexdigest(), "origin": origin, "licence": licence}
-    record = {**record, "datasets": described}
+        datasets_record[name] = {"file": f"{name}.jsonl", "rows": len(content), "bytes": len(data)}
+        datasets_record[name] |= {"sha256": hashlib.sha256(data).hexdigest(), "origin": origin, "licence": licence}
+    record = {**record, "datasets": datasets_record}
     (output / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     (output / "SOURCES.md").write_text(sources_page(record), encoding="utf-8")
     (output / "SOURCES.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -216,15 +216,15 @@ def write(output: Path, rows: dict[str, list[dict[str, str]]], record: dict[str,
 
 
 def sources_page(record: dict[str, Any]) -> str:
-    """SOURCES.md: what was taken, from where, under which licence."""
+    """The text of SOURCES.md: each data set, its source and its licence."""
     lines = [
         "# Where the demo data comes from",
         "",
         f"Written by tools/demo_data.py from {record['archive']} (sha256 {record['archive_sha256']})",
         f"and the standard library of Python {record['python']}. LLaMA-Factory's distribution is under Apache-2.0 and",
-        "says nothing of its demo data on their own; the licences below are those of the data sets the rows were drawn",
-        "from, as their publishers give them. The data are for trying the library out: check before you pass",
-        "them on.",
+        "does not mention a licence of its demo data; the licences below are those that the publishers of the original",
+        "data sets give. The data are for trying the library out: check the licences before you redistribute",
+        "them.",
         "",
         "| data set | rows | bytes | taken from | licence |",
         "|---|---|---|---|---|",
@@ -235,7 +235,7 @@ def sources_page(record: dict[str, Any]) -> str:
 
 
 def table(record: dict[str, Any]) -> Iterable[str]:
-    """Lines to print: one a data set."""
+    """The lines to print, one per data set."""
     yield f"{'data set':<30} {'rows':>6} {'KiB':>7}  licence"
     for name, d in record["datasets"].items():
         yield f"{name:<30} {d['rows']:>6} {d['bytes'] / 1024:>7.0f}  {d['licence']}"
@@ -243,29 +243,29 @@ def table(record: dict[str, Any]) -> Iterable[str]:
 
 
 def run(output: Path, source: Path | None, options: Options, cache: Path) -> dict[str, Any] | None:
-    """Write the data into `output` and return their record, or None when they are already there. Raises DataError."""
+    """Write the data into `output` and return their record, or None when they are up to date. Raises DataError."""
     version = metadata.version("llamafactory")
     if source is not None and not source.is_file():
         raise DataError(f"--source {source}: no such file; a source distribution (.tar.gz) of llamafactory is needed")
     origin = version if source is None else hashlib.sha256(source.read_bytes()).hexdigest()
-    wanted = fingerprint(options, origin)
-    if is_current(output, wanted):
+    key = fingerprint(options, origin)
+    if is_current(output, key):
         return None
     archive = source or download(version, cache)
     texts = read_archive(archive)
     python = python_documents(Path(sysconfig.get_path("stdlib")), options)
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    record = {"fingerprint": wanted, "archive": archive.name, "archive_sha256": digest}
+    record = {"fingerprint": key, "archive": archive.name, "archive_sha256": digest}
     record["python"] = platform.python_version()
     return write(output, datasets(texts, python, options), record)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line. Returns the exit status: 0, or 2 after one line that says what is missing."""
+    """Run the command line. Returns the exit status: 0, or 2 after one line that names the mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / ".demo" / "data", help="folder to write (.demo/data)")
     parser.add_argument("--source", type=Path, help="a downloaded llamafactory source distribution, instead of pip")
-    parser.add_argument("--cache", type=Path, default=ROOT / ".demo" / "cache", help="where the download is kept")
+    parser.add_argument("--cache", type=Path, default=ROOT / ".demo" / "cache", help="folder of the download")
     parser.add_argument("--seed", type=int, default=0, help="which documents are held out and which modules are read")
     args = parser.parse_args(argv)
     try:

@@ -1,7 +1,7 @@
-"""Train every example of LLaMA-Factory's source distribution as a static run, and say which do.
+"""Train every example of LLaMA-Factory's source distribution as a static run, and print the outcome of each.
 
-Only names and sizes of a file are changed: the model becomes a tiny Llama made here, data that the distribution does not
-ship becomes data that it does, training ends after 2 steps of 64 tokens, `deepspeed` is left out where it is not installed.
+Only names and sizes in a file are changed: the model becomes a tiny random Llama, data that the distribution lacks becomes
+data that it has, training ends after 2 steps of 64 tokens, and `deepspeed` is left out where it is not installed.
 Each file is trained in a process of its own. The distribution comes from tools/demo_data.py's cache or from pip.
 """
 
@@ -27,7 +27,7 @@ from dataflex_mega.errors import DataError
 from dataflex_mega.llamafactory.compat import ensure_importable
 from dataflex_mega.train import main as train
 
-FIRST = ("train_lora/qwen3_lora_sft.yaml", "train_lora/qwen3_lora_reward.yaml")  # others begin with what they write
+RUN_FIRST = ("train_lora/qwen3_lora_sft.yaml", "train_lora/qwen3_lora_reward.yaml")  # other examples read their output
 SIZES = {
     "max_steps": 2, "num_train_epochs": 1, "cutoff_len": 64, "max_samples": 16, "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 1, "preprocessing_num_workers": 1, "dataloader_num_workers": 0, "max_new_tokens": 4,
@@ -35,22 +35,22 @@ SIZES = {
 
 
 def examples(folder: Path) -> list[Path]:
-    """Training YAMLs below `folder`; those of LLaMA-Factory's other trainer (v1) have no `stage` and are not among them."""
-    found = [path for path in sorted(folder.rglob("*.yaml")) if "stage" in (yaml.safe_load(path.read_text()) or {})]
-    return sorted(found, key=lambda path: str(path.relative_to(folder)) not in FIRST)
+    """Training YAMLs below `folder`; LLaMA-Factory's other trainer (v1) has YAMLs without `stage`, which are left out."""
+    paths = [path for path in sorted(folder.rglob("*.yaml")) if "stage" in (yaml.safe_load(path.read_text()) or {})]
+    return sorted(paths, key=lambda path: str(path.relative_to(folder)) not in RUN_FIRST)
 
 
-def changed(name: str, keys: dict[str, Any], data: Path, work: Path) -> dict[str, Any]:
-    """The keys of example `name` with other names and sizes."""
+def adapt_config(name: str, keys: dict[str, Any], data: Path, work: Path) -> dict[str, Any]:
+    """The keys of example `name` with local names and small sizes."""
     known = json.loads((data / "dataset_info.json").read_text())
-    there = {key for key, value in known.items() if "file_name" in value}
+    available = {key for key, value in known.items() if "file_name" in value}
     for key in ("dataset", "eval_dataset"):
-        if key in keys and not {part.strip() for part in keys[key].split(",")} <= there:
+        if key in keys and not {part.strip() for part in keys[key].split(",")} <= available:
             keys[key] = "dpo_en_demo" if keys["stage"] == "dpo" else "alpaca_en_demo"
     keys |= SIZES | {"model_name_or_path": str(work / "model"), "dataset_dir": str(data)}
     keys["output_dir"] = str(work / name.removesuffix(".yaml"))
     if "adapter_name_or_path" in keys:
-        keys["adapter_name_or_path"] = str(work / FIRST[0].removesuffix(".yaml"))
+        keys["adapter_name_or_path"] = str(work / RUN_FIRST[0].removesuffix(".yaml"))
     if "tokenized_path" in keys:
         keys["tokenized_path"] = str(work / "tokenized")
     if importlib.util.find_spec("deepspeed") is None:
@@ -59,31 +59,31 @@ def changed(name: str, keys: dict[str, Any], data: Path, work: Path) -> dict[str
 
 
 def make_model(data: Path, folder: Path) -> None:
-    """A Llama of 8 layers that has rows for the tokens which templates add."""
+    """Save a Llama of 8 layers, with embedding rows for the tokens that templates add."""
     texts = [json.loads(line)["text"] for line in (data / "c4_demo.jsonl").read_text().splitlines() if line]
     options = tiny_model.ModelOptions(hidden=32, layers=8, heads=4, kv_heads=2, vocab=576)
     tiny_model.save(tiny_model.make_model(options), tiny_model.make_tokenizer(texts, 512), folder)
 
 
-def attempt(path: Path, log: Path) -> None:
-    """Train in this process and leave with its status; what is printed goes into `log`."""
+def train_and_exit(path: Path, log: Path) -> None:
+    """Train in this process and exit with its status; the output goes into `log`."""
     with log.open("w") as stream:
-        os.dup2(stream.fileno(), 1)  # loggers hold the streams that were there when they were imported
+        os.dup2(stream.fileno(), 1)  # loggers keep the streams of the time of their import
         os.dup2(stream.fileno(), 2)
     sys.exit(train([str(path)]))
 
 
-def report(status: int | None, log: Path) -> str:
-    """`trains`, or what was said instead."""
-    said = [line for line in log.read_text().splitlines() if line.strip()]
+def describe_outcome(status: int | None, log: Path) -> str:
+    """`trains`, or the last error line."""
+    lines = [line for line in log.read_text().splitlines() if line.strip()]
     if status == 0:
         return "trains"
-    last = next((line for line in reversed(said) if line.startswith("error: ")), said[-1] if said else "")
+    last = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
     return f"refused: {last.removeprefix('error: ')}" if status == 2 else f"FAILED ({status}): {last}"
 
 
 def run(archive: Path, work: Path, only: list[str]) -> int:
-    """Print a line for every example whose name holds one of `only`. Returns how many ended otherwise than by one line."""
+    """Print one line for every example whose name contains one of `only` -> the number that failed with a traceback."""
     with tarfile.open(archive) as tar:
         tar.extractall(work / "source", filter="data")
     root = next((work / "source").iterdir())
@@ -93,25 +93,23 @@ def run(archive: Path, work: Path, only: list[str]) -> int:
     context, failed = multiprocessing.get_context("fork"), 0
     for path in examples(root / "examples"):
         name = str(path.relative_to(root / "examples"))
-        if name not in FIRST and only and not any(part in name for part in only):
+        if name not in RUN_FIRST and only and not any(part in name for part in only):
             continue
         config, log = work / "config.yaml", work / "log"
-        config.write_text(yaml.safe_dump(changed(name, yaml.safe_load(path.read_text()), root / "data", work)))
-        process = context.Process(target=attempt, args=(config, log))
+        config.write_text(yaml.safe_dump(adapt_config(name, yaml.safe_load(path.read_text()), root / "data", work)))
+        process = context.Process(target=train_and_exit, args=(config, log))
         process.start()
         process.join()
         failed += process.exitcode not in (0, 2)
-        print(f"{name:<52} {report(process.exitcode, log)}", flush=True)
+        print(f"{name:<52} {describe_outcome(process.exitcode, log)}", flush=True)
     return failed
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("only", nargs="*", help="parts of names; all files where none is given")
+    parser.add_argument("only", nargs="*", help="parts of names; all files without any")
     parser.add_argument("--source", type=Path, help="a downloaded llamafactory source distribution, instead of pip")
-    parser.add_argument(
-        "--cache", type=Path, default=demo_data.ROOT / ".demo" / "cache", help="where the download is kept"
-    )
+    parser.add_argument("--cache", type=Path, default=demo_data.ROOT / ".demo" / "cache", help="folder of the download")
     options = parser.parse_args()
     try:
         archive = options.source or demo_data.download(metadata.version("llamafactory"), options.cache)

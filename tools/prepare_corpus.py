@@ -1,6 +1,6 @@
-"""Text files -> Megatron .bin/.idx files, one pair a domain, and a manifest. The same as `dataflex-cli corpus`.
+"""Text files -> Megatron .bin/.idx files, one pair per domain, and a manifest. The same as `dataflex-cli corpus`.
 
-`python tools/prepare_corpus.py --help` says more.
+`python tools/prepare_corpus.py --help` lists the options.
 """
 
 from __future__ import annotations

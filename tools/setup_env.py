@@ -38,7 +38,7 @@ NOT_NEEDED = {
 
 
 class SetupError(Exception):
-    """A step failed; the message is what the user needs to see."""
+    """A step failed; the message is shown to the user."""
 
 
 def read_project() -> dict[str, Any]:
@@ -58,7 +58,7 @@ def requirement_name(requirement: str) -> str:
 
 
 def extras_of(project: dict[str, Any], names: list[str]) -> list[str]:
-    """The requirements of these extras. Raises SetupError for one that pyproject.toml has not."""
+    """The requirements of these extras. Raises SetupError for one that pyproject.toml does not have."""
     known = project["project"].get("optional-dependencies", {})
     for name in names:
         if name not in known:
@@ -66,13 +66,13 @@ def extras_of(project: dict[str, Any], names: list[str]) -> list[str]:
     return [requirement for name in names for requirement in known[name]]
 
 
-def needed_of_llamafactory(requires: list[str]) -> list[str]:
-    """What llamafactory asks for, less what text training never imports and less its extras."""
+def llamafactory_requirements(requires: list[str]) -> list[str]:
+    """The requirements of llamafactory without its extras and without what text training never imports."""
     return [line for line in requires if "extra ==" not in line and requirement_name(line) not in NOT_NEEDED]
 
 
 def run(command: list[str]) -> str:
-    """Standard output. What was printed is shown only when the command fails, in a SetupError."""
+    """Run a command -> its standard output. When it fails, a SetupError carries its output."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise SetupError(
@@ -82,14 +82,14 @@ def run(command: list[str]) -> str:
 
 
 def imports(python: Path, module: str) -> bool:
-    """Whether `module` can be imported there; in its own process, since a broken binary wheel may raise anything."""
+    """Whether `python` can import `module`; in its own process, since a broken binary wheel may raise anything."""
     return subprocess.run([python, "-c", f"import {module}"], capture_output=True).returncode == 0
 
 
 def install_placeholder(python: Path) -> str:
-    """Install the torchaudio placeholder where nothing of that name can be imported. Returns what was done."""
+    """Install the torchaudio placeholder where nothing of that name can be imported. Returns a remark on what was done."""
     if imports(python, "torchaudio"):
-        return "an importable one is there"
+        return "importable"
     with tempfile.TemporaryDirectory() as folder:  # a build in place would leave its files in the source tree
         copy = Path(folder) / PLACEHOLDER.name
         shutil.copytree(PLACEHOLDER, copy, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
@@ -98,11 +98,11 @@ def install_placeholder(python: Path) -> str:
 
 
 def steps(target: Path, project: dict[str, Any], extras: list[str]) -> list[tuple[str, Callable[[], str | None]]]:
-    """(what it says, what it does) of every step, in order; a step may return a remark."""
+    """(label, function) of every step, in order; the function may return a remark."""
     python = target / "bin" / "python"
     dependencies = project["project"]["dependencies"]
     llamafactory = next(r for r in dependencies if requirement_name(r) == "llamafactory")
-    ours = [r for r in dependencies if requirement_name(r) not in {"torch", "llamafactory"}]
+    own_requirements = [r for r in dependencies if requirement_name(r) not in {"torch", "llamafactory"}]
 
     def make_venv() -> str | None:
         if python.exists():
@@ -113,18 +113,23 @@ def steps(target: Path, project: dict[str, Any], extras: list[str]) -> list[tupl
     def pip(*args: str) -> None:
         run([str(python), *PIP_INSTALL, *args])
 
-    def dependencies_of_both() -> str:
+    def install_dependencies() -> str:
         code = "import importlib.metadata as m; print('\\n'.join(m.requires('llamafactory') or []))"
-        theirs = needed_of_llamafactory(run([str(python), "-c", code]).splitlines())
-        wanted = [*ours, *extras_of(project, extras), *theirs, *project["build-system"]["requires"]]
-        pip(TORCH, *wanted)
-        return f"{len(wanted)} requirements"
+        lf_requirements = llamafactory_requirements(run([str(python), "-c", code]).splitlines())
+        requirements = [
+            *own_requirements,
+            *extras_of(project, extras),
+            *lf_requirements,
+            *project["build-system"]["requires"],
+        ]
+        pip(TORCH, *requirements)
+        return f"{len(requirements)} requirements"
 
     return [
         (f"virtual environment in {target}", make_venv),
         (TORCH, lambda: pip(TORCH)),
         (f"{llamafactory} without its dependencies", lambda: pip("--no-deps", llamafactory)),
-        ("everything else that training needs" + "".join(f" + {e}" for e in extras), dependencies_of_both),
+        ("everything else that training needs" + "".join(f" + {e}" for e in extras), install_dependencies),
         ("torchaudio", lambda: install_placeholder(python)),
         (f"{project['project']['name']}, editable", lambda: pip("--no-deps", "--no-build-isolation", "-e", str(ROOT))),
     ]
@@ -133,21 +138,21 @@ def steps(target: Path, project: dict[str, Any], extras: list[str]) -> list[tupl
 def build(target: Path, project: dict[str, Any], extras: list[str]) -> None:
     """Create `target` and install the project into it in editable mode. Raises SetupError with pip's output."""
     started = time.monotonic()
-    todo = steps(target, project, extras)
-    for number, (label, work) in enumerate(todo, start=1):
-        print(f"[{number}/{len(todo)}] {label} ...", end=" ", flush=True)
-        begun = time.monotonic()
+    setup_steps = steps(target, project, extras)
+    for number, (label, work) in enumerate(setup_steps, start=1):
+        print(f"[{number}/{len(setup_steps)}] {label} ...", end=" ", flush=True)
+        step_start = time.monotonic()
         try:
             remark = work()
         except SetupError:
             print("failed", flush=True)
             raise
-        print(f"{time.monotonic() - begun:.1f} s{f' ({remark})' if remark else ''}", flush=True)
+        print(f"{time.monotonic() - step_start:.1f} s{f' ({remark})' if remark else ''}", flush=True)
     print(f"environment ready after {time.monotonic() - started:.0f} s: {target}", flush=True)
 
 
 def content_key(project: dict[str, Any]) -> str:
-    """Changes when anything but the choice of extras changes what is installed."""
+    """A hash of everything that decides what is installed, except the choice of extras."""
     digest = hashlib.sha256(json.dumps([TORCH, str(ROOT), project], sort_keys=True).encode())
     digest.update(Path(__file__).read_bytes())
     for file in sorted(PLACEHOLDER.rglob("*")):
@@ -157,7 +162,7 @@ def content_key(project: dict[str, Any]) -> str:
 
 
 def installed_extras(stamp: Path, key: str) -> list[str] | None:
-    """The extras that the finished environment with this key has; None where there is no such environment."""
+    """The extras of the finished environment with this key; None without such an environment."""
     try:
         record = json.loads(stamp.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
@@ -167,9 +172,9 @@ def installed_extras(stamp: Path, key: str) -> list[str] | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line. Returns the exit status: 0 ready, 1 a step failed, 2 this Python or an option will not do."""
+    """Run the command line. Returns the exit status: 0 ready, 1 a step failed, 2 unsupported Python or option."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=Path, default=ROOT / ".venv", help="where the environment goes (.venv)")
+    parser.add_argument("--target", type=Path, default=ROOT / ".venv", help="folder of the environment (.venv)")
     parser.add_argument("--extras", default="dev", help="comma-separated extras of pyproject.toml (dev)")
     args = parser.parse_args(argv)
     if sys.version_info < (3, 11):  # noqa: UP036  # this script runs before anything checked requires-python
@@ -187,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     extras = sorted(
         set(extras).union(present or [])
-    )  # `make docs` adds to what `make test` needs, and takes nothing away
+    )  # `make docs` adds its extras to those of `make test` and removes none
     stamp.unlink(missing_ok=True)
     try:
         build(args.target.absolute(), project, extras)

@@ -41,10 +41,10 @@ class ModelOptions:
     context: int = 2048
     tie: bool = False  # whether the output layer shares the input embedding's weights
     seed: int = 0
-    experts: int = 0  # of each layer, two chosen for a token; 0 is a dense Llama
+    experts: int = 0  # per layer, two active per token; 0 is a dense Llama
 
     def check(self) -> None:
-        """Raises ConfigError naming the first option that cannot be."""
+        """Raises ConfigError naming the first invalid option."""
         for name in ("hidden", "layers", "heads", "kv_heads", "context"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
@@ -154,25 +154,25 @@ def fingerprint(data: Path, options: ModelOptions) -> str:
 
 
 def run(data: Path, output: Path, options: ModelOptions) -> int | None:
-    """Write the model; returns its parameter count, or None when it was there. Raises ConfigError, DataError."""
+    """Write the model; returns its parameter count, or None when it exists already. Raises ConfigError, DataError."""
     options.check()
-    stamp, wanted = output / "tiny_model.stamp", fingerprint(data, options)
-    if stamp.exists() and stamp.read_text() == wanted and all((output / name).exists() for name in FILES):
+    stamp, expected = output / "tiny_model.stamp", fingerprint(data, options)
+    if stamp.exists() and stamp.read_text() == expected and all((output / name).exists() for name in FILES):
         return None
     stamp.unlink(missing_ok=True)
     model = make_model(options)
     save(model, make_tokenizer(training_texts(data), options.vocab), output)
-    stamp.write_text(wanted)
+    stamp.write_text(expected)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def parse(argv: list[str] | None) -> tuple[Path, Path, ModelOptions]:
-    """The command line: data folder, output folder, model options."""
+def parse_arguments(argv: list[str] | None) -> tuple[Path, Path, ModelOptions]:
+    """Parse the command line -> (data folder, output folder, model options)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = ModelOptions()
     parser.add_argument("--data", type=Path, default=ROOT / ".demo" / "data", help="folder of tools/demo_data.py")
     parser.add_argument("--output", type=Path, default=ROOT / ".demo" / "model", help="folder to write (.demo/model)")
-    for name, what in {
+    for name, description in {
         "hidden": "width of the residual stream",
         "layers": "number of layers",
         "heads": "attention heads",
@@ -180,11 +180,11 @@ def parse(argv: list[str] | None) -> tuple[Path, Path, ModelOptions]:
         "vocab": "size of the vocabulary",
         "intermediate": "width of the feed-forward layer; 0: 8/3 of hidden",
         "context": "longest sequence, in tokens",
-        "seed": "of the random weights",
-        "experts": "experts of each layer, two chosen for a token; 0: a dense Llama",
+        "seed": "seed of the random weights",
+        "experts": "experts per layer, two active per token; 0: a dense Llama",
     }.items():
         value = getattr(default, name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"{what} ({value})")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"{description} ({value})")
     parser.add_argument("--tie", action="store_true", help="share the input embedding with the output layer")
     args = vars(parser.parse_args(argv))
     data, output = args.pop("data"), args.pop("output")
@@ -192,8 +192,8 @@ def parse(argv: list[str] | None) -> tuple[Path, Path, ModelOptions]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line. Returns the exit status: 0, or 2 after one line that says what is wrong."""
-    data, output, options = parse(argv)
+    """Run the command line. Returns the exit status: 0, or 2 after one line that names the mistake."""
+    data, output, options = parse_arguments(argv)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when transformers is imported, below
     try:
         count = run(data, output, options)

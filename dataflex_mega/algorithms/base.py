@@ -2,32 +2,37 @@
 
 A file `algorithms/mixers/my_mixer.py` with one subclass of `Mixer` is known as `mixer: my_mixer`; a class elsewhere as
 `mixer: package.module:Class`. An algorithm sees data of the whole job, already reduced over ranks, and never asks which
-rank it runs on: the same inputs give the same outputs everywhere. Randomness comes from the generator it is handed.
+rank it runs on: the same inputs give the same outputs everywhere. Randomness comes from the generator argument.
 
-What an algorithm remembers between calls lives in attributes that `state` returns and `restore` takes: numbers, strings,
-lists and dicts of them (written as JSON) and tensors.
+An algorithm's state between calls is what `state_dict` returns and `load_state_dict` takes: numbers, strings, lists and
+dicts of them (written as JSON), and tensors.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dataflex_mega.errors import ConfigError
-from dataflex_mega.types import Clock, SampleObs, SignalTable, StepStats
+from dataflex_mega.schema.constraints import Distinct as Distinct
+from dataflex_mega.schema.constraints import NotEmpty as NotEmpty
+from dataflex_mega.schema.constraints import Range as Range
+from dataflex_mega.schema.constraints import RelativeWeights as RelativeWeights
+from dataflex_mega.schema.constraints import check_fields
+from dataflex_mega.types import SampleStats, SignalTable, StepStats, UpdateContext
 
 
 @dataclass(frozen=True)
-class Domains:
+class DomainInfo:
     """The domains of the pool, in the order of the `dataset` key."""
 
     names: tuple[str, ...]
-    sizes: tuple[int, ...]  # samples
-    initial: tuple[float, ...]  # proportions before any update, sums to 1
+    num_samples: tuple[int, ...]
+    initial_proportions: tuple[float, ...]  # proportions before any update, sums to 1
 
     def __len__(self) -> int:
         return len(self.names)
@@ -35,119 +40,122 @@ class Domains:
 
 @dataclass
 class Algorithm(ABC):
-    """What all roles share."""
+    """What all roles share. A subclass with a `__post_init__` of its own calls this one first."""
 
-    def setup(self, domains: Domains) -> None:
+    role: ClassVar[str] = ""
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Former names of parameters and their successors: a configuration may have either, the former with a note."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a parameter outside the range that its annotation declares."""
+        check_fields(self, f"{self.role}.{self._name()}.")
+
+    @classmethod
+    def _name(cls) -> str:
+        """The name in the configuration: that of the file for an algorithm of the package, else that of the class."""
+        package, _, module = cls.__module__.rpartition(".")
+        return module if package.startswith("dataflex_mega.algorithms") else cls.__name__
+
+    def setup(self, domains: DomainInfo) -> None:
         """Called once, before training, with the pool's domains. Check parameters against them here (ConfigError)."""
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything that must survive a restart."""
         return {}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`, called after `setup`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`, called after `setup`."""
 
 
 class Selector(Algorithm):
     """Chooses which samples are trained until the next update."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """Signals to compute for every candidate, n rows of them:
+    role: ClassVar[str] = "selector"
 
-    "loss"            "loss" [n] float32, mean loss of the sample's target tokens
-    "gradient_adam"   "dot" [n, S] float32, inner products of the sample's gradient with the mean of the normalised target
-    "gradient_sgd"    gradients of each of S groups, and "norm2" [n], its squared norm; with Adam's moments or without
-    "store_adam"      the same two, of projected gradients that lie in a store; the selector is a types.UsesStore
-    "store_sgd"
-    "clusters"        "cluster", "turn" [n] int64, "density", "transfer" [n]: groups of samples that are alike by the model's
-                      hidden states; see signals.clusters
-    """
+    @property
+    def signals(self) -> frozenset[str]:
+        """The signals to compute for every candidate, as columns of the table that `score` gets, n rows:
+
+        loss            "loss" [n] float32, mean loss of the sample's target tokens under the current model
+        reference_loss  "reference_loss" [n] float32, the same under the reference model
+        gradient_adam   "dot" [n, S] float32, inner products of the sample's gradient with the mean of the normalised target
+        gradient_sgd    gradients of each of S groups, and "norm2" [n], its squared norm; with Adam's moments or without
+        store_adam      the same two columns from projected gradients in a store; the selector is a types.UsesStore
+        store_sgd
+        cluster_adam    the same two, of a sample's cluster by some of its members; the selector is a types.UsesClusters
+        cluster_sgd
+        policy_adam     the same two, with policy gradients as targets; the selector is a types.UsesPolicy
+        policy_sgd
+        clusters        "cluster", "order" [n] int64, "density", "transferability" [n]: clusters of similar hidden states,
+                        see signals.clusters; the selector is a types.NeedsClusters
+        """
+        return frozenset()
 
     @abstractmethod
     def score(self, table: SignalTable) -> Tensor:
-        """Candidates of one rank, n rows -> their scores, [n] float32, or [n, m] where `choose` needs m numbers of each.
+        """Candidates of one rank, n rows -> their scores, [n] float32, or [n, m] where `select` needs m numbers of each.
 
-        Called on every rank with that rank's share: a row depends on that candidate alone.
+        Called on every rank with the candidates of that rank: a row depends on that candidate alone.
         """
 
-    def accumulate(self, ids: Tensor, scores: Tensor, clock: Clock) -> Tensor:
-        """Once an update, between `score` and `choose`, on every rank with the candidates of all: [n] ascending ids and what
-        `score` gave them -> what `choose` gets of them. A selector that adds up what several updates gave does it here."""
+    def combine_updates(self, ids: Tensor, scores: Tensor, context: UpdateContext) -> Tensor:
+        """[n] ascending ids and their scores -> the scores that `select` gets.
+
+        Called once per update, between `score` and `select`, on every rank with the candidates of all ranks. A selector that
+        combines the scores of several updates does it here.
+        """
         return scores
 
     @abstractmethod
-    def choose(self, scores: Tensor, count: int, clock: Clock, rng: torch.Generator) -> Tensor:
-        """Scores of all candidates, [N] (or [N, m]) float32 -> [count] int64 positions in 0..N-1, the ones to train on.
+    def select(self, scores: Tensor, count: int, context: UpdateContext, rng: torch.Generator) -> Tensor:
+        """Scores of all candidates, [N] (or [N, m]) float32 -> [count] int64 positions in 0..N-1, the samples to train on.
 
-        With a mixer beside it this is called once a domain, with that domain's candidates and its share of the count.
+        With a mixer this is called once per domain, with the candidates of that domain and its part of the count.
         """
 
 
 class Mixer(Algorithm):
     """Decides in which proportions the domains are drawn."""
 
+    role: ClassVar[str] = "mixer"
+
     def observe(self, stats: StepStats, proportions: tuple[float, ...], step: int) -> None:
-        """After every step: the reduced sums, the proportions it was drawn with, and its number from 1 on."""
+        """Called after every step: its reduced sums, the proportions it was drawn with, and its number from 1 on."""
 
     @abstractmethod
-    def proportions(self, clock: Clock, rng: torch.Generator) -> Tensor:
-        """[k] float64, non-negative, sums to 1: what to draw from now on."""
+    def proportions(self, context: UpdateContext, rng: torch.Generator) -> Tensor:
+        """[k] float64, non-negative, sums to 1: the proportions to draw from this update on."""
 
     def loss_weights(self) -> Tensor | None:
         """[k] weights of the domains in the loss, or None for no weighting."""
         return None
 
     def report(self) -> dict[str, Any]:
-        """What to write beside the proportions in `<name>_weights.jsonl`."""
+        """Further fields of a line of `<name>_weights.jsonl`."""
         return {}
 
 
 class Weighter(Algorithm):
     """Gives every sample of a batch its weight in the loss."""
 
+    role: ClassVar[str] = "weighter"
+
     @abstractmethod
-    def weights(self, obs: SampleObs, step: int, total_steps: int) -> Tensor:
+    def weights(self, samples: SampleStats, step: int, total_steps: int) -> Tensor:
         """All n samples of the data-parallel batch, in an order that is the same on all ranks -> [n] weights, mean 1."""
 
 
 class Reorder(Algorithm):
-    """Orders samples: says which rank by score stands at which place of a pass over them.
+    """Orders samples: says which rank by score stands at which position of a pass over them.
 
-    A pattern knows only how many samples there are, so the same pass can go on after they were scored anew.
+    A pattern knows only the number of samples, so the same pass can continue after they were scored again.
     """
 
-    reads_scores: ClassVar[bool] = True
+    role: ClassVar[str] = "reorder"
+
+    uses_scores: ClassVar[bool] = True
     """Whether ranks are by score; False: by sample id, and nothing is scored."""
 
     @abstractmethod
-    def ranks(self, count: int, seed: int) -> Tensor:
-        """[count] int64, each of 0..count-1 once: the rank of the sample at every place, 0 for the lowest score."""
-
-
-def layered(ranks: Tensor, layers: int, turning: bool) -> Tensor:
-    """[n] -> [n]: every `layers`-th entry from the first on, then from the second on, ...; `turning`: every other of
-    these layers backwards, so that one begins where the layer before it ended."""
-    parts = [ranks[layer::layers] for layer in range(layers)]
-    return torch.cat([part.flip(0) if turning and number % 2 else part for number, part in enumerate(parts)])
-
-
-def check_borders(where: str, sections: int, ratio: float, layers: int) -> None:
-    """What `layered_at_borders` can do. Raises ConfigError naming the parameter of the pattern `where`."""
-    for key, value in (("num_sections", sections), ("layers", layers)):
-        if value < 1:
-            raise ConfigError(f"{where}.{key}: must be >= 1, found {value}")
-    if not 0 <= 2 * ratio < 1 / sections:
-        most = f"{0.5 / sections:g} with num_sections {sections}"
-        raise ConfigError(f"{where}.folding_ratio: must be >= 0 and below {most}, found {ratio}")
-
-
-def layered_at_borders(count: int, sections: int, ratio: float, layers: int, turning: bool) -> Tensor:
-    """[count] int64: 0, 1, 2, ... but `layered` within round(count * ratio) places of each border of `sections` equal
-    sections. The stretches do not overlap while 2 * ratio < 1 / sections."""
-    ranks = torch.arange(count)
-    radius = round(count * ratio)
-    for number in range(1, sections):
-        border = round(count * number / sections)
-        here = slice(max(border - radius, 0), min(border + radius, count))
-        ranks[here] = layered(ranks[here], layers, turning)
-    return ranks
+    def rank_order(self, count: int, seed: int) -> Tensor:
+        """[count] int64, each of 0..count-1 once: the rank of the sample at every position, 0 for the lowest score."""

@@ -7,11 +7,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dataflex_mega.commands import _launcher
+from dataflex_mega.commands.train import MODULE as TRAIN_MODULE
 from dataflex_mega.config.load import load
 from dataflex_mega.errors import ConfigError, did_you_mean
 
@@ -27,14 +30,30 @@ all three. A step that was interrupted continues from its last checkpoint when t
 finished, as its checkpoint at the last step says, trains nothing more."""
 
 
-def main(arguments: Sequence[str], start: Callable[[list[str]], int]) -> int:
+SUMMARY = "doremi FOLDER [key=value ...]  DoReMi's three runs, FOLDER/step1.yaml .. step3.yaml, one after the other"
+HELP_ORDER = 40
+
+
+def main(argv: Sequence[str]) -> int:
+    """DoReMi's three runs. Returns the exit status of the first that fails, or 0."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0 if argv else 2
+    return run_steps(argv, start_training)
+
+
+def start_training(arguments: list[str]) -> int:
+    """Train in processes of their own, so that each step begins with nothing. Returns the exit status."""
+    if _launcher.is_needed():
+        return _launcher.launch(TRAIN_MODULE, arguments)
+    return subprocess.run([sys.executable, "-m", TRAIN_MODULE, *arguments]).returncode
+
+
+def run_steps(arguments: Sequence[str], start: Callable[[list[str]], int]) -> int:
     """Run all three with `start`, which trains as `train` with these arguments would and returns an exit status.
 
     Raises ConfigError when a file is missing or two runs would write to one place.
     """
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(HELP)
-        return 0 if arguments else 2
     folder, overrides = Path(arguments[0]), list(arguments[1:])
     files = [find(folder, step) for step in STEPS]
     outputs = [output_of(load(str(file), overrides), file) for file in files]

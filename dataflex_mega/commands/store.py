@@ -9,14 +9,15 @@ import argparse
 import gc
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dataflex_mega.errors import CheckpointError, ConfigError, TrainingFault, UserError
+from dataflex_mega.commands import _launcher
+from dataflex_mega.commands._status import exit_status
+from dataflex_mega.errors import CheckpointError, ConfigError
 
 HELP = """usage: dataflex-cli store build CONFIG.yaml [--folder FOLDER] [key=value ...]
        dataflex-cli store score CONFIG.yaml [--folder FOLDER | --checkpoints A,B,... [--weights X,Y,...]]
@@ -54,9 +55,12 @@ examples:
   dataflex-cli store verify out/gradient_store/adam-0123456789ab"""
 
 COMMANDS = ("build", "score", "info", "verify")
+SUMMARY = "store build|score|info|verify  gradient stores for LESS; `store --help` says more"
+HELP_ORDER = 30
+MODULE = "dataflex_mega.commands.store"
 
 
-def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Raises ConfigError for what the command does not take."""
 
     class Parser(argparse.ArgumentParser):
@@ -114,29 +118,30 @@ def wants_help(argv: Sequence[str]) -> bool:
     return not argv or any(word in ("-h", "--help", "help") for word in argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 when done; 1 for a store that `verify` finds damaged; 2 and one line for a user's mistake."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+def main(argv: Sequence[str]) -> int:
+    """Run the command here; `build` and `score` in all processes of torchrun where there are several. -> exit status."""
     if wants_help(argv):
         print(HELP)
         return 0 if argv else 2
-    try:
-        given = arguments_of(argv)
-        if given.command == "info":
-            return info(Path(given.what))
-        if given.command == "verify":
-            return verify(Path(given.what))
-        return on_run(given)
-    except UserError as error:  # found by every rank alike, so said once
-        return _say(error, 2)
-    except TrainingFault as error:
-        return _say(error, 1)
+    options = parse_arguments(argv)
+    if options.command in ("info", "verify") or not _launcher.is_needed():
+        return run_here(argv)
+    _launcher.check_configuration([options.what, *options.overrides])
+    return _launcher.launch(MODULE, list(argv))
 
 
-def _say(error: Exception, status: int) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    return status
+def run_here(argv: Sequence[str]) -> int:
+    """0 when done; 1 for a store that `verify` finds damaged; see `exit_status` for mistakes."""
+
+    def action() -> int:
+        options = parse_arguments(argv)
+        if options.command == "info":
+            return info(Path(options.what))
+        if options.command == "verify":
+            return verify(Path(options.what))
+        return on_run(options)
+
+    return exit_status(action)
 
 
 # -- a folder alone ------------------------------------------------------------------------------------------------------
@@ -148,9 +153,9 @@ def info(folder: Path) -> int:
 
     store = GradientStore(folder)
     layout = store.layout
-    size = sum(layout.shard_bytes(shard) for shard in range(layout.shards))
-    print(f"{folder}: {layout.samples} samples x {layout.width} numbers, bfloat16, {size / 2**20:.1f} MiB")
-    print(f"shards: {layout.shards}, blocks: {layout.blocks} of {layout.block} samples")
+    size = sum(layout.shard_bytes(shard) for shard in range(layout.num_shards))
+    print(f"{folder}: {layout.num_samples} samples x {layout.width} numbers, bfloat16, {size / 2**20:.1f} MiB")
+    print(f"shards: {layout.num_shards}, blocks: {layout.num_blocks} of {layout.block_size} samples")
     for name, value in store.identity.items():
         print(f"{name}: {json.dumps(value) if isinstance(value, dict) else value}")
     return 0
@@ -158,19 +163,19 @@ def info(folder: Path) -> int:
 
 def verify(folder: Path) -> int:
     """Read a store whole. 1 when something is wrong, each fault on a line."""
-    from dataflex_mega.progress import Count
+    from dataflex_mega.progress import ProgressCounter
     from dataflex_mega.store.gradients import GradientStore
 
     store = GradientStore(folder)
-    blocks, faults = store.layout.blocks, []
-    count = Count(f"verify {folder.name}: blocks", blocks)
+    blocks, faults = store.layout.num_blocks, []
+    count = ProgressCounter(f"verify {folder.name}: blocks", blocks)
     for block in range(blocks):
-        faults += store.faults(block, blocks)
+        faults += store.integrity_errors(block, blocks)
         count(block + 1)
     for fault in dict.fromkeys(faults):
         print(fault)
     if not faults:
-        print(f"{folder}: {blocks} blocks, {store.layout.samples} samples, all as they were written")
+        print(f"{folder}: {blocks} blocks, {store.layout.num_samples} samples, all as they were written")
     return 1 if faults else 0
 
 
@@ -181,12 +186,12 @@ def on_run(given: argparse.Namespace) -> int:
     """`build` and `score`. Raises UserError."""
     from dataflex_mega.config.checks import check_dynamic
     from dataflex_mega.config.load import load
-    from dataflex_mega.config.parse import split
-    from dataflex_mega.distributed import mesh as meshes
-    from dataflex_mega.llamafactory.args import keys
+    from dataflex_mega.config.parse import parse_config
+    from dataflex_mega.distributed.parallel_info import shutdown_distributed
+    from dataflex_mega.llamafactory.args import argument_types
 
-    config = split(load(given.what, given.overrides), keys())
-    if config.ours.train_type == "static":
+    config = parse_config(load(given.what, given.overrides), argument_types())
+    if config.dataflex.train_type == "static":
         raise ConfigError("store: the configuration has no selector; it must have one with a store, such as less")
     check_dynamic(config)
     finished = False
@@ -195,7 +200,7 @@ def on_run(given: argparse.Namespace) -> int:
         gc.collect()  # the model's wrappers hold the process group, which must not end inside them
         finished = True
     finally:
-        meshes.stop(orderly=finished)
+        shutdown_distributed(orderly=finished)
     return 0
 
 
@@ -218,13 +223,13 @@ def features_of(run: Any, several: bool = False) -> Any:
     from dataflex_mega.types import UsesStore
 
     selector = run.roles.selector
-    wanted = sorted(name for name in selector.needs if name.startswith("store_")) if selector is not None else []
+    wanted = sorted(name for name in selector.signals if name.startswith("store_")) if selector is not None else []
     if not isinstance(selector, UsesStore) or not wanted:
         name = run.specs["selector"]["name"] if "selector" in run.specs else "none"
         raise ConfigError(f"store: selector {name} uses no store here; less does, with selector.mode: store")
     adam = wanted[0] == "store_adam"
     engine = run.backend.engine(run.tokenizer_module["tokenizer"], len(run.pool.sizes), 1)
-    checkpoint = None if several else run.config.lf.get("resume_from_checkpoint")
+    checkpoint = None if several else run.config.llamafactory.get("resume_from_checkpoint")
     if checkpoint:
         load_checkpoint(engine, Path(str(checkpoint)))
     elif adam and not several:
@@ -247,7 +252,7 @@ def build(features: Any, folder: Path | None) -> None:
     run = features.run
     place = folder or place_of(run, run.roles.selector, identity)
     store = ensure(features, place, identity, run.roles.selector.store_block)
-    run.say(f"store: {store.layout.samples} samples x {store.layout.width} numbers in {place}")
+    run.say(f"store: {store.layout.num_samples} samples x {store.layout.width} numbers in {place}")
 
 
 def score(features: Any, given: argparse.Namespace) -> None:
@@ -258,50 +263,50 @@ def score(features: Any, given: argparse.Namespace) -> None:
 
     run = features.run
     mine, counts = several(features, given) if given.checkpoints else single(features, given.folder)
-    ids, best = search.top_k(mine, run.mesh.dp_rank, counts, min(given.top, sum(counts)), run.ranks)
+    ids, best = search.top_k(mine, run.parallel_info.dp_rank, counts, min(given.top, sum(counts)), run.collectives)
     if given.output is not None:
-        everyone = run.ranks.gather_uneven(mine, counts)
-        if run.mesh.is_main:
+        everyone = run.collectives.all_gather_uneven(mine, counts)
+        if run.parallel_info.is_main:
             np.save(given.output, everyone.numpy())
-    if run.mesh.is_main:
+    if run.parallel_info.is_main:
         for number, value in zip(ids.tolist(), best.tolist(), strict=True):
             print(f"{value:+.4f}  {number}  {run.pool.describe(number)}")
 
 
 def opened(features: Any, folder: Path | None) -> tuple[Any, Any]:
     """(the store of the model of now, its directions [S, width])."""
-    from dataflex_mega.distributed.agreement import on_all
+    from dataflex_mega.distributed.agreement import run_and_agree
     from dataflex_mega.providers.stored_gradients import place_of
-    from dataflex_mega.signals.scorer import target_batches
+    from dataflex_mega.signals.computer import target_batches
     from dataflex_mega.store.gradients import GradientStore
 
     run = features.run
     identity = features.identity()
     place = folder or place_of(run, run.roles.selector, identity)
-    store = on_all(run, partial(GradientStore, place, identity))
-    groups, rank, ranks = list(run.evaluation.values()), run.mesh.dp_rank, run.mesh.dp_size
-    return store, features.directions(target_batches(groups, features.collate, features.batch_size, rank, ranks))
+    store = run_and_agree(run.collectives, partial(GradientStore, place, identity))
+    groups, dp_rank, dp_size = list(run.evaluation.values()), run.parallel_info.dp_rank, run.parallel_info.dp_size
+    return store, features.directions(target_batches(groups, features.collate, features.batch_size, dp_rank, dp_size))
 
 
 def single(features: Any, folder: Path | None) -> tuple[Any, list[int]]:
     """([n] scores of this rank's share, samples of each rank)."""
-    from dataflex_mega.distributed.agreement import on_all
+    from dataflex_mega.distributed.agreement import run_and_agree
     from dataflex_mega.store import search
 
     run = features.run
     store, directions = opened(features, folder)
-    rank, ranks = run.mesh.dp_rank, run.mesh.dp_size
-    mine = on_all(run, partial(search.best_cosines, store, directions, rank, ranks))
-    return mine, search.shares(store, ranks)
+    dp_rank, dp_size = run.parallel_info.dp_rank, run.parallel_info.dp_size
+    mine = run_and_agree(run.collectives, partial(search.streamed_max_cosine, store, directions, dp_rank, dp_size))
+    return mine, search.rank_counts(store, dp_size)
 
 
 def several(features: Any, given: argparse.Namespace) -> tuple[Any, list[int]]:
     """`single` over checkpoints: the largest, over evaluation sets, of the mean of the cosines by weights."""
-    from dataflex_mega.distributed.agreement import on_all
+    from dataflex_mega.distributed.agreement import run_and_agree
     from dataflex_mega.store import search
 
-    run, engine = features.run, features.maker.engine
-    rank, ranks = run.mesh.dp_rank, run.mesh.dp_size
+    run, engine = features.run, features.engine
+    dp_rank, dp_size = run.parallel_info.dp_rank, run.parallel_info.dp_size
     total: Any = 0.0  # [n, S]
     weights, counts = 0.0, None
     for number, checkpoint in enumerate(given.checkpoints):
@@ -314,15 +319,15 @@ def several(features: Any, given: argparse.Namespace) -> tuple[Any, list[int]]:
             )
         run.say(f"{checkpoint}: weight {weight:g}")
         store, directions = opened(features, None)
-        if counts is not None and search.shares(store, ranks) != counts:
+        if counts is not None and search.rank_counts(store, dp_size) != counts:
             raise CheckpointError(f"store: {store.folder} has blocks of another size than the stores before it")
-        counts = search.shares(store, ranks)
-        dot, norm2 = on_all(run, partial(search.products, store, directions, rank, ranks))
-        total = total + weight * search.each_cosine(dot, norm2).double()
+        counts = search.rank_counts(store, dp_size)
+        dot, norm2 = run_and_agree(run.collectives, partial(search.dot_products, store, directions, dp_rank, dp_size))
+        total = total + weight * search.cosine_matrix(dot, norm2).double()
         weights += weight
     assert counts is not None, "there is a checkpoint"
     return (total / weights).max(dim=1).values.float(), counts
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_here(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""`dataflex-cli compare SUITE.yaml`: train what is missing, measure, report."""
+"""`dataflex-cli compare SUITE.yaml`: train the missing runs, evaluate, report."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
-from dataflex_mega.compare import perplexity, report, results, runner, suite
-from dataflex_mega.compare import plots as pictures
-from dataflex_mega.compare.progress import Board
-from dataflex_mega.compare.suite import Run, Suite
+from dataflex_mega.compare import perplexity, plots, report, results, runner, suite
+from dataflex_mega.compare.progress import ComparisonProgress
+from dataflex_mega.compare.suite import Suite, TrainingRun
 from dataflex_mega.config.checks import check_dynamic
 from dataflex_mega.config.load import resolve
-from dataflex_mega.config.parse import split
+from dataflex_mega.config.parse import parse_config
 from dataflex_mega.errors import ConfigError, UserError, did_you_mean
+from dataflex_mega.files import atomic_write
 
 HELP = """usage: dataflex-cli compare SUITE.yaml [--collect] [--rerun NAME ...] [key=value ...]
 
@@ -42,8 +42,8 @@ dataflex-cli compare examples/compare/suite.yaml seeds=[1] base.max_steps=20"""
 
 
 @dataclass(frozen=True)
-class Options:
-    """The command line."""
+class CompareArguments:
+    """The parsed command line."""
 
     path: str
     overrides: list[str]
@@ -51,16 +51,16 @@ class Options:
     collect: bool
 
 
-def parse(arguments: Sequence[str]) -> Options:
-    """Raises UserError for a flag that does not exist or lacks its value."""
+def parse_arguments(arguments: Sequence[str]) -> CompareArguments:
+    """Parse the command line. Raises UserError for an unknown flag or one without its value."""
     path, overrides, rerun, collect = None, [], [], False
-    waiting = iter(arguments)
-    for argument in waiting:
+    remaining = iter(arguments)
+    for argument in remaining:
         flag, equals, value = argument.partition("=")
         if argument == "--collect":
             collect = True
         elif flag == "--rerun":
-            name = value if equals else next(waiting, "")
+            name = value if equals else next(remaining, "")
             if not name:
                 raise UserError("--rerun: the name of a run or method is missing, such as odm/seed-1")
             rerun.append(name)
@@ -72,7 +72,7 @@ def parse(arguments: Sequence[str]) -> Options:
             overrides.append(argument)
     if path is None:
         raise UserError("compare: the suite file is missing; compare --help says more")
-    return Options(path, overrides, rerun, collect)
+    return CompareArguments(path, overrides, rerun, collect)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -80,61 +80,61 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0 if arguments else 2
-    options = parse(arguments)
-    chosen = suite.read(options.path, options.overrides)
-    keys = check(chosen)
-    missing = runner.prepare(chosen, options.rerun)
+    options = parse_arguments(arguments)
+    plan = suite.read(options.path, options.overrides)
+    keys = check_runs(plan)
+    missing = runner.prepare(plan, options.rerun)
     failed: dict[str, str] = {}
     if options.collect:
         pass
-    elif chosen.launch == "print":
-        return print_lines(chosen, missing)
+    elif plan.launch == "print":
+        return print_launch_lines(plan, missing)
     else:
-        failed = train(chosen, missing)
-    found = gather(chosen, keys, failed)
-    return 1 if found.missing else 0
+        failed = train_missing(plan, missing)
+    comparison = evaluate_and_report(plan, keys, failed)
+    return 1 if comparison.missing else 0
 
 
-def check(chosen: Suite) -> dict[str, str]:
-    """Find mistakes in any run's configuration before the first is trained -> LLaMA-Factory's keys. Raises ConfigError."""
-    from dataflex_mega.llamafactory.args import keys
+def check_runs(plan: Suite) -> dict[str, str]:
+    """Check every run's configuration before the first is trained -> LLaMA-Factory's keys. Raises ConfigError."""
+    from dataflex_mega.llamafactory.args import argument_types
 
-    known = keys()
-    for run in chosen.runs:
-        if run.seed != chosen.seeds[0] or run.waits:  # what waits may name files that are not there yet
+    known = argument_types()
+    for run in plan.runs:
+        if run.seed != plan.seeds[0] or run.needs_earlier_phase:  # it may name files that do not exist yet
             continue
         try:
-            config = split(resolve(dict(run.config), run.key), known)
-            if config.ours.train_type != "static":
+            config = parse_config(resolve(dict(run.config), run.key), known)
+            if config.dataflex.train_type != "static":
                 check_dynamic(config)
         except ConfigError as error:
             raise ConfigError(f"methods.{run.method}{'.' * bool(run.phase)}{run.phase}: {error}") from error
     return known
 
 
-def print_lines(chosen: Suite, missing: Sequence[Run]) -> int:
-    """The command of every run that is not finished, to standard output and into launch.sh."""
-    lines = runner.launch_lines(missing, chosen.processes)
-    runner.write_beside(chosen.output / "launch.sh", "".join(line + "\n" for line in ["set -e", *lines]))
+def print_launch_lines(plan: Suite, missing: Sequence[TrainingRun]) -> int:
+    """Write the command of every unfinished run to standard output and into launch.sh."""
+    lines = runner.launch_lines(missing, plan.processes)
+    atomic_write(plan.output_dir / "launch.sh", "".join(line + "\n" for line in ["set -e", *lines]))
     print("\n".join(lines))
-    rest = f"{len(lines)} of {len(chosen.runs)} runs are missing; {chosen.output / 'launch.sh'} has these lines"
+    rest = f"{len(lines)} of {len(plan.runs)} runs are missing; {plan.output_dir / 'launch.sh'} has these lines"
     print(f"{rest}. Phases of a method must run in this order. Then: compare --collect", file=sys.stderr)
     return 0
 
 
-def train(chosen: Suite, missing: Sequence[Run]) -> dict[str, str]:
-    """Train with progress shown -> the runs that failed, with the reason. A termination signal ends the training too."""
-    board = Board()
-    with ended_by(signal.SIGTERM):
+def train_missing(plan: Suite, missing: Sequence[TrainingRun]) -> dict[str, str]:
+    """Train with a progress display -> failed run -> reason. A termination signal ends the training process too."""
+    progress = ComparisonProgress()
+    with exit_on_signal(signal.SIGTERM):
         try:
-            return runner.train(chosen, missing, board).failed
+            return runner.train(plan, missing, progress).failed
         finally:
-            board.end()
+            progress.close()
 
 
 @contextmanager
-def ended_by(number: signal.Signals) -> Iterator[None]:
-    """Turn a signal into SystemExit, so that what was started is ended as well."""
+def exit_on_signal(number: signal.Signals) -> Iterator[None]:
+    """Raise SystemExit on a signal, so that the training process is stopped in `finally` blocks."""
 
     def leave(signum: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + signum)
@@ -146,29 +146,29 @@ def ended_by(number: signal.Signals) -> Iterator[None]:
         signal.signal(number, before)
 
 
-def gather(chosen: Suite, keys: Mapping[str, str], failed: Mapping[str, str]) -> results.Comparison:
-    """Measure, write the report and print the table. Raises ConfigError when no method has a result."""
-    board = Board()
-    found = results.collect(chosen, partial(measure, keys, board), failed)
-    if not found.results:
-        key, why = next(iter(found.missing.items()))
-        raise ConfigError(f"{chosen.output}: no finished run to report; {key}: {why}")
-    plots = pictures.draw(found)
-    files = report.write(found, plots)
-    report.show(found, board.console)
-    for key, why in found.missing.items():
-        board.note(f"no result: {key}: {why}")
-    board.note(f"written: {', '.join(str(path) for path in [*files, *plots])}")
-    return found
+def evaluate_and_report(plan: Suite, keys: Mapping[str, str], failed: Mapping[str, str]) -> results.Comparison:
+    """Evaluate, write the report and print the table. Raises ConfigError when no method has a result."""
+    progress = ComparisonProgress()
+    comparison = results.collect(plan, partial(evaluate_run, keys, progress), failed)
+    if not comparison.results:
+        key, why = next(iter(comparison.missing.items()))
+        raise ConfigError(f"{plan.output_dir}: no finished run to report; {key}: {why}")
+    plot_files = plots.plot_comparison(comparison)
+    files = report.write(comparison, plot_files)
+    report.print_table(comparison, progress.console)
+    for key, why in comparison.missing.items():
+        progress.print_line(f"no result: {key}: {why}")
+    progress.print_line(f"written: {', '.join(str(path) for path in [*files, *plot_files])}")
+    return comparison
 
 
-def measure(keys: Mapping[str, str], board: Board, run: Run) -> dict[str, Any]:
+def evaluate_run(keys: Mapping[str, str], progress: ComparisonProgress, run: TrainingRun) -> dict[str, Any]:
     """Held-out perplexity of a finished run's model."""
-    logging.getLogger("llamafactory").setLevel(logging.ERROR)  # it gives the same advice for every model
-    names = suite.listed(run.config["eval_dataset"])
-    config = split(resolve(dict(run.config), run.key), keys)
+    logging.getLogger("llamafactory").setLevel(logging.ERROR)  # it repeats the same hints for every model
+    names = suite.parse_names(run.config["eval_dataset"])
+    config = parse_config(resolve(dict(run.config), run.key), keys)
     size = int(run.config.get("per_device_eval_batch_size", 8))
-    with board.measuring(run.key) as progress:
-        lf = perplexity.keys_of_run(config.lf, keys, run.folder, names)
-        found = perplexity.measure(lf, size, progress, config.ours.eval_corpus_dir)
-    return perplexity.summary(found)
+    with progress.evaluation_bar(run.key) as on_batch:
+        lf = perplexity.evaluation_keys(config.llamafactory, keys, run.folder, names)
+        sums = perplexity.evaluate(lf, size, on_batch, config.dataflex.eval_corpus_dir)
+    return perplexity.summary(sums)

@@ -1,4 +1,4 @@
-"""How a comparison goes: two bars on a terminal, a line for each run in a log file."""
+"""Progress of a comparison: two bars on a terminal, one line per run in a log file."""
 
 from __future__ import annotations
 
@@ -11,64 +11,65 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dataflex_mega.compare.suite import Run
+from dataflex_mega.compare.suite import TrainingRun
 
 
-class Board:
-    """Implements runner.Watcher."""
+class ComparisonProgress:
+    """Implements runner.RunListener for people."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
         self.progress: Progress | None = None
-        self.runs: Any = None
-        self.now: Any = None
-        self.done = self.total = 0
-        self.started = 0.0
+        self.runs_task: Any = None
+        self.run_task: Any = None
+        self.num_done = self.num_total = 0
+        self.start_time = 0.0
 
-    def begin(self, done: int, total: int) -> None:
+    def on_begin(self, done: int, total: int) -> None:
         """`done` of `total` runs are finished already."""
-        self.done, self.total = done, total
+        self.num_done, self.num_total = done, total
         if done:
-            self.note(f"{done} of {total} runs are finished already")
+            self.print_line(f"{done} of {total} runs are finished already")
         if sys.stderr.isatty() and done < total:
             columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
             self.progress = Progress(TextColumn("{task.description:<24}"), *columns, console=self.console)
-            self.runs = self.progress.add_task("runs", total=total, completed=done)
+            self.runs_task = self.progress.add_task("runs", total=total, completed=done)
             self.progress.start()
 
-    def start(self, run: Run, step: int) -> None:
+    def on_run_start(self, run: TrainingRun, step: int) -> None:
         """A run starts, or continues after `step` steps."""
-        self.started = time.perf_counter()
+        self.start_time = time.perf_counter()
         if self.progress is not None:
-            self.now = self.progress.add_task(run.key, total=run.steps, completed=step)
+            self.run_task = self.progress.add_task(run.key, total=run.num_steps, completed=step)
         else:
-            self.note(
-                f"run {self.done + 1} of {self.total}: {run.key}, {run.steps} steps{f' from {step}' if step else ''}"
+            self.print_line(
+                f"run {self.num_done + 1} of {self.num_total}: {run.key}, {run.num_steps} steps"
+                f"{f' from {step}' if step else ''}"
             )
 
-    def step(self, run: Run, step: int) -> None:
-        """`step` steps are done."""
-        if self.progress is not None and self.now is not None:
-            self.progress.update(self.now, completed=step)
+    def on_step(self, run: TrainingRun, step: int) -> None:
+        """The run has finished `step` steps."""
+        if self.progress is not None and self.run_task is not None:
+            self.progress.update(self.run_task, completed=step)
 
-    def finish(self, run: Run, problem: str | None) -> None:
-        """A run is over."""
-        self.done += 1
+    def on_run_end(self, run: TrainingRun, problem: str | None) -> None:
+        """A run has ended; `problem` says why it failed, or is None."""
+        self.num_done += 1
         if self.progress is not None:
-            if self.now is not None:
-                self.progress.remove_task(self.now)
-            self.now = None
-            self.progress.update(self.runs, completed=self.done)
+            if self.run_task is not None:
+                self.progress.remove_task(self.run_task)
+            self.run_task = None
+            self.progress.update(self.runs_task, completed=self.num_done)
         if problem is not None:
-            self.note(f"FAILED {run.key}: {problem}")
-        elif self.started:
-            self.note(f"done {run.key} in {time.perf_counter() - self.started:.0f} s")
+            self.print_line(f"FAILED {run.key}: {problem}")
+        elif self.start_time:
+            self.print_line(f"done {run.key} in {time.perf_counter() - self.start_time:.0f} s")
 
     @contextmanager
-    def measuring(self, name: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar on a terminal while a model is measured -> what is told (batches done, batches in all)."""
+    def evaluation_bar(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """Show a bar on a terminal while a model is evaluated -> a callback for (batches done, batches in all)."""
         if not sys.stderr.isatty():
-            self.note(f"measuring {name}")
+            self.print_line(f"measuring {name}")
             yield lambda done, total: None
             return
         columns = (TextColumn(f"measuring {name}"), BarColumn(), MofNCompleteColumn())
@@ -76,11 +77,11 @@ class Board:
             task = progress.add_task("", total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
 
-    def note(self, text: str) -> None:
-        """A line of its own."""
+    def print_line(self, text: str) -> None:
+        """Print one line above the bars."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    def end(self) -> None:
-        """Leave the bars as they are."""
+    def close(self) -> None:
+        """Stop the bars and leave them on the screen."""
         if self.progress is not None:
             self.progress.stop()

@@ -1,4 +1,4 @@
-"""What the runs of a suite left behind -> numbers: perplexity, cost, and differences to the first method by seed."""
+"""Reads the finished runs of a suite: perplexity, cost, and differences to the first method seed by seed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataflex_mega.compare import step_times as times
-from dataflex_mega.compare.runner import is_finished, write_beside
-from dataflex_mega.compare.suite import Run, Suite, listed
+from dataflex_mega.compare import step_times
+from dataflex_mega.compare.runner import is_finished
+from dataflex_mega.compare.suite import Suite, TrainingRun, parse_names
+from dataflex_mega.files import atomic_write
 from dataflex_mega.metrics import STEPS_FILE
 
 PERPLEXITY_FILE = "perplexity.json"
@@ -21,7 +22,7 @@ OVERALL, MACRO = "overall", "macro"
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one training. `tokens` are those that carried loss; None for LLaMA-Factory's own loop, which counts none."""
+    """The cost of one training. `tokens` carried loss; None for LLaMA-Factory's own loop, which does not count them."""
 
     tokens: int | None
     seconds: float
@@ -29,23 +30,23 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Result:
-    """One method with one seed, finished and measured."""
+class RunResult:
+    """One method with one seed, finished and evaluated."""
 
     method: str
     seed: int
     folder: Path
     loss: dict[str, float]  # held-out mean loss by data set, and `overall` and `macro`
-    final: Cost  # of the last phase
-    extra: Cost  # of the phases before it
+    final_cost: Cost  # of the last phase
+    extra_cost: Cost  # of the phases before it
 
     @property
     def seconds(self) -> float:
-        """Of all phases."""
-        return self.final.seconds + self.extra.seconds
+        """Training seconds of all phases."""
+        return self.final_cost.seconds + self.extra_cost.seconds
 
     def perplexity(self, name: str) -> float:
-        """exp of a loss."""
+        """exp of the loss on one data set, or of `overall` or `macro`."""
         return math.exp(self.loss[name])
 
 
@@ -58,13 +59,13 @@ class Spread:
     values: list[float]
 
     @staticmethod
-    def of(values: Sequence[float]) -> Spread:
-        """Of one number a seed."""
+    def from_values(values: Sequence[float]) -> Spread:
+        """Mean and deviation of one value per seed."""
         return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, list(values))
 
 
 @dataclass(frozen=True)
-class Summary:
+class MethodSummary:
     """One method over its seeds."""
 
     method: str
@@ -81,40 +82,40 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that is reported."""
+    """All results of a suite."""
 
     suite: Suite
     domains: list[str]  # evaluation data sets
-    results: list[Result]
-    summaries: list[Summary]
-    missing: dict[str, str] = field(default_factory=dict)  # run -> why there is no result
+    results: list[RunResult]
+    summaries: list[MethodSummary]
+    missing: dict[str, str] = field(default_factory=dict)  # run -> the reason why it has no result
 
-    def of(self, method: str) -> list[Result]:
-        """By seed."""
+    def results_of(self, method: str) -> list[RunResult]:
+        """The results of one method, by seed."""
         return [result for result in self.results if result.method == method]
 
 
-Measure = Callable[[Run], dict[str, Any]]
+Evaluate = Callable[[TrainingRun], dict[str, Any]]
 
 
-def collect(suite: Suite, measure: Measure, failed: Mapping[str, str]) -> Comparison:
-    """Read what is finished.
+def collect(suite: Suite, evaluate: Evaluate, failed: Mapping[str, str]) -> Comparison:
+    """Read the finished runs.
 
     Args:
-        measure: a final run -> perplexity.summary of its model; asked once, the answer is kept in the run's folder.
-        failed: run -> why it has no result, where that is known.
+        evaluate: a final run -> perplexity.summary of its model; called once, its result is stored in the run's folder.
+        failed: run -> the reason why it has no result, where that is known.
     """
     results, missing = [], {}
     for seed in suite.seeds:
         for method in suite.methods:
-            phases = suite.of(method, seed)
+            phases = suite.phases_of(method, seed)
             unfinished = next((run for run in phases if not is_finished(run)), None)
             if unfinished is not None:
                 missing[unfinished.key] = failed.get(unfinished.key, "not finished")
                 continue
-            results.append(_result(phases, measure))
+            results.append(_result(phases, evaluate))
     results.sort(key=lambda result: (suite.methods.index(result.method), suite.seeds.index(result.seed)))
-    domains = listed(suite.runs[-1].config["eval_dataset"])
+    domains = parse_names(suite.runs[-1].config["eval_dataset"])
     baseline = {result.seed: result for result in results if result.method == suite.baseline}
     summaries = [
         summarize([result for result in results if result.method == method], baseline, domains)
@@ -124,54 +125,54 @@ def collect(suite: Suite, measure: Measure, failed: Mapping[str, str]) -> Compar
     return Comparison(suite, domains, results, summaries, missing)
 
 
-def _result(phases: Sequence[Run], measure: Measure) -> Result:
+def _result(phases: Sequence[TrainingRun], evaluate: Evaluate) -> RunResult:
     final = phases[-1]
     file = final.folder / PERPLEXITY_FILE
     if not file.is_file():
-        write_beside(file, json.dumps(measure(final), indent=1))
-    found = json.loads(file.read_text())
-    loss = {name: found["domains"][name]["loss"] for name in found["domains"]}
-    loss |= {OVERALL: found[OVERALL]["loss"], MACRO: found[MACRO]["loss"]}
-    before = [cost(run.folder) for run in phases[:-1]]
-    return Result(final.method, final.seed, final.folder, loss, cost(final.folder), total(before))
+        atomic_write(file, json.dumps(evaluate(final), indent=1))
+    saved = json.loads(file.read_text())
+    loss = {name: saved["domains"][name]["loss"] for name in saved["domains"]}
+    loss |= {OVERALL: saved[OVERALL]["loss"], MACRO: saved[MACRO]["loss"]}
+    earlier = [read_cost(run.folder) for run in phases[:-1]]
+    return RunResult(final.method, final.seed, final.folder, loss, read_cost(final.folder), sum_costs(earlier))
 
 
-def cost(folder: Path) -> Cost:
-    """Of one training, from its lines a step."""
-    took = rows(folder / times.FILE)
-    steps = rows(folder / STEPS_FILE)
+def read_cost(folder: Path) -> Cost:
+    """The cost of one training, from its logs."""
+    times = read_jsonl(folder / step_times.STEP_TIMES_FILE)
+    steps = read_jsonl(folder / STEPS_FILE)
     tokens = sum(int(row["tokens"]) for row in steps) if steps else None
-    return Cost(tokens, math.fsum(row["seconds"] for row in took), len(took))
+    return Cost(tokens, math.fsum(row["seconds"] for row in times), len(times))
 
 
-def total(costs: Sequence[Cost]) -> Cost:
+def sum_costs(costs: Sequence[Cost]) -> Cost:
     """The sum; its tokens are None when some are unknown."""
     counts = [c.tokens for c in costs if c.tokens is not None]
     known = len(counts) == len(costs)
     return Cost(sum(counts) if known else None, math.fsum(c.seconds for c in costs), sum(c.steps for c in costs))
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; none when there is no such file."""
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; an empty list when the file does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def summarize(results: Sequence[Result], baseline: Mapping[int, Result], domains: Sequence[str]) -> Summary:
-    """One method's seeds -> means, spreads, and what is paired with `baseline` by seed."""
+def summarize(results: Sequence[RunResult], baseline: Mapping[int, RunResult], domains: Sequence[str]) -> MethodSummary:
+    """One method's seeds -> means, spreads, and differences to `baseline` with the same seed."""
     names = [*domains, OVERALL, MACRO]
     pairs = [(r, baseline[r.seed]) for r in results if r.seed in baseline and baseline[r.seed].method != r.method]
     gaps = {n: [r.perplexity(n) - b.perplexity(n) for r, b in pairs] for n in names} if pairs else {}
-    first, rest = total([r.final for r in results]), total([r.extra for r in results])
+    final, extra = sum_costs([r.final_cost for r in results]), sum_costs([r.extra_cost for r in results])
     count = len(results)
-    return Summary(
+    return MethodSummary(
         method=results[0].method,
         seeds=[r.seed for r in results],
-        perplexity={name: Spread.of([r.perplexity(name) for r in results]) for name in names},
-        difference={name: Spread.of(values) for name, values in gaps.items()},
+        perplexity={name: Spread.from_values([r.perplexity(name) for r in results]) for name in names},
+        difference={name: Spread.from_values(values) for name, values in gaps.items()},
         better={name: sum(gap < 0 for gap in values) for name, values in gaps.items()},
-        tokens=None if first.tokens is None else round(first.tokens / count),
-        extra_tokens=None if rest.tokens is None else round(rest.tokens / count),
-        seconds=first.seconds / count,
-        extra_seconds=rest.seconds / count,
-        overhead=Spread.of([r.seconds / b.seconds - 1 for r, b in pairs]) if pairs else None,
+        tokens=None if final.tokens is None else round(final.tokens / count),
+        extra_tokens=None if extra.tokens is None else round(extra.tokens / count),
+        seconds=final.seconds / count,
+        extra_seconds=extra.seconds / count,
+        overhead=Spread.from_values([r.seconds / b.seconds - 1 for r, b in pairs]) if pairs else None,
     )

@@ -1,16 +1,16 @@
-"""The file that clock.Clock writes into a run's folder: {"step", "seconds"} a line. Here to be read without transformers."""
+"""The file of step_timer.StepTimer, one {"step", "seconds"} per line; a module of its own, without transformers."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-FILE = "times.jsonl"
+STEP_TIMES_FILE = "times.jsonl"
 
 
-def read_last(folder: Path) -> int:
-    """The last step that a run has finished, 0 when none. Reads the end of the file only."""
-    path = folder / FILE
+def read_last_step(folder: Path) -> int:
+    """The last finished step of a run, 0 when there is none. Reads only the end of the file."""
+    path = folder / STEP_TIMES_FILE
     if not path.is_file():
         return 0
     with path.open("rb") as stream:

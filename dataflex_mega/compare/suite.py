@@ -1,7 +1,7 @@
-"""A suite file -> the trainings it stands for, every one with its complete configuration.
+"""Reads a suite file into its training runs, each with its complete configuration.
 
-A method is a mapping of keys that change the base, or a list of phases: trainings one after the other, each with a name
-under `phase` and free to name the folder of an earlier one, `${name.output_dir}`. What is compared is the last phase.
+A method is a mapping of keys that change the base, or a list of phases: trainings in sequence, each with a name under
+`phase`. A phase may read the folder of an earlier one as `${name.output_dir}`. The last phase is compared.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from dataflex_mega.errors import ConfigError, did_you_mean
 
 KEYS = ("base", "methods", "seeds", "output_dir", "launch", "processes")
 LAUNCHES = ("run", "print")
-CLOCK = "dataflex_mega.compare.clock:Clock"
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-REFERENCE = re.compile(r"\$\{([A-Za-z0-9_-][A-Za-z0-9_.-]*)\.output_dir\}")
-# What compare sets itself, and what would let a run stop early or start over.
-OWN_KEYS = {
+STEP_TIMER = "dataflex_mega.compare.step_timer:StepTimer"
+NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+PHASE_REFERENCE = re.compile(r"\$\{([A-Za-z0-9_-][A-Za-z0-9_.-]*)\.output_dir\}")
+# Keys that compare sets itself, and keys that would make a run stop early or start over.
+RESERVED_KEYS = {
     "seed": "the suite's seeds are used",
     "output_dir": "the suite's output_dir is used",
     "overwrite_output_dir": "a run that was stopped continues; --rerun starts one over",
@@ -35,49 +35,49 @@ OWN_KEYS = {
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training."""
+class TrainingRun:
+    """One training run of a suite."""
 
     method: str
     seed: int
     phase: str  # "" for a method of one phase
-    final: bool  # the phase that is compared
+    is_final: bool  # the phase that is compared
     folder: Path  # its output_dir
-    config: dict[str, Any]  # complete; nothing refers to anything any more
-    waits: bool  # it reads what an earlier phase writes
+    config: dict[str, Any]  # complete, all references resolved
+    needs_earlier_phase: bool  # it reads files that an earlier phase writes
 
     @property
     def key(self) -> str:
-        """`odm/seed-1`, or `doremi/seed-1/proxy`: its name in messages and its place below the suite's output_dir."""
+        """`odm/seed-1`, or `doremi/seed-1/proxy`: the name in messages and the folder below the suite's output_dir."""
         return "/".join(part for part in (self.method, f"seed-{self.seed}", self.phase) if part)
 
     @property
-    def steps(self) -> int:
-        """Optimizer steps."""
-        return steps_of(self.config)
+    def num_steps(self) -> int:
+        """Optimizer steps of this run."""
+        return num_steps_of(self.config)
 
-    def beside(self, suffix: str) -> Path:
-        """A file next to the run's folder: `.yaml` its configuration, `.log` what it printed."""
+    def sibling_file(self, suffix: str) -> Path:
+        """A file next to the run's folder: `.yaml` is its configuration, `.log` its output."""
         return self.folder.parent / (self.folder.name + suffix)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """All trainings of a comparison. The first method is what the others are compared with."""
+    """All runs of a comparison. The first method is the baseline."""
 
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
-    output: Path
+    output_dir: Path
     launch: str  # "run" or "print"
     processes: int
-    runs: tuple[Run, ...]  # in the order in which they are trained
+    runs: tuple[TrainingRun, ...]  # in the order in which they are trained
 
     @property
     def baseline(self) -> str:
-        """The first method."""
+        """The method that the others are compared with."""
         return self.methods[0]
 
-    def of(self, method: str, seed: int) -> list[Run]:
+    def phases_of(self, method: str, seed: int) -> list[TrainingRun]:
         """The phases of one method with one seed, in order."""
         return [run for run in self.runs if (run.method, run.seed) == (method, seed)]
 
@@ -85,7 +85,7 @@ class Suite:
 def read(path: str, overrides: Sequence[str] = ()) -> Suite:
     """A suite from its file. `overrides`: `key=value`, where `base.KEY=value` changes a key of the base.
 
-    Raises ConfigError naming file and key for what is unknown, missing, of a wrong kind or not comparable.
+    Raises ConfigError naming file and key for what is unknown, missing, of a wrong type or not comparable.
     """
     return build(read_keys(path, overrides, KEYS), path)
 
@@ -142,7 +142,7 @@ def build(data: Mapping[str, Any], where: str) -> Suite:
     processes = simple.get("processes", 1)
     if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
         raise ConfigError(f"{where}: processes: expected a whole number >= 1, found {processes!r}")
-    methods = {name: _phases(name, given, where) for name, given in _methods(data["methods"], where).items()}
+    methods = {name: _phases(name, value, where) for name, value in _methods(data["methods"], where).items()}
     runs = [
         run
         for seed in seeds  # seed by seed, so that a suite that is stopped early compares all methods
@@ -154,47 +154,51 @@ def build(data: Mapping[str, Any], where: str) -> Suite:
     return suite
 
 
-def _seeds(given: Any, where: str) -> tuple[int, ...]:
-    seeds = given if isinstance(given, list) else [given]
+def _seeds(value: Any, where: str) -> tuple[int, ...]:
+    seeds = value if isinstance(value, list) else [value]
     whole = all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)
     if not seeds or not whole or len(set(seeds)) != len(seeds):
-        raise ConfigError(f"{where}: seeds: expected different whole numbers >= 0, found {given!r}")
+        raise ConfigError(f"{where}: seeds: expected different whole numbers >= 0, found {value!r}")
     return tuple(seeds)
 
 
-def _methods(given: Any, where: str) -> dict[str, Any]:
-    if not isinstance(given, dict) or not given:
+def _methods(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
         raise ConfigError(
-            f"{where}: methods: expected a name for each method with the keys it changes, found {given!r}"
+            f"{where}: methods: expected a name for each method with the keys it changes, found {value!r}"
         )
-    for name in given:
-        if not isinstance(name, str) or not NAME.fullmatch(name):
+    for name in value:
+        if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
             raise ConfigError(f"{where}: methods: {name!r} cannot be a folder's name; letters, digits, _ . -")
-    return given
+    return value
 
 
-def _phases(method: str, given: Any, where: str) -> list[tuple[str, dict[str, Any]]]:
+def _phases(method: str, value: Any, where: str) -> list[tuple[str, dict[str, Any]]]:
     """[(phase name, keys that it changes)]."""
     at = f"{where}: methods.{method}"
-    if given is None or isinstance(given, dict):
-        phases = [("", dict(given or {}))]
-    elif isinstance(given, list) and given and all(isinstance(phase, dict) for phase in given):
-        phases = [(str(phase.get("phase", "")), {k: v for k, v in phase.items() if k != "phase"}) for phase in given]
+    if value is None or isinstance(value, dict):
+        phases = [("", dict(value or {}))]
+    elif isinstance(value, list) and value and all(isinstance(phase, dict) for phase in value):
+        phases = [(str(phase.get("phase", "")), {k: v for k, v in phase.items() if k != "phase"}) for phase in value]
         names = [name for name, _ in phases]
-        if not all(NAME.fullmatch(name) for name in names) or len(set(names)) != len(names):
+        if not all(NAME_PATTERN.fullmatch(name) for name in names) or len(set(names)) != len(names):
             raise ConfigError(f"{at}: every phase needs a name of its own under `phase`, found {names}")
     else:
-        raise ConfigError(f"{at}: expected keys that change the base, or a list of phases, found {given!r}")
+        raise ConfigError(f"{at}: expected keys that change the base, or a list of phases, found {value!r}")
     for name, keys in phases:
-        for key in sorted(set(keys) & set(OWN_KEYS)):
-            raise ConfigError(f"{at}{'.' * bool(name)}{name}: {key} cannot be set here; {OWN_KEYS[key]}")
+        for key in sorted(set(keys) & set(RESERVED_KEYS)):
+            raise ConfigError(f"{at}{'.' * bool(name)}{name}: {key} cannot be set here; {RESERVED_KEYS[key]}")
     return phases
 
 
 def _runs(
-    base: Mapping[str, Any], of: tuple[str, int], phases: list[tuple[str, dict[str, Any]]], output: Path, where: str
-) -> Iterator[Run]:
-    method, seed = of
+    base: Mapping[str, Any],
+    method_and_seed: tuple[str, int],
+    phases: list[tuple[str, dict[str, Any]]],
+    output: Path,
+    where: str,
+) -> Iterator[TrainingRun]:
+    method, seed = method_and_seed
     folders: dict[str, str] = {}
     for number, (phase, changes) in enumerate(phases):
         at = f"{where}: methods.{method}{'.' * bool(phase)}{phase}"
@@ -203,11 +207,11 @@ def _runs(
         config = {key: value for key, value in resolve(filled, at).items() if value is not None}
         for key in ("overwrite_output_dir", "resume_from_checkpoint", "early_stopping_steps"):
             if config.get(key):
-                raise ConfigError(f"{at}: base.{key} cannot be set here; {OWN_KEYS[key]}")
+                raise ConfigError(f"{at}: base.{key} cannot be set here; {RESERVED_KEYS[key]}")
         if config.get("eval_corpus_dir") and not config.get("eval_dataset"):
             config["eval_dataset"] = list(manifest.read(config["eval_corpus_dir"], f"{at}: eval_corpus_dir").names)
-        config.update(seed=seed, output_dir=str(folder), callbacks=[*(config.get("callbacks") or []), CLOCK])
-        yield Run(method, seed, phase, number == len(phases) - 1, folder, config, filled != {**base, **changes})
+        config.update(seed=seed, output_dir=str(folder), callbacks=[*(config.get("callbacks") or []), STEP_TIMER])
+        yield TrainingRun(method, seed, phase, number == len(phases) - 1, folder, config, filled != {**base, **changes})
         folders[phase] = str(folder)
 
 
@@ -219,20 +223,20 @@ def _fill(value: Any, folders: Mapping[str, str], at: str) -> Any:
         return [_fill(inner, folders, at) for inner in value]
     if not isinstance(value, str):
         return value
-    for name in REFERENCE.findall(value):
+    for name in PHASE_REFERENCE.findall(value):
         if name not in folders:
             earlier = f"earlier phases: {', '.join(folders)}" if folders else "there is no earlier phase"
             raise ConfigError(
                 f"{at}: ${{{name}.output_dir}} names no earlier phase{did_you_mean(name, folders)}; {earlier}"
             )
-    return REFERENCE.sub(lambda found: folders[found.group(1)], value)
+    return PHASE_REFERENCE.sub(lambda match: folders[match.group(1)], value)
 
 
 # -- budgets -----------------------------------------------------------------------------------------------------------
 
 
-def steps_of(config: Mapping[str, Any]) -> int:
-    """Optimizer steps of a configuration that says them by train_step or max_steps, else 0."""
+def num_steps_of(config: Mapping[str, Any]) -> int:
+    """Optimizer steps that train_step or max_steps set, 0 when neither does."""
     for key in ("train_step", "max_steps"):
         value = config.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
@@ -242,36 +246,36 @@ def steps_of(config: Mapping[str, Any]) -> int:
 
 def check_budget(suite: Suite, where: str) -> None:
     """Raises ConfigError unless the final runs train equally long, on batches of one size, and have held-out data."""
-    first = budget(suite.of(suite.baseline, suite.seeds[0])[-1])
+    first = budget(suite.phases_of(suite.baseline, suite.seeds[0])[-1])
     for method in suite.methods:
-        for run in suite.of(method, suite.seeds[0]):
-            if run.steps == 0:
+        for run in suite.phases_of(method, suite.seeds[0]):
+            if run.num_steps == 0:
                 raise ConfigError(f"{where}: methods.{method}: max_steps (or train_step) must say how long it trains")
-        final = suite.of(method, suite.seeds[0])[-1]
-        if not listed(final.config.get("eval_dataset")):
+        final = suite.phases_of(method, suite.seeds[0])[-1]
+        if not parse_names(final.config.get("eval_dataset")):
             raise ConfigError(f"{where}: methods.{method}: eval_dataset is missing; perplexity is measured on it")
         for key, value in budget(final).items():
             if value != first[key]:
                 raise ConfigError(
                     f"{where}: methods.{method}: {key} is {value!r}, for {suite.baseline} it is {first[key]!r}; "
-                    "what is compared must have the same budget and held-out data"
+                    "all methods need the same budget and held-out data"
                 )
 
 
-def budget(run: Run) -> dict[str, Any]:
-    """What decides how much a run trains and what it is measured on."""
+def budget(run: TrainingRun) -> dict[str, Any]:
+    """The keys that set how long a run trains and on which data it is evaluated."""
     config = run.config
     sizes = config.get("per_device_train_batch_size", 8), config.get("gradient_accumulation_steps", 1)
-    whole = all(isinstance(size, int) for size in sizes)  # else the run's own check says what is wrong
+    whole = all(isinstance(size, int) for size in sizes)  # otherwise the run's own check reports the error
     return {
-        "max_steps": run.steps,
+        "max_steps": run.num_steps,
         "per_device_train_batch_size x gradient_accumulation_steps": sizes[0] * sizes[1] if whole else list(sizes),
         "cutoff_len": config.get("cutoff_len"),
-        "eval_dataset": listed(config.get("eval_dataset")),
+        "eval_dataset": parse_names(config.get("eval_dataset")),
     }
 
 
-def listed(value: Any) -> list[str]:
-    """`a, b` or a list -> a list of names."""
+def parse_names(value: Any) -> list[str]:
+    """Split `a, b` into a list of names; a list passes through."""
     parts = value.split(",") if isinstance(value, str) else value or []
     return [str(part).strip() for part in parts]

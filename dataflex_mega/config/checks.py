@@ -75,7 +75,7 @@ ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "save_strategy": (("steps", "epoch", "no"), "checkpoints are for resuming, not for choosing the best"),
     "do_train": ((True,), "there is nothing else to do"),
 }
-AT_LEAST = {
+LF_MIN_VALUES = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "cutoff_len": 1,
     "max_samples": 1, "lora_rank": 1, "save_total_limit": 1, "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0,
     "warmup_steps": 0, "warmup_ratio": 0, "dataloader_num_workers": 0, "seed": 0, "data_seed": 0, "val_size": 0,
@@ -105,10 +105,10 @@ def check_dynamic(config: RunConfig) -> None:
 
 def _check_required(config: RunConfig) -> None:
     for key, what in REQUIRED.items():
-        if key == "dataset" and config.ours.corpus_dir is not None:
+        if key == "dataset" and config.dataflex.corpus_dir is not None:
             continue  # all domains of the corpus
-        if not config.lf.get(key):
-            near = did_you_mean(key, [k for k in config.raw if k not in REQUIRED])
+        if not config.llamafactory.get(key):
+            near = did_you_mean(key, [k for k in config.all_keys if k not in REQUIRED])
             raise ConfigError(f"{key}: missing; expected {what}{near}")
 
 
@@ -117,14 +117,14 @@ def _is_off(value: Any) -> bool:
 
 
 def _check_refused(config: RunConfig) -> None:
-    for key, value in config.lf.items():
+    for key, value in config.llamafactory.items():
         if key in REFUSED and not _is_off(value):
             raise ConfigError(f"{key}: dynamic training does not do this; {REFUSED[key]}")
 
 
 def _check_allowed(config: RunConfig) -> None:
     for key, (allowed, why) in ALLOWED.items():
-        value = config.lf.get(key, allowed[0])
+        value = config.llamafactory.get(key, allowed[0])
         if value not in allowed:
             near = did_you_mean(value, [a for a in allowed if isinstance(a, str)]) if isinstance(value, str) else ""
             names = ", ".join(map(str, allowed))
@@ -132,54 +132,58 @@ def _check_allowed(config: RunConfig) -> None:
 
 
 def _check_ranges(config: RunConfig) -> None:
-    for key, least in AT_LEAST.items():
-        value = config.lf.get(key)
+    for key, least in LF_MIN_VALUES.items():
+        value = config.llamafactory.get(key)
         if isinstance(value, int | float) and value < least:
             raise ConfigError(f"{key}: must be >= {least}, found {value}")
 
 
 def _check_precision(config: RunConfig) -> None:
-    if config.lf.get("bf16") and config.lf.get("fp16"):
+    if config.llamafactory.get("bf16") and config.llamafactory.get("fp16"):
         raise ConfigError("bf16, fp16: both are true; choose one")
 
 
 def _check_attention(config: RunConfig) -> None:
     """Rows that hold several samples need a mask with a border between them, which flash-attention's own kernels lack."""
-    packs = config.lf.get("packing") or config.lf.get("neat_packing")
-    if packs and config.lf.get("stage", "sft") == "sft" and str(config.lf.get("flash_attn", "auto")) in ("fa2", "fa3"):
+    packs = config.llamafactory.get("packing") or config.llamafactory.get("neat_packing")
+    if (
+        packs
+        and config.llamafactory.get("stage", "sft") == "sft"
+        and str(config.llamafactory.get("flash_attn", "auto")) in ("fa2", "fa3")
+    ):
         raise ConfigError(
-            f"flash_attn: {config.lf['flash_attn']} cannot keep packed samples apart; use sdpa, or packing: false"
+            f"flash_attn: {config.llamafactory['flash_attn']} cannot keep packed samples apart; use sdpa, or packing: false"
         )
 
 
 def _check_length(config: RunConfig) -> None:
     """Something must say how long to train; where nothing is given, LLaMA-Factory's default of 3 epochs does."""
-    epochs = config.lf.get("num_train_epochs", 3.0)
-    if config.ours.train_step < 1 and config.lf.get("max_steps", -1) < 1 and epochs <= 0:
+    epochs = config.llamafactory.get("num_train_epochs", 3.0)
+    if config.dataflex.train_step < 1 and config.llamafactory.get("max_steps", -1) < 1 and epochs <= 0:
         raise ConfigError(f"num_train_epochs: must be > 0 when neither max_steps nor train_step is, found {epochs}")
 
 
 def _check_evaluation(config: RunConfig) -> None:
     """An evaluation needs data; early stopping needs evaluations."""
-    strategy = str(config.lf.get("eval_strategy", "no"))
-    has_data = bool(config.lf.get("eval_dataset")) or bool(config.lf.get("val_size"))
-    if strategy != "no" and not has_data and config.ours.eval_corpus_dir is None:
-        needed = "eval_dataset or val_size" if config.ours.corpus_dir is None else "eval_corpus_dir"
+    strategy = str(config.llamafactory.get("eval_strategy", "no"))
+    has_data = bool(config.llamafactory.get("eval_dataset")) or bool(config.llamafactory.get("val_size"))
+    if strategy != "no" and not has_data and config.dataflex.eval_corpus_dir is None:
+        needed = "eval_dataset or val_size" if config.dataflex.corpus_dir is None else "eval_corpus_dir"
         raise ConfigError(f"eval_strategy: {strategy} needs {needed}")
-    if config.lf.get("early_stopping_steps") and strategy == "no":
+    if config.llamafactory.get("early_stopping_steps") and strategy == "no":
         raise ConfigError("early_stopping_steps: needs eval_strategy: steps or epoch")
 
 
 def _check_reports(config: RunConfig) -> None:
-    given = config.lf.get("report_to")
-    for name in listed(given):
+    given = config.llamafactory.get("report_to")
+    for name in split_names(given):
         if name not in REPORTS:
             raise ConfigError(f"report_to: dynamic training takes {', '.join(REPORTS)}, found {name!r}")
 
 
 def _check_model_path(config: RunConfig) -> None:
     """A path that can only be meant as local exists and holds a model; anything else may be a name on a hub."""
-    name = str(config.lf["model_name_or_path"])
+    name = str(config.llamafactory["model_name_or_path"])
     path = Path(name).expanduser()
     local = name.startswith((".", "/", "~")) or (path.parent != Path() and path.parent.is_dir())
     if path.is_dir() and not (path / "config.json").is_file():
@@ -192,23 +196,28 @@ def _check_model_path(config: RunConfig) -> None:
 
 
 def _check_corpora(config: RunConfig) -> None:
-    check_corpora(config.ours, config.lf, listed(config.lf.get("dataset")), listed(config.lf.get("eval_dataset")))
+    check_corpora(
+        config.dataflex,
+        config.llamafactory,
+        split_names(config.llamafactory.get("dataset")),
+        split_names(config.llamafactory.get("eval_dataset")),
+    )
 
 
 def _check_datasets(config: RunConfig) -> None:
-    names = listed(config.lf.get("dataset"))
+    names = split_names(config.llamafactory.get("dataset"))
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"dataset: {name!r} is listed {names.count(name)} times")
-    given = config.ours.init_mixture_proportions
-    names = names or [domain.name for domain in training_domains(config.ours, names)]
+    given = config.dataflex.init_mixture_proportions
+    names = names or [domain.name for domain in training_domains(config.dataflex, names)]
     if given is not None and len(given) != len(names):
         raise ConfigError(
             f"init_mixture_proportions: {len(given)} numbers for {len(names)} datasets ({', '.join(names)})"
         )
 
 
-def listed(value: Any) -> list[str]:
+def split_names(value: Any) -> list[str]:
     """`"a, b"` or `["a", "b"]` or None -> a list."""
     if value is None:
         return []

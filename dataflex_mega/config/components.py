@@ -6,11 +6,13 @@ A specification leaves here as a flat mapping, `{"name": "odm", "alpha": 0.8}`, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from dataflex_mega.config.component_parameters import Spec, drop_unused, move_to_run_keys
 from dataflex_mega.config.load import read_mapping, resolve
 from dataflex_mega.errors import ConfigError, did_you_mean
 
@@ -20,23 +22,6 @@ PIPELINES = "pipelines"
 ROLE_OF_TYPE = {
     "dynamic_select": "selector", "dynamic_mix": "mixer", "dynamic_reorder": "reorder", "dynamic_weight": "weighter",
 }  # fmt: skip
-# Parameters of DataFlex that are keys of the run here: (role, algorithm) -> parameter -> key. None: nothing is left to set.
-LIFTED: dict[tuple[str, str], dict[str, str | None]] = {
-    ("selector", "loss"): {"score_batch_size": "score_batch_size", "score_num_workers": None},
-    ("selector", "delta_loss"): {"score_batch_size": "score_batch_size", "score_num_workers": None},
-    ("selector", "coincide"): {
-        "clustering_batch_size": "score_batch_size", "clustering_num_workers": None, "clustering_device": None,
-        "assignment_chunk_size": None, "density_chunk_size": None, "embedding_model_dtype": None,
-    },
-    ("mixer", "doremi"): {"reference_model_path": "reference_model"},
-    ("mixer", "dynamic_moe"): {"collect_steps": None, "eval_samples": None, "eval_batch_size": None},
-}  # fmt: skip
-WHY_IDLE = {
-    "selector": "candidates are read by the loader of the run",
-    "mixer": "routers are counted in the forward passes of training (count_steps)",
-}
-
-Spec = dict[str, Any]
 
 
 def packaged_file() -> Path:
@@ -44,12 +29,12 @@ def packaged_file() -> Path:
     return Path(str(resources.files("dataflex_mega.config") / "components.yaml"))
 
 
-PEERS_OWN = "dataflex/configs/components.yaml"  # the end of the path of the file in DataFlex's source tree
+DATAFLEX_FILE = "dataflex/configs/components.yaml"  # the end of the path of the file in DataFlex's source tree
 
 
 def stands_for_packaged(path: str | None) -> bool:
     """Whether a path names DataFlex's own file, which is not here: the packaged one has its entries and more."""
-    return path is not None and Path(path).as_posix().endswith(PEERS_OWN) and not Path(path).expanduser().is_file()
+    return path is not None and Path(path).as_posix().endswith(DATAFLEX_FILE) and not Path(path).expanduser().is_file()
 
 
 def read_components(path: str | None) -> dict[str, Any]:
@@ -91,23 +76,23 @@ def entries(path: str | None, role: str) -> list[str]:
     return [str(name) for name in read_components(path).get(SECTIONS[role]) or {}]
 
 
-def pick(path: str | None, role: str, name: str) -> Spec:
-    """The specification of one entry, less what is LIFTED. Raises ConfigError as `entry` does."""
-    spec = entry(path, role, name)
-    moved = LIFTED.get((role, spec["name"]), {})
-    return {key: value for key, value in spec.items() if key not in moved}
+@dataclass(frozen=True)
+class Component:
+    """What an entry of a components file comes to."""
+
+    spec: Spec
+    run_keys: dict[str, Any]  # keys of the run that the entry carries as parameters
+    notes: tuple[str, ...]  # on parameters without an effect
 
 
-def lifted(path: str | None, role: str, name: str) -> tuple[dict[str, Any], list[str]]:
-    """Keys of the run that an entry sets, and notes on parameters of it that have nothing to set here."""
-    spec = entry(path, role, name)
-    moved = LIFTED.get((role, spec["name"]), {})
-    keys = {key: spec[old] for old, key in moved.items() if key is not None and spec.get(old) is not None}
-    idle = [old for old, key in moved.items() if key is None and spec.get(old) is not None]
-    return keys, [f"{role} {name}: {old} is not used; {WHY_IDLE[role]}" for old in idle]
+def read_component(path: str | None, role: str, name: str) -> Component:
+    """One entry, its parameters sorted by what they are here. Raises ConfigError as `raw_entry` does."""
+    spec, run_keys = move_to_run_keys(role, raw_entry(path, role, name))
+    spec, notes = drop_unused(role, spec, f"{role} {name}")
+    return Component(spec, run_keys, tuple(notes))
 
 
-def entry(path: str | None, role: str, name: str) -> Spec:
+def raw_entry(path: str | None, role: str, name: str) -> Spec:
     """One entry as written. Raises ConfigError when there is none, with the nearest name and all names."""
     data, section = read_components(path), SECTIONS[role]
     found = entries(path, role)
@@ -122,10 +107,10 @@ def entry(path: str | None, role: str, name: str) -> Spec:
     rest = sorted(set(given) - {"name", "params"})
     if rest:
         raise ConfigError(f"{where}: {section}.{name} has {', '.join(rest)} beside name and params")
-    return flat(role, given)
+    return flatten_spec(role, given)
 
 
-def flat(role: str, spec: str | Mapping[str, Any]) -> Spec:
+def flatten_spec(role: str, spec: str | Mapping[str, Any]) -> Spec:
     """`odm`, `{name, params: {...}}` or `{name, ...}` -> `{name, ...}`. Raises ConfigError for a mixture of forms."""
     if isinstance(spec, str):
         return {"name": spec}
@@ -141,7 +126,9 @@ def flat(role: str, spec: str | Mapping[str, Any]) -> Spec:
     return {**rest, **inner}
 
 
-def combine(role: str, own: str | Mapping[str, Any] | None, component: Spec | None, entry: str | None) -> Spec | None:
+def merge_spec(
+    role: str, own: str | Mapping[str, Any] | None, component: Spec | None, entry: str | None
+) -> Spec | None:
     """What our key for a role and the picked component come to.
 
     A mapping without `name` in our key changes parameters of the component, so `mixer.alpha=0.8` on a command line
@@ -149,7 +136,7 @@ def combine(role: str, own: str | Mapping[str, Any] | None, component: Spec | No
     """
     if own is None:
         return component
-    spec = flat(role, own)
+    spec = flatten_spec(role, own)
     if component is None:
         if "name" not in spec:
             raise ConfigError(f"{role}.name: missing; expected the name of a {role}, found only {', '.join(spec)}")

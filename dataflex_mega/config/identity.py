@@ -21,28 +21,30 @@ FREE_KEYS = frozenset(
     ddp_broadcast_buffers use_cpu resume_from_checkpoint push_to_hub hub_model_id hub_token hub_strategy
     hub_private_repo disable_gradient_checkpointing use_reentrant_gc max_steps num_train_epochs train_step
     save_only_model dataset_dir corpus_dir eval_corpus_dir media_dir tokenized_path data_shared_file_system
-    callbacks resume_ignore score_batch_size prefetch tensorboard nan_loss engine components_cfg_file component_name
+    callbacks resume_ignore score_batch_size prefetch tensorboard on_non_finite engine components_cfg_file component_name
     train_type selector mixer reorder pipeline weighter
     """.split()
 )
 # Those of Megatron's keys that decide what is computed. The others say how the same is laid out.
-COMPUTED = frozenset(
+AFFECTS_RESULTS = frozenset(
     """
     moe_aux_loss_coeff moe_expert_capacity_factor moe_pad_expert_input_to_capacity moe_token_drop_policy moe_router_dtype
     mixed_precision optimizer megatron_pretrained_checkpoint additional_configs extra_config sequence_packing
     use_packed_sequences
     """.split()
 )
-LAYOUT_KEYS = MEGATRON_KEYS - COMPUTED
+LAYOUT_KEYS = MEGATRON_KEYS - AFFECTS_RESULTS
 
 
-def identity(config: RunConfig, global_batch: int, data: Mapping[str, str], roles: Mapping[str, Any]) -> dict[str, Any]:
+def identity(
+    config: RunConfig, global_batch_size: int, data: Mapping[str, str], roles: Mapping[str, Any]
+) -> dict[str, Any]:
     """Plain values by name. `roles` are the resolved specifications, however they were written in the YAML."""
-    found = {key: value for key, value in config.raw.items() if key not in FREE_KEYS and key not in LAYOUT_KEYS}
+    found = {key: value for key, value in config.all_keys.items() if key not in FREE_KEYS and key not in LAYOUT_KEYS}
     return {
         **found,
         **({"engine": "megatron"} if config.engine == "megatron" else {}),  # whose files an FSDP run cannot read
-        "global_batch_size": global_batch,
+        "global_batch_size": global_batch_size,
         **{f"data of {name}": value for name, value in data.items()},
         **{role: roles.get(role) for role in ("selector", "mixer", "reorder", "pipeline", "weighter")},
     }

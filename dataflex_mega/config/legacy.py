@@ -1,4 +1,5 @@
-"""Keys that older LLaMA-Factory YAMLs use and the installed transformers has dropped: renamed, or left out with a note."""
+"""Keys of older YAMLs: those that the installed transformers has dropped, and ours under their old names. They are renamed,
+or left out, with a note."""
 
 from __future__ import annotations
 
@@ -15,6 +16,13 @@ RENAMED = {
     "push_to_hub_token": "hub_token",
     "push_to_hub_model_id": "hub_model_id",
     "include_tokens_per_second": "include_num_input_tokens_seen",
+}
+# Ours -> the new key, and the new word for each old one.
+OUR_RENAMED: dict[str, tuple[str, dict[str, str]]] = {
+    "candidates": ("candidate_fraction", {}),
+    "rescore": ("score_reuse", {"full": "none", "incremental": "latest"}),
+    "lookahead": ("weight_scope", {"micro": "micro_batch", "exact": "step"}),
+    "nan_loss": ("on_non_finite", {}),
 }
 INTO_FSDP_CONFIG = {
     "fsdp_min_num_params": "min_num_params",
@@ -41,44 +49,54 @@ DROPPED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def modernise(config: Mapping[str, Any], known: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+def migrate_keys(config: Mapping[str, Any], known: Collection[str]) -> tuple[dict[str, Any], list[str]]:
     """The same configuration in today's keys, and a note for every change. Keys in `known` are left alone.
 
     Raises ConfigError when an old key and its successor disagree, or an old key asks for what is gone.
     """
-    found = dict(config)
+    migrated = dict(config)
     notes: list[str] = []
     for key in [k for k in config if isinstance(k, str) and k not in known]:
         if key in RENAMED:
-            _move(found, key, RENAMED[key], config[key], notes)
+            _move(migrated, key, RENAMED[key], config[key], notes)
+        elif key in OUR_RENAMED:
+            new, words = OUR_RENAMED[key]
+            _move(migrated, key, new, _translated(config[key], words), notes)
         elif key == "group_by_length":
             value = "group_by_length" if config[key] else "random"
-            _move(found, key, "train_sampling_strategy", value, notes)
+            _move(migrated, key, "train_sampling_strategy", value, notes)
         elif key in INTO_FSDP_CONFIG:
-            _move_inside(found, key, notes)
+            _move_inside(migrated, key, notes)
         elif key in DROPPED:
             allowed, why = DROPPED[key]
             if config[key] not in allowed:
                 raise ConfigError(f"{key}: {config[key]!r} cannot be had any more: {why}")
-            del found[key]
+            del migrated[key]
             notes.append(f"{key} is not used any more: {why}")
-    return found, notes
+    if isinstance(migrated.get("resume_ignore"), list):  # it names keys
+        migrated["resume_ignore"] = [OUR_RENAMED[k][0] if k in OUR_RENAMED else k for k in migrated["resume_ignore"]]
+    return migrated, notes
 
 
-def _move(found: dict[str, Any], old: str, new: str, value: Any, notes: list[str]) -> None:
-    given = found.get(new, value)
-    given = "no" if given is False and new.endswith("_strategy") else given
-    if given != value:
-        raise ConfigError(f"{old}: {found[old]!r} contradicts {new}: {given!r}; {old} is the old name, drop it")
-    del found[old]
-    found[new] = value
+def _translated(value: Any, words: Mapping[str, str]) -> Any:
+    return words.get(value, value) if isinstance(value, str) else value
+
+
+def _move(migrated: dict[str, Any], old: str, new: str, value: Any, notes: list[str]) -> None:
+    current = migrated.get(new, value)
+    current = "no" if current is False and new.endswith("_strategy") else current
+    if current != value:
+        raise ConfigError(f"{old}: {migrated[old]!r} contradicts {new}: {current!r}; {old} is the old name, drop it")
+    del migrated[old]
+    migrated[new] = value
     notes.append(f"{old} is now {new}: {value}")
 
 
-def _move_inside(found: dict[str, Any], old: str, notes: list[str]) -> None:
-    inner = found.get("fsdp_config") or {}
+def _move_inside(migrated: dict[str, Any], old: str, notes: list[str]) -> None:
+    inner = migrated.get("fsdp_config") or {}
     new = INTO_FSDP_CONFIG[old]
-    if not isinstance(inner, Mapping) or inner.get(new, found[old]) != found[old]:
-        raise ConfigError(f"{old}: {found[old]!r} contradicts fsdp_config: {found.get('fsdp_config')!r}; drop {old}")
-    found["fsdp_config"] = {**inner, new: found.pop(old)}
+    if not isinstance(inner, Mapping) or inner.get(new, migrated[old]) != migrated[old]:
+        found = f"{migrated[old]!r} contradicts fsdp_config: {migrated.get('fsdp_config')!r}"
+        raise ConfigError(f"{old}: {found}; drop {old}")
+    migrated["fsdp_config"] = {**inner, new: migrated.pop(old)}
     notes.append(f"{old} is now fsdp_config.{new}")

@@ -1,4 +1,4 @@
-"""A YAML or JSON file plus `key=value` overrides -> one plain mapping. What its keys mean is decided in split.py."""
+"""A YAML or JSON file plus `key=value` overrides -> one plain mapping. What its keys mean is decided in parse.py."""
 
 from __future__ import annotations
 

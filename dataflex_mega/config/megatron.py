@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from dataflex_mega.config.values import fit
 from dataflex_mega.errors import ConfigError, did_you_mean
+from dataflex_mega.schema.coercion import coerce
+from dataflex_mega.schema.constraints import Range, field_hints
 
 Engine = Literal["fsdp", "megatron"]
 ENGINE_VARIABLES = ("USE_MCA", "USE_MEGATRON_BRIDGE")
+Positive = Range(ge=1)
 ENGINE_KEY = "use_mca"  # LLaMA-Factory's, in some of its published YAMLs
 
 
@@ -22,16 +24,22 @@ ENGINE_KEY = "use_mca"  # LLaMA-Factory's, in some of its published YAMLs
 class MegatronArguments:
     """Keys of the Megatron engine."""
 
-    tensor_model_parallel_size: int = field(default=1, metadata={"help": "ranks that share each layer's matrices"})
-    pipeline_model_parallel_size: int = field(
+    tensor_model_parallel_size: Annotated[int, Positive] = field(
+        default=1, metadata={"help": "ranks that share each layer's matrices"}
+    )
+    pipeline_model_parallel_size: Annotated[int, Positive] = field(
         default=1, metadata={"help": "ranks that share the layers, one stage each"}
     )
-    virtual_pipeline_model_parallel_size: int | None = field(
+    virtual_pipeline_model_parallel_size: Annotated[int | None, Positive] = field(
         default=None, metadata={"help": "stages a rank holds, interleaved"}
     )
-    context_parallel_size: int = field(default=1, metadata={"help": "ranks that share each sequence"})
-    expert_model_parallel_size: int = field(default=1, metadata={"help": "ranks that share the experts"})
-    expert_tensor_parallel_size: int | None = field(
+    context_parallel_size: Annotated[int, Positive] = field(
+        default=1, metadata={"help": "ranks that share each sequence"}
+    )
+    expert_model_parallel_size: Annotated[int, Positive] = field(
+        default=1, metadata={"help": "ranks that share the experts"}
+    )
+    expert_tensor_parallel_size: Annotated[int | None, Positive] = field(
         default=None, metadata={"help": "ranks that share each expert's matrices; None: as tensor"}
     )
     sequence_parallel: bool = field(
@@ -54,7 +62,9 @@ class MegatronArguments:
     recompute_method: Literal["uniform", "block"] | None = field(
         default=None, metadata={"help": "how recomputed layers are grouped; None: `uniform` with `full`"}
     )
-    recompute_num_layers: int | None = field(default=None, metadata={"help": "layers of a group; None: 1 with `full`"})
+    recompute_num_layers: Annotated[int | None, Positive] = field(
+        default=None, metadata={"help": "layers of a group; None: 1 with `full`"}
+    )
     recompute_modules: list[str] | None = field(
         default=None, metadata={"help": "modules that selective recomputation covers"}
     )
@@ -67,8 +77,10 @@ class MegatronArguments:
         default=None, metadata={"help": "how tokens reach experts"}
     )
     moe_grouped_gemm: bool = field(default=False, metadata={"help": "all experts of a rank in one matrix product"})
-    moe_aux_loss_coeff: float = field(default=0.0, metadata={"help": "weight of the load-balancing loss"})
-    moe_expert_capacity_factor: float | None = field(
+    moe_aux_loss_coeff: Annotated[float, Range(ge=0)] = field(
+        default=0.0, metadata={"help": "weight of the load-balancing loss"}
+    )
+    moe_expert_capacity_factor: Annotated[float | None, Range(gt=0)] = field(
         default=None, metadata={"help": "tokens an expert takes, relative to the mean"}
     )
     moe_pad_expert_input_to_capacity: bool = field(
@@ -98,13 +110,17 @@ class MegatronArguments:
     )
     accumulate_allreduce_grads_in_fp32: bool = field(default=False, metadata={"help": "sum gradients in fp32"})
     check_for_nan_in_loss_and_grad: bool = field(
-        default=False, metadata={"help": "look for NaN: is so in any case; see `nan_loss`"}
+        default=False, metadata={"help": "look for NaN: is so in any case; see `on_non_finite`"}
     )
     ddp_average_in_collective: bool = field(default=False, metadata={"help": "average inside the collective"})
-    ddp_bucket_size: int | None = field(default=None, metadata={"help": "parameters reduced at once"})
+    ddp_bucket_size: Annotated[int | None, Positive] = field(
+        default=None, metadata={"help": "parameters reduced at once"}
+    )
     optimizer: Literal["adam", "sgd"] | None = field(default=None, metadata={"help": "Megatron's optimizer"})
     optimizer_cpu_offload: bool = field(default=False, metadata={"help": "keep optimizer state in host memory"})
-    optimizer_offload_fraction: float = field(default=0.0, metadata={"help": "share of the state that is kept there"})
+    optimizer_offload_fraction: Annotated[float, Range(ge=0, le=1)] = field(
+        default=0.0, metadata={"help": "share of the state that is kept there"}
+    )
     sequence_packing: bool = field(default=False, metadata={"help": "several samples in a row"})
     use_packed_sequences: bool = field(default=False, metadata={"help": "the same, Megatron-Bridge's name"})
     save_hf_model: bool = field(default=False, metadata={"help": "also save in Hugging Face layout: is so in any case"})
@@ -136,9 +152,9 @@ REFUSED = {
     "save_merged_model": "LoRA is there with engine: fsdp",
 }
 # Key -> what is said when it is set: it is there anyway, or has nothing to do.
-ANYWAY = {
+NO_EFFECT = {
     "calculate_per_token_loss": "losses are divided by tokens in any case; loss_normalization: sample divides by samples",
-    "check_for_nan_in_loss_and_grad": "every step is checked in any case; nan_loss says what then",
+    "check_for_nan_in_loss_and_grad": "every step is checked in any case; on_non_finite says what then",
     "delay_grad_reduce": "all pipeline stages start a reduction together in any case",
     "save_hf_model": "the model is saved in Hugging Face layout at the end in any case",
     "export_hf_on_finish": "the model is saved in Hugging Face layout at the end in any case",
@@ -148,11 +164,9 @@ PRECISIONS = {"bf16_mixed": "bf16", "bf16-mixed": "bf16", "16_mixed": "fp16", "1
 
 def parse(values: Mapping[str, Any]) -> MegatronArguments:
     """Type-checked. Raises ConfigError for a wrong value, and for what the Megatron engine does not do."""
-    known = {f.name: f for f in fields(MegatronArguments)}
-    typed = {key: fit(key, value, str(known[key].type)) for key, value in values.items()}
+    known, hints = {f.name: f for f in fields(MegatronArguments)}, field_hints(MegatronArguments)
+    typed = {key: coerce(key, value, hints[key]) for key, value in values.items()}
     for key, value in typed.items():
-        if key.endswith("_size") and isinstance(value, int) and value < 1:
-            raise ConfigError(f"{key}: must be >= 1, found {value}")
         if key in REFUSED and value != known[key].default:
             raise ConfigError(f"{key}: {value!r} is not there; {REFUSED[key]}")
     arguments = MegatronArguments(**typed)
@@ -170,18 +184,18 @@ def parse(values: Mapping[str, Any]) -> MegatronArguments:
 
 def notes_of(arguments: MegatronArguments) -> list[str]:
     """What a user who set a key should know of it, a line each."""
-    return [f"{key}: {said}" for key, said in ANYWAY.items() if getattr(arguments, key)]
+    return [f"{key}: {said}" for key, said in NO_EFFECT.items() if getattr(arguments, key)]
 
 
-def asking(arguments: MegatronArguments) -> list[str]:
+def keys_that_select_megatron(arguments: MegatronArguments) -> list[str]:
     """The keys that have another value than the one that leaves everything as it is."""
-    found = []
+    selecting = []
     for f in fields(arguments):
         value = getattr(arguments, f.name)
         neutral = (f.default, *NEUTRAL.get(f.name, ()))
         if value not in neutral and not (f.name.endswith("parallel_size") and value == 1):
-            found.append(f.name)
-    return found
+            selecting.append(f.name)
+    return selecting
 
 
 def engine_of_environment(environment: Mapping[str, str]) -> str | None:
@@ -197,7 +211,7 @@ def resolve_engine(engine: str, keys: Sequence[str], variable: str | None) -> En
 
     Args:
         engine: `auto`, `fsdp` or `megatron`.
-        keys: what `asking` returned.
+        keys: what `keys_that_select_megatron` returned.
         variable: what `engine_of_environment` returned, or ENGINE_KEY.
 
     Raises:
@@ -209,7 +223,7 @@ def resolve_engine(engine: str, keys: Sequence[str], variable: str | None) -> En
     return "megatron" if engine == "megatron" or keys or variable else "fsdp"
 
 
-def as_lf_keys(arguments: MegatronArguments, lf: Mapping[str, Any]) -> dict[str, Any]:
+def implied_lf_keys(arguments: MegatronArguments, lf: Mapping[str, Any]) -> dict[str, Any]:
     """LLaMA-Factory's keys that Megatron's say in other words. Raises ConfigError where both are given and differ."""
     said: dict[str, Any] = {}
     if arguments.sequence_packing or arguments.use_packed_sequences:

@@ -31,20 +31,20 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 def check_megatron(config: RunConfig) -> None:
     """Raises ConfigError naming the key, what was found and what is allowed."""
-    tuning = config.lf.get("finetuning_type", "lora")
+    tuning = config.llamafactory.get("finetuning_type", "lora")
     if tuning != "full":
         raise ConfigError(
             f"finetuning_type: engine: megatron trains all parameters (full), found {tuning!r}; {FSDP_DOES} LoRA"
         )
     for key, instead in REFUSED.items():
-        value: Any = config.lf.get(key)
+        value: Any = config.llamafactory.get(key)
         if not (value is None or value is False or value == 0 or value in ("", [], {})):
             raise ConfigError(f"{key}: engine: megatron does not do this; {instead}")
-    attention = str(config.lf.get("flash_attn", "auto"))
+    attention = str(config.llamafactory.get("flash_attn", "auto"))
     if attention not in ATTENTION:
         raise ConfigError(f"flash_attn: engine: megatron takes {', '.join(ATTENTION)}, found {attention!r}")
-    optim = str(config.lf.get("optim", "adamw_torch"))
+    optim = str(config.llamafactory.get("optim", "adamw_torch"))
     if optim not in OPTIMIZERS:
         raise ConfigError(f"optim: engine: megatron takes {', '.join(OPTIMIZERS)}, found {optim!r}")
-    if config.ours.freeze_gate:
+    if config.dataflex.freeze_gate:
         raise ConfigError(f"freeze_gate: engine: megatron trains all parameters; {FSDP_DOES}")

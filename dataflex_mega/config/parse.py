@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dataflex_mega.config import corpus, legacy, megatron, ours
-from dataflex_mega.config.arguments import RunArguments
+from dataflex_mega.config import corpus, dataflex_parse, legacy, megatron
+from dataflex_mega.config.component_parameters import Spec
+from dataflex_mega.config.dataflex_arguments import RunArguments
 from dataflex_mega.config.megatron import MegatronArguments
-from dataflex_mega.config.values import fit_loosely
+from dataflex_mega.config.pipelines import Pipeline
+from dataflex_mega.config.proportions import initial_proportions
+from dataflex_mega.config.reorder_arguments import ReorderArguments
 from dataflex_mega.errors import ConfigError, did_you_mean
+from dataflex_mega.schema.coercion import coerce_lenient
 
 OUR_KEYS = frozenset(f.name for f in fields(RunArguments))
 MEGATRON_KEYS = frozenset(f.name for f in fields(MegatronArguments))
@@ -20,49 +24,61 @@ MEGATRON_KEYS = frozenset(f.name for f in fields(MegatronArguments))
 class RunConfig:
     """A checked configuration."""
 
-    lf: dict[str, Any]  # what goes to LLaMA-Factory, nothing of ours in it
-    ours: RunArguments
+    llamafactory: dict[str, Any]  # what goes to LLaMA-Factory, nothing of ours in it
+    dataflex: RunArguments
     megatron: MegatronArguments
     engine: megatron.Engine
-    raw: dict[str, Any]  # all keys, old names replaced, LLaMA-Factory's values as in `lf`
+    roles: dict[str, Spec]  # selector, mixer, reorder, weighter -> flat specification, of those that are on
+    reorder: ReorderArguments | None  # how samples are scored and ordered; the pattern is in `roles`
+    pipeline: Pipeline | None  # of `dynamic_lego`
+    all_keys: dict[str, Any]  # old names replaced, LLaMA-Factory's values as in `llamafactory`
     notes: list[str]  # what the user should be told, a line each
 
+    def initial_proportions(self, sizes: Sequence[int], names: Sequence[str]) -> tuple[float, ...]:
+        """See proportions.initial_proportions."""
+        return initial_proportions(self.dataflex, self.roles.get("mixer"), sizes, names)
 
-def split(config: Mapping[str, Any], lf_keys: Mapping[str, str], variable: str | None = None) -> RunConfig:
-    """Sort the keys by owner and check every value.
+
+def parse_config(config: Mapping[str, Any], lf_types: Mapping[str, Any], variable: str | None = None) -> RunConfig:
+    """Sort the keys by owner, and parse and check every value once.
 
     Args:
         config: what `load` returns.
-        lf_keys: LLaMA-Factory's keys -> their annotations as text.
+        lf_types: LLaMA-Factory's keys -> their annotations.
         variable: the environment variable that asks for Megatron, if one does.
 
     Raises:
         ConfigError: unknown keys (all of them in one line, each with the nearest known one), a wrong value, or two
             engines at once.
     """
-    raw, notes = legacy.modernise(config, {*lf_keys, *OUR_KEYS, *MEGATRON_KEYS})
-    _refuse_unknown(raw, [*lf_keys, *OUR_KEYS, *MEGATRON_KEYS])
-    layout = megatron.parse({key: value for key, value in raw.items() if key in MEGATRON_KEYS})
-    lf = {key: fit_loosely(key, value, lf_keys[key]) for key, value in raw.items() if _is_lf(key, lf_keys)}
-    if lf.pop(megatron.ENGINE_KEY, False):  # the key says what the variable does
+    known = [*lf_types, *OUR_KEYS, *MEGATRON_KEYS]
+    all_keys, notes = legacy.migrate_keys(config, set(known))
+    _refuse_unknown(all_keys, known)
+    megatron_arguments = megatron.parse({key: value for key, value in all_keys.items() if key in MEGATRON_KEYS})
+    lf_values = {
+        key: coerce_lenient(key, value, lf_types[key])
+        for key, value in all_keys.items()
+        if key not in OUR_KEYS and key not in MEGATRON_KEYS
+    }
+    if lf_values.pop(megatron.ENGINE_KEY, False):  # the key says what the variable does
         variable = variable or megatron.ENGINE_KEY
-    engine = megatron.resolve_engine(raw.get("engine", "auto"), megatron.asking(layout), variable)
-    mine = {key: value for key, value in raw.items() if key in OUR_KEYS}
-    arguments, more = ours.parse(mine, own_loop=engine == "megatron")
-    corpus.check_engine(arguments, engine)
-    lf.update(megatron.as_lf_keys(layout, lf))
+    selecting_keys = megatron.keys_that_select_megatron(megatron_arguments)
+    engine = megatron.resolve_engine(all_keys.get("engine", "auto"), selecting_keys, variable)
+    our_keys = {key: value for key, value in all_keys.items() if key in OUR_KEYS}
+    parsed = dataflex_parse.parse(our_keys, uses_own_loop=engine == "megatron")
+    corpus.check_engine(parsed.arguments, engine)
+    lf_values.update(megatron.implied_lf_keys(megatron_arguments, lf_values))
     return RunConfig(
-        lf=lf,
-        ours=arguments,
-        megatron=layout,
+        llamafactory=lf_values,
+        dataflex=parsed.arguments,
+        megatron=megatron_arguments,
         engine=engine,
-        raw={**raw, **lf},
-        notes=[*notes, *more, *megatron.notes_of(layout)],
+        roles=parsed.roles.specs,
+        reorder=parsed.roles.reorder,
+        pipeline=parsed.roles.pipeline,
+        all_keys={**all_keys, **lf_values},
+        notes=[*notes, *parsed.notes, *megatron.notes_of(megatron_arguments)],
     )
-
-
-def _is_lf(key: str, lf_keys: Mapping[str, str]) -> bool:
-    return key in lf_keys and key not in OUR_KEYS and key not in MEGATRON_KEYS
 
 
 def _refuse_unknown(config: Mapping[Any, Any], known: list[str]) -> None:

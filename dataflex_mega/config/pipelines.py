@@ -1,4 +1,4 @@
-"""`train_type: dynamic_lego`: stages, each an algorithm of one role with a clock of its own, in DataFlex's layout.
+"""`train_type: dynamic_lego`: stages, each an algorithm of one role with an update schedule of its own, in DataFlex's layout.
 
     stages:
       - {family: selector, component: loss, mode: filter, keep_ratio: 0.5, warmup_step: 10, every: 200}
@@ -12,18 +12,21 @@ Select, Mix and Reorder act in this order, at most one of each; the weights of a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
-from dataflex_mega.config import components, orders
-from dataflex_mega.config.components import SECTIONS, Spec
-from dataflex_mega.config.values import fit
+from dataflex_mega.config import components
+from dataflex_mega.config.component_parameters import Spec, drop_unused
+from dataflex_mega.config.components import SECTIONS
+from dataflex_mega.config.reorder_arguments import ReorderArguments, read_reorder
 from dataflex_mega.errors import ConfigError, did_you_mean
+from dataflex_mega.schema.coercion import coerce
+from dataflex_mega.schema.constraints import Range, field_hints
 
 LEGO = "dynamic_lego"
-CHAIN = ("selector", "mixer", "reorder")
+ACTING_ROLES = ("selector", "mixer", "reorder")
 ONLY_FOR = {"mode": "selector", "keep_ratio": "selector", "allow_replacement": "mixer"}
-IDLE = {
+UNUSED = {
     "seed": "data_seed names all random choices",
     "score_num_workers": "candidates are read by the loader of the run",
 }
@@ -38,9 +41,13 @@ class StageArguments:
         metadata={"help": "an entry of the components file, or a specification as under the role's own key"}
     )
     enabled: bool = field(default=True, metadata={"help": "false leaves the stage out"})
-    warmup_step: int = field(default=0, metadata={"help": "steps before it begins to act, >= 0"})
-    every: int = field(default=1, metadata={"help": "steps from one of its decisions to the next, >= 1"})
-    score_max_age: int = field(default=0, metadata={"help": "how many steps old a shared loss may be, >= 0"})
+    warmup_step: Annotated[int, Range(ge=0)] = field(default=0, metadata={"help": "steps before it begins to act"})
+    every: Annotated[int, Range(ge=1)] = field(
+        default=1, metadata={"help": "steps from one of its decisions to the next"}
+    )
+    score_max_age: Annotated[int, Range(ge=0)] = field(
+        default=0, metadata={"help": "how many steps old a shared loss may be"}
+    )
     mode: Literal["filter", "draw"] = field(
         default="filter",
         metadata={
@@ -50,21 +57,12 @@ class StageArguments:
             )
         },
     )
-    keep_ratio: float = field(default=0.5, metadata={"help": "share of the pool that a filter keeps, > 0 and <= 1"})
+    keep_ratio: Annotated[float, Range(gt=0, le=1)] = field(
+        default=0.5, metadata={"help": "share of the pool that a filter keeps"}
+    )
     allow_replacement: bool = field(
         default=False, metadata={"help": "DataFlex's; a row comes again when its domain is used up"}
     )
-
-    def check(self, where: str, given: Mapping[str, Any]) -> None:
-        """Raises ConfigError naming the key that is out of range or another family's."""
-        for key, least in (("warmup_step", 0), ("every", 1), ("score_max_age", 0)):
-            if getattr(self, key) < least:
-                raise ConfigError(f"{where}.{key}: must be >= {least}, found {getattr(self, key)}")
-        if not 0 < self.keep_ratio <= 1:
-            raise ConfigError(f"{where}.keep_ratio: must be > 0 and <= 1, found {self.keep_ratio}")
-        for key, family in ONLY_FOR.items():
-            if key in given and self.family != family:
-                raise ConfigError(f"{where}.{key}: only for family {family}, found {self.family}")
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,9 @@ class PipelineArguments:
     cache_dir: str | None = field(
         default=None, metadata={"help": "folder of the files of selections and of losses; None: in `output_dir`"}
     )
-    score_batch_size: int | None = field(default=None, metadata={"help": "as the key of the run"})
+    score_batch_size: Annotated[int | None, Range(ge=1)] = field(
+        default=None, metadata={"help": "as the key of the run"}
+    )
     score_num_workers: int | None = field(default=None, metadata={"help": "DataFlex's; not used"})
     seed: int | None = field(default=None, metadata={"help": "DataFlex's; not used"})
     save_plans: bool = field(
@@ -88,51 +88,97 @@ class Pipeline:
     """What a preset comes to."""
 
     arguments: PipelineArguments
-    chain: dict[str, StageArguments]  # by family, those of CHAIN that are on
-    weighters: tuple[StageArguments, ...]
-    specs: dict[str, Spec]  # by family, of the chain
-    weighing: tuple[Spec, ...]  # specifications of the weighters
-    keys: dict[str, Any]  # keys of the run that components carry as parameters
+    role_stages: dict[str, StageArguments]  # by family, those of ACTING_ROLES that are on
+    weighter_stages: tuple[StageArguments, ...]
+    specs: dict[str, Spec]  # by family, of role_stages; that of a reorder is its pattern's alone
+    reorder: ReorderArguments | None
+    weighter_specs: tuple[Spec, ...]
+    run_keys: dict[str, Any]  # keys of the run that components carry as parameters
     notes: tuple[str, ...]
 
     def identity(self) -> list[dict[str, Any]]:
         """What decides when and how stages act."""
-        kept = ("family", "warmup_step", "every", "score_max_age", "mode", "keep_ratio")
-        return [{key: getattr(stage, key) for key in kept} for stage in (*self.chain.values(), *self.weighters)]
+        decisive = ("family", "warmup_step", "every", "score_max_age", "mode", "keep_ratio")
+        stages = (*self.role_stages.values(), *self.weighter_stages)
+        return [{key: getattr(stage, key) for key in decisive} for stage in stages]
 
 
-def read(path: str | None, name: str | None, own: str | Mapping[str, Any] | None) -> Pipeline:
+@dataclass
+class _Builder:
+    """Collects what components carry beside their parameters."""
+
+    path: str | None  # of the components file
+    run_keys: dict[str, Any]
+    notes: list[str]
+
+    def spec(self, stage: StageArguments) -> Spec:
+        """The specification of a stage's component. Raises ConfigError for one that the file does not have."""
+        assert stage.family in SECTIONS
+        if not isinstance(stage.component, str):
+            spec, notes = drop_unused(
+                stage.family, components.flatten_spec(stage.family, stage.component), stage.family
+            )
+            self.notes.extend(notes)
+            return spec
+        known = components.entries(self.path, stage.family)
+        if stage.component not in known:
+            hint = f"{did_you_mean(stage.component, known)}; there is {', '.join(known) or 'none'}"
+            raise ConfigError(f"pipeline.stages: no {stage.family} component {stage.component!r}{hint}")
+        component = components.read_component(self.path, stage.family, stage.component)
+        for key, value in component.run_keys.items():
+            self.run_keys.setdefault(key, value)
+        self.notes.extend(component.notes)
+        return component.spec
+
+
+def read_pipeline(path: str | None, name: str | None, own: str | Mapping[str, Any] | None) -> Pipeline:
     """The pipeline of a preset of a components file, or of the key `pipeline`, or of a preset with changes by that key.
 
     Raises ConfigError naming the stage and key.
     """
-    given = _parameters(path, name, own)
-    types = {f.name: str(f.type) for f in fields(PipelineArguments)}
-    _refuse_unknown("pipeline", given, types)
-    arguments = PipelineArguments(**{key: fit(f"pipeline.{key}", value, types[key]) for key, value in given.items()})
+    arguments = _arguments(_parameters(path, name, own))
     stages = [_stage(number, stage) for number, stage in enumerate(arguments.stages)]
-    on = [stage for stage in stages if stage.enabled]
-    notes = [f"pipeline.{key} is not used: {why}" for key, why in IDLE.items() if getattr(arguments, key) is not None]
-    chain = _chain(on, notes)
-    weighters = tuple(stage for stage in on if stage.family == "weighter")
-    keys: dict[str, Any] = {}
+    enabled = [stage for stage in stages if stage.enabled]
+    notes = [f"pipeline.{key} is not used: {why}" for key, why in UNUSED.items() if getattr(arguments, key) is not None]
+    role_stages = _role_stages(enabled, notes)
+    weighter_stages = tuple(stage for stage in enabled if stage.family == "weighter")
+    builder = _Builder(path, {}, notes)
     if arguments.score_batch_size is not None:
-        keys["score_batch_size"] = arguments.score_batch_size
-    specs = {family: _spec(path, stage, keys, notes) for family, stage in chain.items()}
-    weighing = tuple(_spec(path, stage, keys, notes) for stage in weighters)
-    if not on:
+        builder.run_keys["score_batch_size"] = arguments.score_batch_size
+    specs, reorder = {family: builder.spec(stage) for family, stage in role_stages.items()}, None
+    if "reorder" in specs:
+        specs["reorder"], reorder = read_reorder(specs["reorder"])
+    weighter_specs = tuple(builder.spec(stage) for stage in weighter_stages)
+    if not enabled:
         raise ConfigError("pipeline.stages: at least one must be there and enabled")
-    notes += [
-        f"weighter stage: every {s.every} is not used: weights are those of each step" for s in weighters if s.every > 1
-    ]
-    notes += ["mixer stage: allow_replacement is not used: no row comes twice before its domain is used up"
-              for s in on if s.allow_replacement]  # fmt: skip
-    return Pipeline(arguments, chain, weighters, specs, weighing, keys, tuple(notes))
+    notes += _unused_stage_keys(enabled)
+    return Pipeline(
+        arguments, role_stages, weighter_stages, specs, reorder, weighter_specs, builder.run_keys, tuple(notes)
+    )
 
 
-def names(path: str | None) -> list[str]:
+def preset_names(path: str | None) -> list[str]:
     """The presets of a components file."""
     return [str(name) for name in components.read_components(path).get(components.PIPELINES) or {}]
+
+
+def _arguments(given: Mapping[str, Any]) -> PipelineArguments:
+    hints = field_hints(PipelineArguments)
+    _refuse_unknown("pipeline", given, hints)
+    return PipelineArguments(**{key: coerce(f"pipeline.{key}", value, hints[key]) for key, value in given.items()})
+
+
+def _unused_stage_keys(enabled: list[StageArguments]) -> list[str]:
+    """Notes on keys of stages that change nothing."""
+    of_step = [stage.every for stage in enabled if stage.family == "weighter" and stage.every > 1]
+    return [
+        *(f"weighter stage: every {every} is not used: weights are those of each step" for every in of_step),
+        *(
+            "mixer stage: allow_replacement is not used: no row comes twice before its domain is used up"
+            for stage in enabled
+            if stage.allow_replacement
+        ),
+    ]
 
 
 def _parameters(path: str | None, name: str | None, own: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -142,18 +188,20 @@ def _parameters(path: str | None, name: str | None, own: str | Mapping[str, Any]
         name, own = own, None
     if name is None and own is None:
         raise ConfigError(
-            f"train_type: {LEGO} needs component_name (one of {', '.join(names(path))}) or pipeline with stages"
+            f"train_type: {LEGO} needs component_name (one of {', '.join(preset_names(path))}) or pipeline with stages"
         )
     preset: dict[str, Any] = {}
     if name is not None:
         data, where = components.read_components(path), path or "the packaged components file"
-        if name not in names(path):
-            hint = f"{did_you_mean(name, names(path))}; there is {', '.join(names(path)) or 'none'}"
+        if name not in preset_names(path):
+            hint = f"{did_you_mean(name, preset_names(path))}; there is {', '.join(preset_names(path)) or 'none'}"
             raise ConfigError(f"component_name: no pipeline {name!r} in {where}{hint}")
-        preset = components.flat("pipeline", components.resolve(data, where)[components.PIPELINES][name])
+        preset = components.flatten_spec("pipeline", components.resolve(data, where)[components.PIPELINES][name])
         preset.pop("name", None)
     changes = (
-        {} if own is None else {key: value for key, value in components.flat("pipeline", own).items() if key != "name"}
+        {}
+        if own is None
+        else {key: value for key, value in components.flatten_spec("pipeline", own).items() if key != "name"}
     )
     return {**preset, **changes}
 
@@ -162,17 +210,19 @@ def _stage(number: int, given: Any) -> StageArguments:
     where = f"pipeline.stages[{number}]"
     if not isinstance(given, Mapping):
         raise ConfigError(f"{where}: expected a mapping with family and component, found {given!r}")
-    types = {f.name: str(f.type) for f in fields(StageArguments)}
-    _refuse_unknown(where, given, types)
+    hints = field_hints(StageArguments)
+    _refuse_unknown(where, given, hints)
     for key in ("family", "component"):
         if key not in given:
             raise ConfigError(f"{where}.{key}: missing")
-    stage = StageArguments(**{key: fit(f"{where}.{key}", value, types[key]) for key, value in given.items()})
-    stage.check(where, given)
+    stage = StageArguments(**{key: coerce(f"{where}.{key}", value, hints[key]) for key, value in given.items()})
+    for key, family in ONLY_FOR.items():
+        if key in given and stage.family != family:
+            raise ConfigError(f"{where}.{key}: only for family {family}, found {stage.family}")
     return stage
 
 
-def _refuse_unknown(where: str, given: Mapping[str, Any], known: Mapping[str, str]) -> None:
+def _refuse_unknown(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     for key in given:
         if key not in known:
             raise ConfigError(
@@ -180,33 +230,14 @@ def _refuse_unknown(where: str, given: Mapping[str, Any], known: Mapping[str, st
             )
 
 
-def _chain(on: list[StageArguments], notes: list[str]) -> dict[str, StageArguments]:
-    """The stages of CHAIN by family, in its order."""
-    given = [stage.family for stage in on if stage.family in CHAIN]
-    for family in CHAIN:
+def _role_stages(enabled: list[StageArguments], notes: list[str]) -> dict[str, StageArguments]:
+    """The stages of ACTING_ROLES by family, in its order."""
+    given = [stage.family for stage in enabled if stage.family in ACTING_ROLES]
+    for family in ACTING_ROLES:
         if given.count(family) > 1:
             raise ConfigError(f"pipeline.stages: {given.count(family)} of family {family}; at most one can be enabled")
-    right = [family for family in CHAIN if family in given]
+    right = [family for family in ACTING_ROLES if family in given]
     if given != right:
         notes.append(f"pipeline.stages: {', '.join(given)} act in the order {', '.join(right)}")
-    by_family = {stage.family: stage for stage in on}
+    by_family = {stage.family: stage for stage in enabled}
     return {family: by_family[family] for family in right}
-
-
-def _spec(path: str | None, stage: StageArguments, keys: dict[str, Any], notes: list[str]) -> Spec:
-    """The specification of a stage's component; keys of the run that it carries go into `keys`."""
-    assert stage.family in SECTIONS
-    if not isinstance(stage.component, str):
-        return components.flat(stage.family, stage.component)
-    if stage.component not in components.entries(path, stage.family):
-        found = components.entries(path, stage.family)
-        hint = f"{did_you_mean(stage.component, found)}; there is {', '.join(found) or 'none'}"
-        raise ConfigError(f"pipeline.stages: no {stage.family} component {stage.component!r}{hint}")
-    more, said = components.lifted(path, stage.family, stage.component)
-    for key, value in more.items():
-        keys.setdefault(key, value)
-    notes.extend(said)
-    spec = components.pick(path, stage.family, stage.component)
-    if stage.family == "reorder":
-        orders.read(spec)
-    return spec

@@ -1,5 +1,5 @@
 """Domain proportions in a file: the averages that a run with `mixer: doremi` leaves behind, or the tokens of a corpus; and
-the limits of proportions."""
+the proportions that a run starts with."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dataflex_mega.config.component_parameters import Spec
+from dataflex_mega.config.dataflex_arguments import RunArguments
 from dataflex_mega.data import manifest
 from dataflex_mega.errors import ConfigError, did_you_mean
 
@@ -21,7 +23,7 @@ def is_manifest(path: str) -> bool:
     return isinstance(content, dict) and content.get("format") == manifest.FORMAT
 
 
-def natural(path: str, names: Sequence[str]) -> list[float]:
+def corpus_proportions(path: str, names: Sequence[str]) -> list[float]:
     """The natural proportions of the domains `names` of a corpus: their tokens over the tokens of all of them.
 
     `path` is its manifest. Raises ConfigError for a domain it does not have.
@@ -72,12 +74,34 @@ def _load(path: str) -> Any:
         raise ConfigError(f"{KEY}: {path}, line {error.lineno}: {error.msg}") from error
 
 
-def check_limit(key: str, value: float | Sequence[float] | None, most: float) -> None:
-    """Raises ConfigError unless it is nothing or numbers in 0..most; epochs are above 0."""
-    given = [] if value is None else [value] if isinstance(value, int | float) else list(value)
-    least_text = "> 0" if key == "max_epochs" else "in 0..1"
-    for x in given:
-        if not math.isfinite(x) or x > most or x < 0 or (key == "max_epochs" and x == 0):
-            raise ConfigError(f"{key}: must be {least_text}, found {x:g}")
-    if isinstance(value, list) and not value:
-        raise ConfigError(f"{key}: expected a number, or one for each dataset, found []")
+def initial_proportions(
+    arguments: RunArguments, mixer: Spec | None, sizes: Sequence[int], names: Sequence[str] | None = None
+) -> tuple[float, ...]:
+    """[k] numbers of samples -> [k] proportions before any update, sum 1.
+
+    Raises ConfigError for another length, and when a file that has names has not these `names` in this order.
+    """
+    file = arguments.init_mixture_proportions_file
+    if names is not None and file is not None:
+        if arguments.init_mixture_proportions is None:
+            return tuple(corpus_proportions(file, names))
+        check_names(file, names)
+    key, given = _configured_proportions(arguments, mixer)
+    if given is None:
+        equal = arguments.mixture_sample_rule in ("mixture", "uniform")
+        equal = equal or (mixer is not None and arguments.mixture_sample_rule is None)
+        given = [1.0] * len(sizes) if equal else [float(size) for size in sizes]
+    if len(given) != len(sizes):
+        raise ConfigError(f"{key}: {len(given)} numbers for {len(sizes)} datasets")
+    total = math.fsum(given)
+    return tuple(x / total for x in given)
+
+
+def _configured_proportions(arguments: RunArguments, mixer: Spec | None) -> tuple[str, list[float] | None]:
+    """(key, numbers) that the run starts with: init_mixture_proportions, else the mixer's own."""
+    if arguments.init_mixture_proportions is not None:
+        return "init_mixture_proportions", list(arguments.init_mixture_proportions)
+    for key in ("proportions", "initial_proportions"):
+        if (mixer or {}).get(key) is not None:
+            return f"mixer.{key}", list((mixer or {})[key])
+    return "init_mixture_proportions", None

@@ -1,1 +1,1 @@
-"""When to re-plan, and what algorithms are told: controller, schedule, passes over ordered samples, loss cache."""
+"""When to re-plan, and with which algorithms: controllers, update schedules, ordered passes, the loss cache."""

@@ -4,346 +4,311 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dataflex_mega.algorithms.base import Domains, Mixer, Reorder, Selector, Weighter
-from dataflex_mega.control.domain_weights import StepFactors, all_alike, domain_factors, product
+from dataflex_mega.algorithms.base import DomainInfo, Mixer, Reorder, Selector, Weighter
+from dataflex_mega.control.domain_weights import (
+    PerStepDomainFactors,
+    domain_loss_factors,
+    scale_keeping_sum,
+    uniform_weights,
+)
+from dataflex_mega.control.plan_report import OrderRecord, PlanReport, SelectionRecord
+from dataflex_mega.control.schedule import UpdateSchedule
+from dataflex_mega.control.signal_source import SignalSource
+from dataflex_mega.data.candidates import CandidateRotation
+from dataflex_mega.data.limits import ProportionLimits
+from dataflex_mega.data.sampler import Sampler
+from dataflex_mega.distributed.protocol import Collectives
 from dataflex_mega.errors import CheckpointError, TrainingFault
+from dataflex_mega.rng_streams import RngStream
 from dataflex_mega.types import (
-    Clock,
-    HiddenSpec,
+    EmbeddingSpec,
     NeedsBatchGradients,
     NeedsGradients,
     NeedsHidden,
-    Plan,
-    SampleObs,
-    SignalTable,
+    SampleStats,
+    SamplingPlan,
     StepStats,
     StepWeighing,
     TokenChoice,
-    TokenWeigh,
+    TokenWeightFn,
     TrainState,
-    Weigh,
+    UpdateContext,
+    WeightFn,
 )
 
-MIX, SELECT = 1, 2  # random streams
-LOOKAHEAD = 64  # steps; nothing is prepared further ahead
+MAX_PREFETCH_STEPS = 64  # how far ahead batches are prepared
 MAX_PLAN_STEPS = 4096  # a plan is continued as a new one after so many steps, which bounds any replay of it
 
 
-class Planner(Protocol):
-    """What the controller needs of data.Sampler."""
-
-    def next_plan(
-        self,
-        previous: Plan | None,
-        step: int,
-        proportions: Any,
-        chosen: Tensor | None = None,
-        loss_weights: Any = None,
-        phase: str = "train",
-    ) -> Plan: ...
-    def drawn(self, plan: Plan, step: int) -> np.ndarray: ...
-    def global_batch(self, plan: Plan, step: int) -> np.ndarray: ...
-    def counts(self, plan: Plan, step: int) -> np.ndarray: ...
-    def advance(self, plan: Plan, step: int) -> Plan: ...
-
-
-class Ranks(Protocol):
-    """What the controller needs of distributed.Collectives."""
-
-    def gather(self, rows: Tensor) -> Tensor: ...
-    def gather_uneven(self, rows: Tensor, counts: list[int]) -> Tensor: ...
-    def own(self, gathered: Tensor, count: int) -> Tensor: ...
-    def agree(self, text: str, what: str) -> None: ...
-
-
-class Scores(Protocol):
-    """What the controller needs of signals.Scorer."""
-
-    step: int  # optimizer steps done when signals are asked for
-
-    def consider(self, ids: np.ndarray) -> None: ...
-    def shares(self) -> list[int]: ...
-    def table(self, needs: frozenset[str]) -> SignalTable: ...
-
-
-class Parts(Protocol):
-    """What the controller needs of data.Candidates."""
-
-    def ids(self, update: int, least: Any = None) -> np.ndarray: ...
-    def merge(self, ids: np.ndarray, scores: Tensor) -> tuple[Tensor, Tensor]: ...
-    def state(self) -> dict[str, Any]: ...
-    def restore(self, state: dict[str, Any]) -> None: ...
-
-
-class When(Protocol):
-    """What the controller needs of schedule.Schedule."""
-
-    @property
-    def every(self) -> int: ...
-    def is_update(self, step: int) -> bool: ...
-    def starts_warmup(self, step: int) -> bool: ...
-    def warming(self, step: int) -> bool: ...
-    def update_number(self, step: int) -> int: ...
-    def total_updates(self, steps: int) -> int: ...
-
-
-class Limited(Protocol):
-    """What the controller needs of data.Limits."""
-
-    @property
-    def counts(self) -> bool: ...
-    def apply(self, asked: Any, spent: frozenset[int], step: int) -> tuple[float, ...]: ...
-    def spent(self, drawn: Any, coming: Any) -> frozenset[int]: ...
-
-
 @dataclass(frozen=True)
-class Roles:
+class RoleSet:
     """The algorithms that are on. Any combination."""
 
     selector: Selector | None = None
     mixer: Mixer | None = None
-    reorder: Reorder | None = None  # needs a staged.Staged controller
+    reorder: Reorder | None = None  # needs a staged.PipelineController
     weighter: Weighter | None = None
 
 
 @dataclass
-class Selection:
-    """What a selection did, for the log."""
+class DataController:
+    """One instance per run; every rank computes the same."""
 
-    step: int
-    chosen: Tensor  # [m] ids
-    scores: Tensor  # [m] of the chosen; where a selector gives several numbers, their mean
-    quantiles: list[float]  # 0, 25, 50, 75, 100 % of the finite scores of all that could be chosen
-    overlap: float  # share of the chosen that the selection before had chosen
-
-
-@dataclass
-class Controller:
-    """One for a run, the same on every rank."""
-
-    roles: Roles
-    domains: Domains
-    schedule: When
-    sampler: Planner
-    ranks: Ranks
-    scores: Scores
-    global_batch: int
+    roles: RoleSet
+    domains: DomainInfo
+    update_schedule: UpdateSchedule
+    sampler: Sampler
+    collectives: Collectives
+    signal_source: SignalSource
+    global_batch_size: int
     total_steps: int
     seed: int
-    limits: Limited | None = None  # of what a mixer may ask for
-    target_mean: Callable[[HiddenSpec, int], Tensor] | None = None  # see signals.hidden.TargetMean
-    candidates: Parts | None = None  # None: a selection considers the whole pool
-    domain_gram: Callable[[int, bool, int], Tensor] | None = None  # see signals.gram.DomainGram
+    limits: ProportionLimits | None = None  # bounds on the mixer's proportions
+    target_mean: Callable[[EmbeddingSpec, int], Tensor] | None = (
+        None  # see signals.sample_embeddings.MeanTargetEmbedding
+    )
+    candidates: CandidateRotation | None = None  # None: a selection scores the whole pool
+    domain_gram: Callable[[int, bool, int], Tensor] | None = None  # see signals.gradient_gram.DomainGradientGram
     batch_gradients: Callable[[np.ndarray, int], tuple[Tensor, Tensor]] | None = None  # see providers.batch_gradients
-    rate: Callable[[], float] | None = None  # the engine's learning rate for the step to come
-    last_selection: Selection | None = field(default=None, init=False)
-    last_order: Any = field(default=None, init=False)  # a staged.Window
-    _previous: Tensor | None = field(default=None, init=False)
-    _spent: frozenset[int] = field(default=frozenset(), init=False)  # domains that have been drawn max_epochs often
+    learning_rate: Callable[[], float] | None = None  # the engine's learning rate for the step to come
+    last_selection_record: SelectionRecord | None = field(default=None, init=False)
+    last_order_record: OrderRecord | None = field(default=None, init=False)
+    _previous_selected_ids: Tensor | None = field(default=None, init=False)
+    _exhausted: frozenset[int] = field(default=frozenset(), init=False)  # domains that were drawn max_epochs times
 
     def __post_init__(self) -> None:
         for algorithm in self._algorithms().values():
             algorithm.setup(self.domains)
 
     def _algorithms(self) -> dict[str, Any]:
-        named = {name: getattr(self.roles, name) for name in ("selector", "mixer", "reorder", "weighter")}
-        return {name: algorithm for name, algorithm in named.items() if algorithm is not None}
+        by_role = {role: getattr(self.roles, role) for role in ("selector", "mixer", "reorder", "weighter")}
+        return {role: algorithm for role, algorithm in by_role.items() if algorithm is not None}
 
     # -- plans ---------------------------------------------------------------------------------------------------
 
-    def first_plan(self) -> Plan:
-        """Before any step: the whole pool in its initial proportions."""
-        phase = "warmup" if self.schedule.warming(0) else "train"
-        return self.sampler.next_plan(None, 0, self._allowed(self.domains.initial, 0), phase=phase)
+    def initial_plan(self) -> SamplingPlan:
+        """The plan before any step: the whole pool in its initial proportions."""
+        phase = "warmup" if self.update_schedule.in_warmup(0) else "train"
+        proportions = self._apply_limits(self.domains.initial_proportions, 0)
+        return self.sampler.next_plan(None, 0, proportions, phase=phase)
 
-    def due(self, state: TrainState) -> bool:
-        """Whether `next_plan` must be asked before the next step."""
-        if self._acts(state.step) or self._newly_spent(state):
+    def needs_new_plan(self, state: TrainState) -> bool:
+        """Whether `next_plan` must be called before the next step."""
+        if self._updates_at(state.step) or self._newly_exhausted(state):
             return True
-        return state.step - state.plan.start >= MAX_PLAN_STEPS
+        return state.step - state.plan.start_step >= MAX_PLAN_STEPS
 
-    def plan_end(self, step: int, last: int) -> int:
+    def next_update_step(self, step: int, last: int) -> int:
         """The next step, at most `last`, at which a role makes another plan: what this one would draw there and later is
-        not worth preparing. Looks LOOKAHEAD steps ahead."""
-        last = min(last, step + LOOKAHEAD)
-        return next((later for later in range(step + 1, last) if self._acts(later)), last)
+        not worth preparing. Looks MAX_PREFETCH_STEPS steps ahead."""
+        last = min(last, step + MAX_PREFETCH_STEPS)
+        return next((later for later in range(step + 1, last) if self._updates_at(later)), last)
 
-    def _acts(self, step: int) -> bool:
-        """Whether a role plans anew after `step` steps."""
+    def _updates_at(self, step: int) -> bool:
+        """Whether a role makes a new plan after `step` steps."""
         replans = self.roles.selector is not None or self.roles.mixer is not None
-        return replans and (self.schedule.is_update(step) or self._restarts_warmup(step))
+        return replans and (self.update_schedule.is_update(step) or self._restarts_warmup(step))
 
     def _restarts_warmup(self, step: int) -> bool:
-        return self.roles.selector is not None and step > 0 and self.schedule.starts_warmup(step)
+        return self.roles.selector is not None and step > 0 and self.update_schedule.starts_warmup(step)
 
-    def _newly_spent(self, state: TrainState) -> frozenset[int]:
-        """Domains that the coming step would draw more often than max_epochs lets it."""
-        if self.limits is None or not self.limits.counts:
+    def _newly_exhausted(self, state: TrainState) -> frozenset[int]:
+        """Domains that the coming step would draw more often than max_epochs allows."""
+        if self.limits is None or not self.limits.has_epoch_limit:
             return frozenset()
-        drawn = self.sampler.advance(state.plan, state.step).cursor
-        return self.limits.spent(drawn, self.sampler.counts(state.plan, state.step))
+        drawn = self.sampler.plan_from(state.plan, state.step).cursors
+        return self.limits.exhausted(drawn, self.sampler.counts_at(state.plan, state.step).tolist())
 
-    def _allowed(self, proportions: tuple[float, ...], step: int) -> tuple[float, ...]:
-        return proportions if self.limits is None else self.limits.apply(proportions, self._spent, step)
+    def _apply_limits(self, proportions: tuple[float, ...], step: int) -> tuple[float, ...]:
+        return proportions if self.limits is None else self.limits.apply(proportions, self._exhausted, step)
 
-    def next_plan(self, state: TrainState) -> Plan:
-        """Score, choose, mix; the same plan on all ranks, or TrainingFault."""
-        plan = self._make_plan(state)
-        while found := self._newly_spent(TrainState(state.step, plan)) - self._spent:
-            # Its share goes to others, which may be spent by that in turn.
-            self._spent |= found
-            shares = self._allowed(plan.proportions, state.step)
+    def next_plan(self, state: TrainState) -> SamplingPlan:
+        """Mix, score and select; the same plan on all ranks, or TrainingFault."""
+        plan = self._build_plan(state)
+        while exhausted := self._newly_exhausted(TrainState(state.step, plan)) - self._exhausted:
+            # Their proportions are redistributed, which may exhaust other domains.
+            self._exhausted |= exhausted
+            proportions = self._apply_limits(plan.proportions, state.step)
             plan = self.sampler.next_plan(
-                state.plan, state.step, shares, loss_weights=plan.loss_weights, phase=plan.phase
+                state.plan, state.step, proportions, domain_loss_weights=plan.domain_loss_weights, phase=plan.phase
             )
-        self.ranks.agree(plan.digest(), f"the plan of step {state.step}")
+        self.collectives.assert_same(plan.digest(), f"the plan of step {state.step}")
         return plan
 
-    def _make_plan(self, state: TrainState) -> Plan:
+    def _build_plan(self, state: TrainState) -> SamplingPlan:
         step, old = state.step, state.plan
         if self._restarts_warmup(step):
             # Without a mixer the old proportions are those of the selection, not of the pool.
-            proportions = self.domains.initial if self.roles.mixer is None else old.proportions
+            proportions = self.domains.initial_proportions if self.roles.mixer is None else old.proportions
             return self.sampler.next_plan(old, step, proportions, phase="warmup")
-        if not self.schedule.is_update(step):
-            return self.sampler.advance(old, step)
-        clock = self._clock_of(self.schedule, step)
+        if not self.update_schedule.is_update(step):
+            return self.sampler.plan_from(old, step)
+        context = self._update_context(self.update_schedule, step)
         proportions, loss_weights = None, None
         if self.roles.mixer is not None:
-            proportions, loss_weights = self._ask(self.roles.mixer, clock)
+            proportions, loss_weights = self._query_mixer(self.roles.mixer, context)
         if self.roles.selector is None:
-            return self.sampler.next_plan(old, step, proportions, loss_weights=loss_weights)
-        chosen = self._select(self.roles.selector, clock, old, proportions)
-        return self.sampler.next_plan(old, step, proportions, chosen=chosen, loss_weights=loss_weights)
+            return self.sampler.next_plan(old, step, proportions, domain_loss_weights=loss_weights)
+        selected_ids = self._select(self.roles.selector, context, old, proportions)
+        return self.sampler.next_plan(
+            old, step, proportions, selected_ids=selected_ids, domain_loss_weights=loss_weights
+        )
 
-    def _clock_of(self, when: When, step: int) -> Clock:
-        update, updates = when.update_number(step), when.total_updates(self.total_steps)
-        return Clock(step, self.total_steps, update, self.seed, updates, 0.0 if self.rate is None else self.rate())
+    def _update_context(self, schedule: UpdateSchedule, step: int) -> UpdateContext:
+        return UpdateContext(
+            step,
+            self.total_steps,
+            schedule.update_index(step),
+            self.seed,
+            schedule.total_updates(self.total_steps),
+            0.0 if self.learning_rate is None else self.learning_rate(),
+        )
 
-    def _ask(self, mixer: Mixer, clock: Clock) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
-        """What a mixer wants from now on: [k] proportions within the limits, and its domain weights of the loss."""
+    def _query_mixer(self, mixer: Mixer, context: UpdateContext) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
+        """([k] proportions within the limits, the [k] domain weights of the loss or None) from this update on."""
         if isinstance(mixer, NeedsGradients):
-            assert self.domain_gram is not None, "given when the run was built"
-            mixer.learn(self.domain_gram(mixer.probe_samples, mixer.against == "eval", clock.step))
-        asked = tuple(mixer.proportions(clock, self._rng(clock.step, MIX)).double().tolist())
+            assert self.domain_gram is not None, "set when the run was built"
+            mixer.learn(self.domain_gram(mixer.probe_samples, mixer.against == "eval", context.step))
+        proportions = tuple(mixer.proportions(context, self._rng(context.step, RngStream.MIXER)).double().tolist())
         weights = mixer.loss_weights()
-        return self._allowed(asked, clock.step), None if weights is None else tuple(weights.double().tolist())
+        return (
+            self._apply_limits(proportions, context.step),
+            None if weights is None else tuple(weights.double().tolist()),
+        )
 
     def _rng(self, step: int, stream: int) -> torch.Generator:
         """A generator that depends on (seed, step, stream) alone."""
         words = np.random.SeedSequence([self.seed, step, stream]).generate_state(2, np.uint64)
         return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
 
-    def _select(self, selector: Selector, clock: Clock, old: Plan, proportions: tuple[float, ...] | None) -> Tensor:
-        quota = None if proportions is None else self._quota(old, clock.step, proportions)
-        ids = None if self.candidates is None else self.candidates.ids(clock.update, quota)
-        if ids is not None:
-            self.scores.consider(ids)
-        self.scores.step = clock.step
-        mine = selector.score(self.scores.table(selector.needs)).float()
-        scores = self.ranks.gather_uneven(mine, self.scores.shares())
-        there = torch.arange(len(scores)) if ids is None else torch.from_numpy(ids)  # ids of what may be chosen
-        scores = selector.accumulate(there, scores, clock)
-        if self.candidates is not None and ids is not None:
-            there, scores = self.candidates.merge(ids, scores)
-        rng = self._rng(clock.step, SELECT)
+    def _select(
+        self, selector: Selector, context: UpdateContext, old: SamplingPlan, proportions: tuple[float, ...] | None
+    ) -> Tensor:
+        """[m] ascending ids of the coming window. `proportions`: the mixer's, None without one."""
+        quota = None if proportions is None else self._quota(old, context.step, proportions)
+        scored_ids = None if self.candidates is None else self.candidates.ids(context.update_index, quota)
+        if scored_ids is not None:
+            self.signal_source.restrict_to(scored_ids)
+        self.signal_source.step = context.step
+        local_scores = selector.score(self.signal_source.table(selector.signals)).float()
+        scores = self.collectives.all_gather_uneven(local_scores, self.signal_source.rank_counts())
+        candidate_ids = torch.arange(len(scores)) if scored_ids is None else torch.from_numpy(scored_ids)
+        scores = selector.combine_updates(candidate_ids, scores, context)
+        if self.candidates is not None and scored_ids is not None:
+            candidate_ids, scores = self.candidates.merge_scores(scored_ids, scores)
+        rng = self._rng(context.step, RngStream.SELECTOR)
         if quota is None:
-            places = selector.choose(scores, self.global_batch * self.schedule.every, clock, rng)
+            count = self.global_batch_size * self.update_schedule.update_every
+            positions = selector.select(scores, count, context, rng)
         else:
-            places = self._select_by_domain(selector, (there, scores), clock, rng, quota)
-        places = places.sort().values
-        self._note(clock.step, there[places], scores[places], scores)
-        return there[places]
+            positions = self._select_by_domain(selector, (candidate_ids, scores), context, rng, quota)
+        positions = positions.sort().values
+        self._record_selection(context.step, candidate_ids[positions], scores[positions], scores)
+        return candidate_ids[positions]
 
-    def _quota(self, old: Plan, step: int, proportions: tuple[float, ...]) -> np.ndarray:
+    def _quota(self, old: SamplingPlan, step: int, proportions: tuple[float, ...]) -> list[int]:
         """[k] how many samples of each domain the coming window draws."""
         plan = self.sampler.next_plan(old, step, proportions)
-        return self.sampler.drawn(plan, step + self.schedule.every)
+        return self.sampler.counts_before(plan, step + self.update_schedule.update_every).tolist()
 
     def _select_by_domain(
-        self, selector: Selector, scored: tuple[Tensor, Tensor], clock: Clock, rng: torch.Generator, quota: np.ndarray
+        self,
+        selector: Selector,
+        candidates: tuple[Tensor, Tensor],
+        context: UpdateContext,
+        rng: torch.Generator,
+        quota: list[int],
     ) -> Tensor:
-        """The mixer says how many of each domain, the selector which -> places in `scored` (ids, scores). A domain smaller
-        than its quota is taken whole and drawn again and again."""
-        ids, scores = scored
-        ends = torch.searchsorted(ids, torch.tensor(self.domains.sizes).cumsum(0)).tolist()
-        parts, first = [], 0
-        for end, count in zip(ends, quota.tolist(), strict=True):
-            if count >= end - first:
-                parts.append(torch.arange(first, end))
-            elif count > 0:
-                parts.append(selector.choose(scores[first:end], count, clock, rng) + first)
-            first = end
-        return torch.cat(parts)
+        """The mixer says how many of each domain, the selector which -> [m] positions in `candidates` (ids, scores).
 
-    def _note(self, step: int, chosen: Tensor, own: Tensor, scores: Tensor) -> None:
-        """`own`: scores of the [m] chosen ids. `scores`: of all that could be chosen."""
+        A domain smaller than its quota is taken whole and drawn several times.
+        """
+        ids, scores = candidates
+        ends = torch.searchsorted(ids, torch.tensor(self.domains.num_samples).cumsum(0)).tolist()
+        positions, first = [], 0
+        for end, count in zip(ends, quota, strict=True):
+            if count >= end - first:
+                positions.append(torch.arange(first, end))
+            elif count > 0:
+                positions.append(selector.select(scores[first:end], count, context, rng) + first)
+            first = end
+        return torch.cat(positions)
+
+    def _record_selection(self, step: int, selected_ids: Tensor, selected_scores: Tensor, scores: Tensor) -> None:
+        """`scores`: those of all candidates."""
         if scores.dim() > 1:
-            own, scores = own.mean(dim=1), scores.mean(dim=1)
+            selected_scores, scores = selected_scores.mean(dim=1), scores.mean(dim=1)
         finite = scores[torch.isfinite(scores)].sort().values
-        places = [round(q * (len(finite) - 1)) for q in (0, 0.25, 0.5, 0.75, 1)] if len(finite) else []
+        ranks = [round(q * (len(finite) - 1)) for q in (0, 0.25, 0.5, 0.75, 1)] if len(finite) else []
         overlap = 0.0
-        if self._previous is not None and len(chosen):
-            overlap = float(torch.isin(chosen, self._previous).double().mean())
-        self.last_selection = Selection(step, chosen, own, finite[places].tolist(), overlap)
-        self._previous = chosen
+        if self._previous_selected_ids is not None and len(selected_ids):
+            overlap = float(torch.isin(selected_ids, self._previous_selected_ids).double().mean())
+        quantiles = finite[ranks].tolist()
+        self.last_selection_record = SelectionRecord(step, selected_ids, selected_scores, quantiles, overlap)
+        self._previous_selected_ids = selected_ids
 
     # -- weights -------------------------------------------------------------------------------------------------
 
-    def weigher(self, state: TrainState) -> Weigh | None:
+    def weight_fn(self, state: TrainState) -> WeightFn | None:
         """The function that weighs the samples of the next step, or None when all weigh the same."""
-        weighter = self.roles.weighter if self._weighs(state.step) else None
+        weighter = self.roles.weighter if self._weighter_is_active(state.step) else None
         if isinstance(weighter, NeedsHidden) and weighter.stale(state.step):
             assert self.target_mean is not None, "checked when the run was built"
             weighter.learn(self.target_mean(weighter.hidden, weighter.target_samples), state.step)
         if isinstance(weighter, NeedsBatchGradients):
-            assert self.batch_gradients is not None, "made when the run was built"
+            assert self.batch_gradients is not None, "set when the run was built"
             ids = self.sampler.global_batch(state.plan, state.step)
-            weighter.look(torch.from_numpy(ids), *self.batch_gradients(ids, state.step))
-        by_sample = self._by_sample(weighter, state)
+            weighter.observe_batch(torch.from_numpy(ids), *self.batch_gradients(ids, state.step))
+        weight_fn = self._base_weight_fn(weighter, state)
         if isinstance(weighter, TokenChoice):
-            return TokenWeigh(by_sample or all_alike, weighter)
-        return by_sample
+            return TokenWeightFn(weight_fn or uniform_weights, weighter)
+        return weight_fn
 
-    def _weighs(self, step: int) -> bool:
-        return not self.schedule.warming(step)
+    def _weighter_is_active(self, step: int) -> bool:
+        return not self.update_schedule.in_warmup(step)
 
-    def _by_sample(self, weighter: Weighter | None, state: TrainState) -> Weigh | None:
+    def _base_weight_fn(self, weighter: Weighter | None, state: TrainState) -> WeightFn | None:
+        """The weights of whole samples, from the mixer's domain weights and the weighter."""
         mixer = self.roles.mixer
-        if isinstance(mixer, StepWeighing) and state.plan.loss_weights is not None:
-            by_step = StepFactors(
+        if isinstance(mixer, StepWeighing) and state.plan.domain_loss_weights is not None:
+            per_step_factors = PerStepDomainFactors(
                 mixer.domain_weights(), torch.tensor(state.plan.proportions).double(), mixer.loss_norm
             )
-            return by_step if weighter is None else self._weigher(weighter, by_step, state)
-        by_domain = domain_factors(state.plan)
-        if weighter is None and by_domain is None:
+            return per_step_factors if weighter is None else self._combined_weight_fn(weighter, per_step_factors, state)
+        domain_factors = domain_loss_factors(state.plan)
+        if weighter is None and domain_factors is None:
             return None
-        return self._weigher(weighter, by_domain, state)
+        return self._combined_weight_fn(weighter, domain_factors, state)
 
-    def _weigher(self, weighter: Weighter | None, by_domain: Tensor | Weigh | None, state: TrainState) -> Weigh:
+    def _combined_weight_fn(
+        self, weighter: Weighter | None, domain_factors: Tensor | WeightFn | None, state: TrainState
+    ) -> WeightFn:
         """The product of a weighter's weights and those of domains: [k] factors, or a function of samples."""
 
-        def weigh(obs: SampleObs) -> Tensor:
+        def weigh(samples: SampleStats) -> Tensor:
             if isinstance(weighter, NeedsHidden):
-                if obs.hidden is None:
-                    raise TrainingFault("weights by hidden states need SampleObs.hidden, which the engine did not give")
-                obs = replace(obs, hidden=weighter.compare(obs.hidden))
-            whole = SampleObs(**{name: self.ranks.gather(rows) for name, rows in obs.weighed().items()})
-            weights = torch.ones_like(whole.loss_sum)
-            if isinstance(by_domain, Tensor):
-                weights = by_domain.to(weights)[whole.domain]
-            elif by_domain is not None:
-                weights = by_domain(replace(whole, step_count=obs.step_count))
+                if samples.embeddings is None:
+                    raise TrainingFault(
+                        "weights by hidden states need SampleStats.embeddings, which the engine did not give"
+                    )
+                samples = replace(samples, embeddings=weighter.compare(samples.embeddings))
+            rows = {name: self.collectives.all_gather(local) for name, local in samples.gathered_fields().items()}
+            gathered = SampleStats(**rows)
+            weights = torch.ones_like(gathered.loss_sum)
+            if isinstance(domain_factors, Tensor):
+                weights = domain_factors.to(weights)[gathered.domain_ids]
+            elif domain_factors is not None:
+                weights = domain_factors(replace(gathered, step_denominators=samples.step_denominators))
             if weighter is not None:
-                own = weighter.weights(whole, state.step, self.total_steps).to(weights)
-                weights = own if by_domain is None else product(own, weights)
-            return self.ranks.own(weights, len(obs.sample_id))
+                of_weighter = weighter.weights(gathered, state.step, self.total_steps).to(weights)
+                weights = of_weighter if domain_factors is None else scale_keeping_sum(of_weighter, weights)
+            return self.collectives.local_rows(weights, len(samples.sample_ids))
 
         return weigh
 
@@ -354,26 +319,39 @@ class Controller:
         if self.roles.mixer is not None:
             self.roles.mixer.observe(stats, state.plan.proportions, state.step)
 
-    def state(self) -> dict[str, Any]:
-        """What algorithms remember, by role; tensors may be anywhere in it."""
-        saved: dict[str, Any] = {name: algorithm.state() for name, algorithm in self._algorithms().items()}
-        if self._previous is not None:
-            saved["previous_selection"] = self._previous
-        if self.candidates is not None and (known := self.candidates.state()):
-            saved["candidates"] = known
-        if self._spent:
-            saved["spent_domains"] = sorted(self._spent)
-        return saved
+    def plan_report(self, state: TrainState) -> PlanReport:
+        """What the roles did for the plan that was made after `state.step` steps."""
+        mixer, selector = self.roles.mixer, self.roles.selector
+        selection, order = self.last_selection_record, self.last_order_record
+        signals = [] if selector is None else sorted(selector.signals)
+        return PlanReport(
+            mixer=mixer.report() if mixer is not None and state.plan.phase == "train" else {},
+            selection=selection if selection is not None and selection.step == state.step else None,
+            signal_name=signals[0] if signals else "score",
+            order=order if order is not None and order.step == state.step else None,
+        )
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        """The inverse of `state`. Raises CheckpointError when another set of roles was on."""
+    def state_dict(self) -> dict[str, Any]:
+        """The states of the algorithms by role, and the controller's own; tensors may be anywhere in it."""
+        state: dict[str, Any] = {role: algorithm.state_dict() for role, algorithm in self._algorithms().items()}
+        if self._previous_selected_ids is not None:
+            state["previous_selection"] = self._previous_selected_ids
+        if self.candidates is not None and (scores := self.candidates.state_dict()):
+            state["candidates"] = scores
+        if self._exhausted:
+            state["exhausted_domains"] = sorted(self._exhausted)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`. Raises CheckpointError when another set of roles was on."""
         algorithms = self._algorithms()
-        there = set(saved) - {"previous_selection", "spent_domains", "candidates"}
-        if there != set(algorithms):
-            raise CheckpointError(f"the checkpoint has state of {sorted(there)}, this run needs {sorted(algorithms)}")
-        for name, algorithm in algorithms.items():
-            algorithm.restore(saved[name])
+        saved_roles = set(state) - {"previous_selection", "exhausted_domains", "candidates"}
+        if saved_roles != set(algorithms):
+            found = f"{sorted(saved_roles)}, this run needs {sorted(algorithms)}"
+            raise CheckpointError(f"the checkpoint has state of {found}")
+        for role, algorithm in algorithms.items():
+            algorithm.load_state_dict(state[role])
         if self.candidates is not None:
-            self.candidates.restore(saved.get("candidates", {}))
-        self._previous = saved.get("previous_selection")
-        self._spent = frozenset(saved.get("spent_domains", ()))
+            self.candidates.load_state_dict(state.get("candidates", {}))
+        self._previous_selected_ids = state.get("previous_selection")
+        self._exhausted = frozenset(state.get("exhausted_domains", ()))

@@ -1,4 +1,4 @@
-"""What the domain weights of a mixer make of the weights of samples."""
+"""How the domain weights of a mixer change the weights of samples."""
 
 from __future__ import annotations
 
@@ -8,32 +8,35 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.errors import TrainingFault
-from dataflex_mega.types import LossNorm, Plan, SampleObs
+from dataflex_mega.types import DomainLossNorm, SampleStats, SamplingPlan
 
 
-def all_alike(obs: SampleObs) -> Tensor:
-    """[n] ones."""
-    return torch.ones_like(obs.loss_sum)
+def uniform_weights(samples: SampleStats) -> Tensor:
+    """Weight 1 for each of n samples, [n]."""
+    return torch.ones_like(samples.loss_sum)
 
 
-def product(weights: Tensor, factors: Tensor) -> Tensor:
-    """[n] weights times [n] factors, with the sum that the factors have alone: what a weighter does within the samples it
-    compares changes no domain's part of the step, and the mean of a step stays 1."""
-    both = weights * factors
-    total = both.sum()
-    return torch.where(total > 0, both * (factors.sum() / total), factors)
+def scale_keeping_sum(weights: Tensor, factors: Tensor) -> Tensor:
+    """[n] weights times [n] factors, scaled to the sum of the factors alone.
+
+    So a weighter changes weights within the samples that it compares and no domain's share of the step, and the mean of a
+    step stays 1.
+    """
+    product = weights * factors
+    total = product.sum()
+    return torch.where(total > 0, product * (factors.sum() / total), factors)
 
 
-def domain_factors(plan: Plan) -> Tensor | None:
-    """[k] factors of the loss from a mixer's domain weights, with mean 1 over what the plan draws."""
-    if plan.loss_weights is None:
+def domain_loss_factors(plan: SamplingPlan) -> Tensor | None:
+    """[k] factors of the loss from a mixer's domain weights, with mean 1 over the samples that the plan draws."""
+    if plan.domain_loss_weights is None:
         return None
-    weights, shares = torch.tensor(plan.loss_weights).double(), torch.tensor(plan.proportions).double()
-    return weights / (weights * shares).sum()
+    weights, proportions = torch.tensor(plan.domain_loss_weights).double(), torch.tensor(plan.proportions).double()
+    return weights / (weights * proportions).sum()
 
 
 @dataclass(frozen=True)
-class StepFactors:
+class PerStepDomainFactors:
     """Weighs samples by domain with weights of this very step: DoReMi's loss; see types.StepWeighing.
 
     With c_d the step's token count of domain d (sample count where samples count the same) and C their sum, the factor of
@@ -43,16 +46,18 @@ class StepFactors:
 
     weights: Tensor  # [k] float64, sums to 1
     proportions: Tensor  # [k] float64, of the plan
-    loss_norm: LossNorm
+    loss_norm: DomainLossNorm
 
-    def __call__(self, obs: SampleObs) -> Tensor:
-        """Samples -> [n] float32 factors. Raises TrainingFault when the engine does not say how many tokens the step has."""
-        if obs.step_count is None:
-            raise TrainingFault("domain weights of a step need SampleObs.step_count, which the engine did not give")
-        counts = obs.step_count.double()
+    def __call__(self, samples: SampleStats) -> Tensor:
+        """Samples -> [n] float32 factors. Raises TrainingFault when the engine gave no denominators of the step."""
+        if samples.step_denominators is None:
+            raise TrainingFault(
+                "domain weights of a step need SampleStats.step_denominators, which the engine did not give"
+            )
+        counts = samples.step_denominators.double()
         weights, proportions = self.weights.to(counts), self.proportions.to(counts)
-        shares = proportions if self.loss_norm == "token" else counts
-        ratio = torch.where((shares > 0) & (counts > 0), weights / shares, 0.0)
+        divisors = proportions if self.loss_norm == "token" else counts
+        ratio = torch.where((divisors > 0) & (counts > 0), weights / divisors, 0.0)
         total = (ratio * counts).sum()
         factors = torch.where(total > 0, ratio * (counts.sum() / total), 1.0)
-        return factors.to(obs.loss_sum)[obs.domain]
+        return factors.to(samples.loss_sum)[samples.domain_ids]

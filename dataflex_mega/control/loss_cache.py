@@ -1,87 +1,80 @@
-"""Losses of the pool that several roles share: measured once, used by all until they are too old.
+"""Losses of the pool that several roles share: computed once, used by all until they are too old.
 
 Selecting by loss and ordering by loss at one step cost one forward pass over the pool and not two. Where a role may use
-losses of some steps ago, it pays for the samples whose loss is older than that.
+losses of some steps ago, it pays only for the samples whose loss is older than that.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import Selector
+from dataflex_mega.control.signal_source import SignalSource
+from dataflex_mega.distributed.protocol import Collectives
 from dataflex_mega.types import SignalTable
 
 LOSS = frozenset({"loss"})
 
 
-class Scores(Protocol):
-    """What is needed of signals.Scorer."""
-
-    def shares(self) -> list[int]: ...
-    def table(self, needs: frozenset[str]) -> SignalTable: ...
-    def only(self, ids: Tensor) -> Scores: ...
-    def domains(self, ids: Tensor) -> Tensor: ...
-
-
-class Ranks(Protocol):
-    """What is needed of distributed.Collectives."""
-
-    def gather_uneven(self, rows: Tensor, counts: list[int]) -> Tensor: ...
-
-
 @dataclass
-class Board:
-    """One for a run, the same on every rank. `size`: N."""
+class LossCache:
+    """One instance per run; every rank computes the same.
 
-    scores: Scores
-    ranks: Ranks
+    Args:
+        size: N, samples of the pool.
+    """
+
+    signal_source: SignalSource
+    collectives: Collectives
     size: int
     losses: Tensor = field(init=False)  # [N] float32
-    measured: Tensor = field(init=False)  # [N] int32, the step at which each was measured; -1: never
+    measured_at_step: Tensor = field(init=False)  # [N] int32, the step at which each loss was computed; -1: never
 
     def __post_init__(self) -> None:
         self.losses = torch.full((self.size,), torch.nan)
-        self.measured = torch.full((self.size,), -1, dtype=torch.int32)
+        self.measured_at_step = torch.full((self.size,), -1, dtype=torch.int32)
 
     def score(self, selector: Selector, ids: Tensor, step: int, max_age: int = 0) -> Tensor:
-        """[n] ids, ascending -> [n] float32, what the selector scores them. Every rank must call it.
+        """[n] ids, ascending -> [n] float32, the selector's scores of them. Every rank must call it.
 
-        `max_age`: how many steps old a loss may be. Other signals are always measured.
+        `max_age`: how many steps old a loss may be. Other signals are computed at every call.
         """
-        if selector.needs == LOSS:
+        if selector.signals == LOSS:
             self._refresh(ids, step, max_age)
-            return self._from_losses(selector, ids)
-        return self._measured(selector, ids)
+            return self._score_cached(selector, ids)
+        return self._score_now(selector, ids)
 
-    def fresh(self, ids: Tensor, step: int, max_age: int = 0) -> Tensor:
-        """[n] bool: whether the loss of each is there and young enough."""
-        age = step - self.measured[ids]
-        return (self.measured[ids] >= 0) & (age >= 0) & (age <= max_age)
+    def is_fresh(self, ids: Tensor, step: int, max_age: int = 0) -> Tensor:
+        """[n] bool: whether the loss of each sample is known and at most `max_age` steps old."""
+        age = step - self.measured_at_step[ids]
+        return (self.measured_at_step[ids] >= 0) & (age >= 0) & (age <= max_age)
 
     def _refresh(self, ids: Tensor, step: int, max_age: int) -> None:
-        stale = ids[~self.fresh(ids, step, max_age)]
-        if len(stale) == 0:
+        stale_ids = ids[~self.is_fresh(ids, step, max_age)]
+        if len(stale_ids) == 0:
             return
-        part = self.scores.only(stale)
-        self.losses[stale] = self.ranks.gather_uneven(part.table(LOSS)["loss"].float(), part.shares())
-        self.measured[stale] = step
+        source = self.signal_source.subset(stale_ids)
+        losses = source.table(LOSS)["loss"].float()
+        self.losses[stale_ids] = self.collectives.all_gather_uneven(losses, source.rank_counts())
+        self.measured_at_step[stale_ids] = step
 
-    def _from_losses(self, selector: Selector, ids: Tensor) -> Tensor:
-        """Every rank scores all of them: that is arithmetic on numbers all ranks have."""
-        return selector.score(SignalTable(ids, self.scores.domains(ids), {"loss": self.losses[ids]})).float()
+    def _score_cached(self, selector: Selector, ids: Tensor) -> Tensor:
+        """Every rank scores all samples: that is arithmetic on numbers that all ranks have."""
+        table = SignalTable(ids, self.signal_source.domain_ids(ids), {"loss": self.losses[ids]})
+        return selector.score(table).float()
 
-    def _measured(self, selector: Selector, ids: Tensor) -> Tensor:
-        part = self.scores.only(ids)
-        return self.ranks.gather_uneven(selector.score(part.table(selector.needs)).float(), part.shares())
+    def _score_now(self, selector: Selector, ids: Tensor) -> Tensor:
+        source = self.signal_source.subset(ids)
+        scores = selector.score(source.table(selector.signals)).float()
+        return self.collectives.all_gather_uneven(scores, source.rank_counts())
 
-    def state(self) -> dict[str, Any]:
-        """Both tensors."""
-        return {"losses": self.losses, "measured": self.measured}
+    def state_dict(self) -> dict[str, Any]:
+        """The losses and the steps at which they were computed."""
+        return {"losses": self.losses, "measured_at_step": self.measured_at_step}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
-        self.losses, self.measured = state["losses"].clone(), state["measured"].clone()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.losses, self.measured_at_step = state["losses"].clone(), state["measured_at_step"].clone()

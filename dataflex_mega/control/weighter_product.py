@@ -4,99 +4,98 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dataflex_mega.algorithms.base import Domains, Weighter
+from dataflex_mega.algorithms.base import DomainInfo, Weighter
+from dataflex_mega.control.schedule import UpdateSchedule
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.types import HiddenSpec, NeedsBatchGradients, NeedsHidden, NeedsReference, SampleObs, TokenChoice
-
-
-class When(Protocol):
-    """What is needed of schedule.Schedule."""
-
-    def warming(self, step: int) -> bool: ...
+from dataflex_mega.types import (
+    EmbeddingSpec,
+    NeedsBatchGradients,
+    NeedsHidden,
+    NeedsReference,
+    SampleStats,
+    TokenChoice,
+)
 
 
 @dataclass
-class Product(Weighter):
-    """The product of the weights of `parts`, each from the end of its own warm-up on."""
+class ProductWeighter(Weighter):
+    """The product of the weights of `members`, each starting after its own warm-up."""
 
-    parts: Sequence[tuple[Weighter, When]] = ()
+    members: Sequence[tuple[Weighter, UpdateSchedule]] = ()
 
-    def setup(self, domains: Domains) -> None:
-        """See Algorithm."""
-        for part, _ in self.parts:
-            part.setup(domains)
+    def setup(self, domains: DomainInfo) -> None:
+        for weighter, _ in self.members:
+            weighter.setup(domains)
 
-    def weights(self, obs: SampleObs, step: int, total_steps: int) -> Tensor:
+    def weights(self, samples: SampleStats, step: int, total_steps: int) -> Tensor:
         """[n] float32, mean 1. All 1 where the product is 0 for every sample."""
-        product = torch.ones_like(obs.loss_sum, dtype=torch.float64)
-        for part, when in self.parts:
-            if not when.warming(step):
-                product = product * part.weights(obs, step, total_steps).double()
+        product = torch.ones_like(samples.loss_sum, dtype=torch.float64)
+        for weighter, schedule in self.members:
+            if not schedule.in_warmup(step):
+                product = product * weighter.weights(samples, step, total_steps).double()
         total = product.sum()
         return torch.where(total > 0, product * (len(product) / total), 1.0).float()
 
-    def state(self) -> dict[str, Any]:
-        """Of each part, in their order."""
-        return {str(number): part.state() for number, (part, _) in enumerate(self.parts)}
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every member, by its position."""
+        return {str(number): weighter.state_dict() for number, (weighter, _) in enumerate(self.members)}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
-        for number, (part, _) in enumerate(self.parts):
-            part.restore(state[str(number)])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for number, (weighter, _) in enumerate(self.members):
+            weighter.load_state_dict(state[str(number)])
 
 
 @dataclass
-class HiddenProduct(NeedsHidden, Product):
-    """With one part, the first, that compares hidden states."""
+class EmbeddingProductWeighter(NeedsHidden, ProductWeighter):
+    """A product whose first member compares hidden states; requests for embeddings go to that member."""
 
     @property
-    def _comparing(self) -> Any:
-        return self.parts[0][0]
+    def _embedding_weighter(self) -> Any:
+        return self.members[0][0]
 
     @property
-    def hidden(self) -> HiddenSpec:
-        """That part's."""
-        return self._comparing.hidden
+    def hidden(self) -> EmbeddingSpec:
+        return self._embedding_weighter.hidden
 
     @property
     def target_samples(self) -> int:
-        """That part's."""
-        return self._comparing.target_samples
+        return self._embedding_weighter.target_samples
 
     def stale(self, step: int) -> bool:
-        """That part's."""
-        return self._comparing.stale(step)
+        return self._embedding_weighter.stale(step)
 
     def learn(self, target: Tensor, step: int) -> None:
-        """That part's."""
-        self._comparing.learn(target, step)
+        self._embedding_weighter.learn(target, step)
 
     def compare(self, hidden: Tensor) -> Tensor:
-        """That part's."""
-        return self._comparing.compare(hidden)
+        return self._embedding_weighter.compare(hidden)
 
 
-def multiplied(parts: Sequence[tuple[Weighter, When]]) -> Weighter:
-    """One weighter for all. Raises ConfigError for those that cannot be multiplied."""
-    if len(parts) == 1:
-        return parts[0][0]
-    for part, _ in parts:
-        if isinstance(part, TokenChoice | NeedsReference):
-            raise ConfigError(f"pipeline.stages: weighter {_name(part)} chooses tokens and cannot be one of several")
-        if isinstance(part, NeedsBatchGradients):
-            raise ConfigError(f"pipeline.stages: weighter {_name(part)} chooses samples and cannot be one of several")
-    comparing = [pair for pair in parts if isinstance(pair[0], NeedsHidden)]
-    if len(comparing) > 1:
-        names = " and ".join(_name(part) for part, _ in comparing)
+def combine_weighters(members: Sequence[tuple[Weighter, UpdateSchedule]]) -> Weighter:
+    """One weighter that stands for all. Raises ConfigError for weighters that have no product."""
+    if len(members) == 1:
+        return members[0][0]
+    for weighter, _ in members:
+        if isinstance(weighter, TokenChoice | NeedsReference):
+            raise ConfigError(
+                f"pipeline.stages: weighter {_name(weighter)} chooses tokens and cannot be one of several"
+            )
+        if isinstance(weighter, NeedsBatchGradients):
+            raise ConfigError(
+                f"pipeline.stages: weighter {_name(weighter)} chooses samples and cannot be one of several"
+            )
+    with_embeddings = [member for member in members if isinstance(member[0], NeedsHidden)]
+    if len(with_embeddings) > 1:
+        names = " and ".join(_name(weighter) for weighter, _ in with_embeddings)
         raise ConfigError(f"pipeline.stages: weighters {names} both compare hidden states; keep one of them")
-    others = [pair for pair in parts if pair not in comparing]
-    return HiddenProduct((*comparing, *others)) if comparing else Product(tuple(parts))
+    others = [member for member in members if member not in with_embeddings]
+    return EmbeddingProductWeighter((*with_embeddings, *others)) if with_embeddings else ProductWeighter(tuple(members))
 
 
-def _name(part: Weighter) -> str:
-    return type(part).__name__.lower()
+def _name(weighter: Weighter) -> str:
+    return type(weighter).__name__.lower()

@@ -1,1 +1,1 @@
-"""Text files -> a corpus: one Megatron .bin/.idx pair a domain and a manifest. `command.py` is the way in."""
+"""Text files -> a corpus: one Megatron .bin/.idx pair per domain and a manifest. The entry point is `command.py`."""

@@ -1,4 +1,4 @@
-"""Text files -> Megatron .bin/.idx files, one pair a domain, and a manifest, for `corpus_dir` of a training YAML.
+"""Text files -> Megatron .bin/.idx files, one pair per domain, and a manifest, for `corpus_dir` of a training YAML.
 
     dataflex-cli corpus slimpajama/ --domain-field meta.redpajama_set_name --tokenizer MODEL --output corpus --workers 8
     dataflex-cli corpus code.jsonl.zst --domain code --tokenizer MODEL --output corpus
@@ -6,7 +6,7 @@
     dataflex-cli corpus --dataset c4_demo,wiki_demo --dataset-dir data --tokenizer MODEL --output corpus
 
 An input is a file (.jsonl, .json, .parquet; .jsonl or .json also as .gz and .zst), a folder of such files, or
-NAME=PATH, which makes all of PATH the domain NAME. A killed run goes on where it stopped when the same command is given
+NAME=PATH, which makes all of PATH the domain NAME. A killed run continues where it stopped when the same command is given
 again, and the result has the same bytes whatever the number of workers.
 """
 
@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from dataflex_mega.corpus.parts import Part
-from dataflex_mega.corpus.prepare import BAD_ROWS, Job, Result, prepare
-from dataflex_mega.corpus.sources import KINDS, Rule, Source, make_source
+from dataflex_mega.corpus.encoded_units import EncodedUnit
+from dataflex_mega.corpus.input_files import KINDS, FieldRule, InputFile, open_input
+from dataflex_mega.corpus.prepare import BAD_ROWS, PrepareJob, PrepareResult, prepare
 from dataflex_mega.errors import ConfigError, DataError, UserError, did_you_mean
 
-EVERY = 10.0  # seconds between lines where standard error is not a terminal
+SECONDS_BETWEEN_LINES = 10.0  # where standard error is not a terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,30 +39,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        print("interrupted; the same command continues from here", file=sys.stderr, flush=True)
         return 130
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Prepare a corpus as the command line says and print what was made. Raises UserError."""
+    """Prepare the corpus of the command line and print its domains. Raises UserError."""
     options = parser().parse_args(arguments)
-    meter = Meter()
+    progress = ProgressDisplay()
     try:
-        result = prepare(job_of(options), meter)
+        result = prepare(build_job(options), progress)
     except OSError as error:
         raise DataError(f"{error.filename or options.output}: {error.strerror or error}") from error
     finally:
-        meter.end()
+        progress.close()
     print(summary(result, options.output))
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
-    made = argparse.ArgumentParser(
+    """The options of `dataflex-cli corpus`."""
+    result = argparse.ArgumentParser(
         prog="dataflex-cli corpus", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = made.add_argument
+    add = result.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="a file, a folder, or NAME=PATH")
     add("--output", type=Path, required=True, help="folder of the corpus")
     add("--tokenizer", required=True, help="Hugging Face tokenizer, as model_name_or_path of the training")
@@ -76,11 +76,11 @@ def parser() -> argparse.ArgumentParser:
     add("--unit-mb", type=float, default=32, help="input of one unit of work, in MiB (32)")
     add("--longest-mb", type=float, default=64, help="a longer line is a bad row, in MiB (64)")
     add("--overwrite", action="store_true", help="replace what the output folder holds")
-    return made
+    return result
 
 
-def job_of(options: argparse.Namespace) -> Job:
-    """The options as a job. Raises ConfigError or DataError naming the one that cannot be."""
+def build_job(options: argparse.Namespace) -> PrepareJob:
+    """The options as a job. Raises ConfigError or DataError naming an invalid one."""
     if options.workers < 1:
         raise ConfigError(f"--workers: must be >= 1, found {options.workers}")
     if not 0 <= options.max_bad <= 1:
@@ -90,22 +90,25 @@ def job_of(options: argparse.Namespace) -> Job:
             raise ConfigError(f"--{name.replace('_', '-')}: must be > 0, found {getattr(options, name)}")
     if options.domain and options.domain_field:
         raise ConfigError("--domain, --domain-field: both are given; choose one")
-    sources = [*(s for text in options.inputs for s in _input(text, options)), *_datasets(options)]
-    if not sources:
+    files = [
+        *(file for text in options.inputs for file in _files_of_input(text, options)),
+        *_files_of_datasets(options),
+    ]
+    if not files:
         raise ConfigError("no input: name files or folders, or --dataset")
-    paths = [source.path for source in sources]
+    paths = [file.path for file in files]
     for path in paths:
         if paths.count(path) > 1:
             raise ConfigError(f"{path} is an input {paths.count(path)} times")
     mebi = 1 << 20
-    return Job(
-        sources=tuple(sources),
+    return PrepareJob(
+        input_files=tuple(files),
         tokenizer=options.tokenizer,
         output=options.output,
         workers=options.workers,
         max_bad=options.max_bad,
         unit_bytes=max(1, int(options.unit_mb * mebi)),
-        longest=max(1, int(options.longest_mb * mebi)),
+        max_document_bytes=max(1, int(options.longest_mb * mebi)),
         overwrite=options.overwrite,
     )
 
@@ -113,8 +116,8 @@ def job_of(options: argparse.Namespace) -> Job:
 # -- inputs ------------------------------------------------------------------------------------------------------------
 
 
-def _input(text: str, options: argparse.Namespace) -> list[Source]:
-    """The files of one INPUT."""
+def _files_of_input(text: str, options: argparse.Namespace) -> list[InputFile]:
+    """The files of one INPUT argument."""
     name, equals, rest = text.partition("=")
     named = bool(equals) and not Path(text).exists()
     path = Path(rest if named else text)
@@ -123,24 +126,24 @@ def _input(text: str, options: argparse.Namespace) -> list[Source]:
         raise ConfigError(f"{text}: expected NAME=PATH")
     if domain is None and options.domain_field is None:
         raise ConfigError(f"{text}: whose domain? give --domain-field, --domain or NAME=PATH")
-    rule = Rule((options.text_field,), domain, None if domain is not None else options.domain_field)
-    return [make_source(file, rule) for file in _files(path)]
+    rule = FieldRule((options.text_field,), domain, None if domain is not None else options.domain_field)
+    return [open_input(file, rule) for file in _find_files(path)]
 
 
-def _files(path: Path) -> list[Path]:
+def _find_files(path: Path) -> list[Path]:
     """A file, or the readable files of a folder and its subfolders, by name."""
     if path.is_file():
         return [path]
     if not path.is_dir():
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{path} not found{did_you_mean(path.name, near)}")
-    found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.lower().endswith(tuple(KINDS)))
-    if not found:
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name.lower().endswith(tuple(KINDS)))
+    if not files:
         raise DataError(f"{path}: no file in it ends in {', '.join(KINDS)}")
-    return found
+    return files
 
 
-def _datasets(options: argparse.Namespace) -> list[Source]:
+def _files_of_datasets(options: argparse.Namespace) -> list[InputFile]:
     """The files of `--dataset`: datasets of a dataset_info.json whose rows LLaMA-Factory's pre-training would read."""
     names = [name.strip() for name in options.dataset.split(",") if name.strip()]
     if not names:
@@ -152,7 +155,7 @@ def _datasets(options: argparse.Namespace) -> list[Source]:
         raise DataError(f"--dataset-dir: {info} not found") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{info}, line {error.lineno}: not JSON: {error.msg}") from error
-    found = []
+    files = []
     for name in names:
         if name not in known:
             raise DataError(f"--dataset: {name!r} is not in {info}{did_you_mean(name, known)}")
@@ -161,67 +164,67 @@ def _datasets(options: argparse.Namespace) -> list[Source]:
             raise DataError(
                 f"--dataset: {name!r} must have a file_name and alpaca rows; save it as .jsonl and name that"
             )
-        columns = entry.get("columns") or {}
-        given = columns or {"prompt": "instruction", "query": "input"}
-        text = tuple(given[key] for key in ("prompt", "query") if given.get(key))
-        if not given.get("prompt"):
+        columns = entry.get("columns") or {"prompt": "instruction", "query": "input"}
+        text = tuple(columns[key] for key in ("prompt", "query") if columns.get(key))
+        if not columns.get("prompt"):
             raise DataError(f"--dataset: {name!r} names no column `prompt` in {info}")
         domain = options.domain or (None if options.domain_field else name)
-        rule = Rule(text, domain, options.domain_field)
-        found += [make_source(file, rule) for file in _files(options.dataset_dir / entry["file_name"])]
-    return found
+        rule = FieldRule(text, domain, options.domain_field)
+        files += [open_input(file, rule) for file in _find_files(options.dataset_dir / entry["file_name"])]
+    return files
 
 
-# -- what is shown -----------------------------------------------------------------------------------------------------
+# -- output -----------------------------------------------------------------------------------------------------
 
 
-class Meter:
-    """A bar on a terminal; a line now and then elsewhere. Both on standard error."""
+class ProgressDisplay:
+    """A progress bar on a terminal, a line every few seconds elsewhere; both on standard error."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
         self._bar: RichProgress | None = None
         self._task = TaskID(0)
         self._total = self._done = self._tokens = self._bad = 0
-        self._start = self._said = 0.0
+        self._start = self._last_line = 0.0
 
-    def begin(self, total: int, done: int) -> None:
+    def on_begin(self, total: int, done: int) -> None:
         """Start at `done` of `total` bytes."""
         self._total, self._done, self._start = total, done, time.monotonic()
-        self._said = self._start
+        self._last_line = self._start
         if done:
-            self._console.print(f"going on: {done / (total or 1):.1%} was done before", highlight=False)
+            self._console.print(f"continuing: {done / (total or 1):.1%} was done before", highlight=False)
         if sys.stderr.isatty():
             columns = (BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
             self._bar = RichProgress(*columns, TextColumn("{task.fields[text]}"), console=self._console)
             self._task = self._bar.add_task("read", total=total, completed=done, text="")
             self._bar.start()
 
-    def unit(self, size: int, part: Part) -> None:
-        """Move on by a unit."""
-        self._done, self._tokens, self._bad = self._done + size, self._tokens + part.tokens, self._bad + part.bad
+    def on_unit(self, size: int, encoded: EncodedUnit) -> None:
+        """Add a unit of `size` bytes."""
+        self._done, self._tokens = self._done + size, self._tokens + encoded.num_tokens
+        self._bad += encoded.num_bad_rows
         now = time.monotonic()
         text = f"{self._tokens:,} tokens, {self._tokens / max(now - self._start, 1e-9):,.0f} a second, {self._bad} bad rows"
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, text=text)
-        elif now - self._said >= EVERY or self._done == self._total:
-            self._said = now
+        elif now - self._last_line >= SECONDS_BETWEEN_LINES or self._done == self._total:
+            self._last_line = now
             self._console.print(f"{self._done / (self._total or 1):.1%}  {text}", highlight=False, soft_wrap=True)
 
-    def merging(self, domains: int) -> None:
-        """Say so."""
-        self.end()
-        self._console.print(f"merging {domains} domain{'s' if domains > 1 else ''}", highlight=False)
+    def on_merge(self, num_domains: int) -> None:
+        """Close the bar and print that domains are merged."""
+        self.close()
+        self._console.print(f"merging {num_domains} domain{'s' if num_domains > 1 else ''}", highlight=False)
 
-    def end(self) -> None:
-        """Leave the bar as it is."""
+    def close(self) -> None:
+        """Stop updating the bar; it stays on the screen."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
 
-def summary(result: Result, output: Path) -> str:
-    """What is in the corpus, line by line."""
+def summary(result: PrepareResult, output: Path) -> str:
+    """The domains of the corpus and the problems of bad rows, as lines of text."""
     corpus = result.corpus
     width = max(len("domain"), *(len(name) for name in corpus.names))
     lines = [f"{'domain':<{width}} {'documents':>12} {'tokens':>16} {'share':>8}"]
@@ -234,7 +237,7 @@ def summary(result: Result, output: Path) -> str:
     for problem, (count, first) in result.problems.items():
         key = "line" if "line" in first else "row"
         lines.append(f"  {count:,} x {problem}; first in {first['file']}, {key} {first[key]}")
-    shares = ", ".join(f"{domain.proportion:.6f}" for domain in corpus.domains)
-    lines.append(f"natural proportions: init_mixture_proportions: [{shares}]")
-    lines.append(f"{'written to' if result.made else 'already in'} {output}; train with corpus_dir: {output}")
+    proportions = ", ".join(f"{domain.proportion:.6f}" for domain in corpus.domains)
+    lines.append(f"natural proportions: init_mixture_proportions: [{proportions}]")
+    lines.append(f"{'written to' if result.is_new else 'already in'} {output}; train with corpus_dir: {output}")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""The whole way from input files to a corpus: cut into units, process them, merge, write the manifest.
+"""From input files to a corpus: divide them into units, encode the units, merge them, write the manifest.
 
-Everything unfinished lies in OUTPUT/.unfinished: `job.json` (what is being made), a part for each finished unit. The
-result depends on the inputs alone: not on the number of workers, not on where a unit ends, not on interruptions.
+Unfinished work lies in OUTPUT/.unfinished: `job.json` (inputs and options) and the encoded units. The result depends on the
+inputs alone: not on the number of workers, not on where a unit ends, not on interruptions.
 """
 
 from __future__ import annotations
@@ -23,114 +23,115 @@ from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, Protocol
 
-from dataflex_mega.corpus.encode import encoder
-from dataflex_mega.corpus.merge import Merged, merge_domain, place, write_bad_rows
-from dataflex_mega.corpus.parts import Part, Unit, make_part, read_part, write_whole
-from dataflex_mega.corpus.sources import Piece, Source, open_parquet
+from dataflex_mega.corpus.document_tokenizer import document_tokenizer
+from dataflex_mega.corpus.encoded_units import EncodedUnit, WorkUnit, encode_unit, read_encoded_unit
+from dataflex_mega.corpus.input_files import FileSlice, InputFile, open_parquet
+from dataflex_mega.corpus.merge import MergedFiles, merge_domain, row_location, write_bad_rows
 from dataflex_mega.data import manifest
 from dataflex_mega.data.manifest import Corpus, CorpusDomain
 from dataflex_mega.errors import DataError
+from dataflex_mega.files import atomic_write
 
-WORK, BAD_ROWS = ".unfinished", "bad_rows.jsonl"
-PRELOAD = ("dataflex_mega.corpus.parts", "transformers.models.auto.tokenization_auto")
-ENOUGH_ROWS = 1000  # before a share of bad rows stops the work early
+WORK_FOLDER, BAD_ROWS = ".unfinished", "bad_rows.jsonl"
+PRELOAD = ("dataflex_mega.corpus.encoded_units", "transformers.models.auto.tokenization_auto")
+MIN_ROWS_TO_JUDGE = 1000  # before the fraction of bad rows may stop the work early
 
 
-class Progress(Protocol):
-    """Who is told how far it is."""
+class PrepareProgress(Protocol):
+    """Callbacks of `prepare`."""
 
-    def begin(self, total: int, done: int) -> None:
-        """`done` of `total` bytes were read by a run before."""
+    def on_begin(self, total: int, done: int) -> None:
+        """`done` of `total` bytes were read by a former run."""
         ...
 
-    def unit(self, size: int, part: Part) -> None:
+    def on_unit(self, size: int, encoded: EncodedUnit) -> None:
         """A unit of `size` bytes is finished."""
         ...
 
-    def merging(self, domains: int) -> None:
+    def on_merge(self, num_domains: int) -> None:
         """All units are finished."""
         ...
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to make.
+class PrepareJob:
+    """Inputs and options of one corpus.
 
     Args:
-        sources: input files, in order.
+        input_files: in order.
         tokenizer: Hugging Face tokenizer folder.
         output: folder of the corpus.
         workers: processes.
-        max_bad: largest share of bad rows, 0 to 1.
+        max_bad: largest fraction of bad rows, 0 to 1.
         unit_bytes: input bytes of a unit of work.
-        longest: bytes of the longest line that is read.
-        overwrite: replace what the folder holds.
+        max_document_bytes: a longer line is a bad row.
+        overwrite: replace the content of the folder.
     """
 
-    sources: tuple[Source, ...]
+    input_files: tuple[InputFile, ...]
     tokenizer: str
     output: Path
     workers: int = 1
     max_bad: float = 0.01
     unit_bytes: int = 1 << 25
-    longest: int = 1 << 26
+    max_document_bytes: int = 1 << 26
     overwrite: bool = False
 
 
 @dataclass(frozen=True)
-class Result:
-    """A finished corpus, and the bad rows by problem: how many, the first place. `made` is False when it was there."""
+class PrepareResult:
+    """A finished corpus."""
 
     corpus: Corpus
-    problems: dict[str, tuple[int, dict[str, Any]]]
-    made: bool
+    problems: dict[str, tuple[int, dict[str, Any]]]  # of bad rows: problem -> (count, location of the first)
+    is_new: bool  # False when the folder held this corpus already
 
 
-def prepare(job: Job, progress: Progress) -> Result:
-    """Make the corpus, or go on where a killed run stopped.
+def prepare(job: PrepareJob, progress: PrepareProgress) -> PrepareResult:
+    """Write the corpus, or continue where a killed run stopped.
 
     Raises:
         DataError: a broken or changed input, more bad rows than `max_bad`, no usable row, an output folder that holds
             something else or is being written by another process.
         ConfigError: a tokenizer that cannot be loaded.
     """
-    code = encoder(job.tokenizer)
-    recipe = _recipe(job, code.identity().fingerprint)
+    tokenizer = document_tokenizer(job.tokenizer)
+    recipe = _recipe(job, tokenizer.identity().fingerprint)
     job.output.mkdir(parents=True, exist_ok=True)
     with _locked(job.output):
-        present = _present(job, recipe)
-        if present is not None:
-            return Result(present, {}, made=False)
-        units = plan(job.sources, job.unit_bytes)
-        work = _open_work(job, recipe)
-        parts = _make_parts(job, units, work, progress)
+        existing = _existing_corpus(job, recipe)
+        if existing is not None:
+            return PrepareResult(existing, {}, is_new=False)
+        units = plan_units(job.input_files, job.unit_bytes)
+        work = _open_work_folder(job, recipe)
+        encoded = _encode_units(job, units, work, progress)
         problems = write_bad_rows(units, work, job.output / BAD_ROWS)
-        rows, bad = sum(sum(part.rows) for part in parts), sum(part.bad for part in parts)
-        _check_bad(job, rows, bad, next(iter(problems.values()))[1] if problems else None)
-        domains = sorted({block.domain for part in parts for block in part.blocks})
+        num_rows, num_bad = sum(unit.num_rows for unit in encoded), sum(unit.num_bad_rows for unit in encoded)
+        _check_bad_rows(job, num_rows, num_bad, next(iter(problems.values()))[1] if problems else None)
+        domains = sorted({block.domain for unit in encoded for block in unit.blocks})
         if not domains:
-            raise DataError(f"no usable row in {len(job.sources)} files; see {job.output / BAD_ROWS}")
-        progress.merging(len(domains))
-        merged = _merge(job, units, work, domains, code.dtype)
-        inputs = tuple({"path": source.path, "bytes": source.size} for source in job.sources)
-        entries = _entries(domains, merged)
-        corpus = Corpus(job.output, code.dtype, code.identity(), entries, rows, bad, inputs, recipe)
-        write_whole(job.output / manifest.NAME, corpus.to_json())
+            raise DataError(f"no usable row in {len(job.input_files)} files; see {job.output / BAD_ROWS}")
+        progress.on_merge(len(domains))
+        entries = _corpus_domains(domains, _merge_domains(job, units, work, domains, tokenizer.dtype))
+        inputs = tuple({"path": file.path, "bytes": file.size} for file in job.input_files)
+        identity = tokenizer.identity()
+        corpus = Corpus(job.output, tokenizer.dtype, identity, entries, num_rows, num_bad, inputs, recipe)
+        atomic_write(job.output / manifest.NAME, corpus.to_json())
         shutil.rmtree(work)
-    return Result(corpus, problems, made=True)
+    return PrepareResult(corpus, problems, is_new=True)
 
 
 # -- the job -----------------------------------------------------------------------------------------------------------
 
 
-def _recipe(job: Job, tokenizer: str) -> str:
-    """A hash of all that decides the result, the contents of the inputs left out."""
-    body = [manifest.VERSION, [asdict(source) for source in job.sources], tokenizer, job.longest]
+def _recipe(job: PrepareJob, tokenizer: str) -> str:
+    """A hash of everything that decides the result, except the contents of the inputs."""
+    body = [manifest.VERSION, [asdict(file) for file in job.input_files], tokenizer, job.max_document_bytes]
     return hashlib.sha256(json.dumps(body).encode()).hexdigest()
 
 
-def _present(job: Job, recipe: str) -> Corpus | None:
-    """The corpus that is already there. Raises DataError when it is another one and must not be overwritten."""
+def _existing_corpus(job: PrepareJob, recipe: str) -> Corpus | None:
+    """The finished corpus in the output folder. Raises DataError when it is another one and must not be overwritten."""
     if not (job.output / manifest.NAME).is_file():
         return None
     if job.overwrite:
@@ -142,28 +143,28 @@ def _present(job: Job, recipe: str) -> Corpus | None:
     return corpus
 
 
-def _open_work(job: Job, recipe: str) -> Path:
-    """The folder of the parts. Raises DataError when it holds those of another job."""
-    work = job.output / WORK
+def _open_work_folder(job: PrepareJob, recipe: str) -> Path:
+    """The folder of the encoded units. Raises DataError when it holds those of another job."""
+    work = job.output / WORK_FOLDER
     if job.overwrite and work.exists():
         shutil.rmtree(work)
-    times = [Path(source.path).stat().st_mtime_ns for source in job.sources]
-    wanted = json.dumps({"recipe": recipe, "unit_bytes": job.unit_bytes, "changed": times})
+    times = [Path(file.path).stat().st_mtime_ns for file in job.input_files]
+    expected = json.dumps({"recipe": recipe, "unit_bytes": job.unit_bytes, "changed": times})
     file = work / "job.json"
-    if file.is_file() and file.read_text(encoding="utf-8") != wanted:
+    if file.is_file() and file.read_text(encoding="utf-8") != expected:
         raise DataError(
             f"--output: {job.output} holds unfinished work on other inputs or options, or an input has changed since; "
             "--overwrite starts anew"
         )
     work.mkdir(exist_ok=True)
     if not file.is_file():
-        write_whole(file, wanted)
+        atomic_write(file, expected)
     return work
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder; the system lets go of it when this process ends in whatever way. Raises DataError when held."""
+    """Lock the folder; the system unlocks it however this process ends. Raises DataError when it is locked."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -177,94 +178,100 @@ def _locked(folder: Path) -> Iterator[None]:
 # -- units -------------------------------------------------------------------------------------------------------------
 
 
-def plan(sources: Sequence[Source], unit_bytes: int) -> list[Unit]:
-    """Sources -> units of about `unit_bytes`, in order: large files are cut where they can be, small ones share a unit."""
-    units: list[Unit] = []
-    held: list[Piece] = []
-    for number, source in enumerate(sources):
-        for piece in _pieces(number, source, unit_bytes):
-            if held and sum(p.size for p in held) + piece.size > unit_bytes:
-                units.append(Unit(len(units), tuple(held)))
-                held = []
-            held.append(piece)
-    return [*units, Unit(len(units), tuple(held))] if held else units
+def plan_units(input_files: Sequence[InputFile], unit_bytes: int) -> list[WorkUnit]:
+    """Files -> units of about `unit_bytes`, in order: large files are divided where possible, small ones share a unit."""
+    units: list[WorkUnit] = []
+    pending: list[FileSlice] = []
+    for number, file in enumerate(input_files):
+        for file_slice in _slices(number, file, unit_bytes):
+            if pending and sum(s.size for s in pending) + file_slice.size > unit_bytes:
+                units.append(WorkUnit(len(units), tuple(pending)))
+                pending = []
+            pending.append(file_slice)
+    return [*units, WorkUnit(len(units), tuple(pending))] if pending else units
 
 
-def _pieces(number: int, source: Source, unit_bytes: int) -> Iterator[Piece]:
-    if source.kind == "jsonl":
-        for start in range(0, source.size, unit_bytes):
-            stop = min(start + unit_bytes, source.size)
-            yield Piece(source, number, start, stop, stop - start)
-    elif source.kind == "parquet":
-        yield from _row_groups(number, source, unit_bytes)
+def _slices(number: int, file: InputFile, unit_bytes: int) -> Iterator[FileSlice]:
+    if file.kind == "jsonl":
+        for start in range(0, file.size, unit_bytes):
+            stop = min(start + unit_bytes, file.size)
+            yield FileSlice(file, number, start, stop, stop - start)
+    elif file.kind == "parquet":
+        yield from _row_group_slices(number, file, unit_bytes)
     else:
-        yield Piece(source, number, 0, source.size, source.size)
+        yield FileSlice(file, number, 0, file.size, file.size)
 
 
-def _row_groups(number: int, source: Source, unit_bytes: int) -> Iterator[Piece]:
-    about = open_parquet(source.path).metadata
+def _row_group_slices(number: int, file: InputFile, unit_bytes: int) -> Iterator[FileSlice]:
+    metadata = open_parquet(file.path).metadata
     start, size = 0, 0
-    for group in range(about.num_row_groups):
-        size += about.row_group(group).total_byte_size
-        if size >= unit_bytes or group + 1 == about.num_row_groups:
-            yield Piece(source, number, start, group + 1, size)
+    for group in range(metadata.num_row_groups):
+        size += metadata.row_group(group).total_byte_size
+        if size >= unit_bytes or group + 1 == metadata.num_row_groups:
+            yield FileSlice(file, number, start, group + 1, size)
             start, size = group + 1, 0
 
 
 # -- work --------------------------------------------------------------------------------------------------------------
 
 
-def _make_parts(job: Job, units: list[Unit], work: Path, progress: Progress) -> list[Part]:
-    """All parts in order, the missing ones made."""
-    parts: dict[int, Part] = {}
+def _encode_units(job: PrepareJob, units: list[WorkUnit], work: Path, progress: PrepareProgress) -> list[EncodedUnit]:
+    """Encode the units that no former run has finished -> all of them in order."""
+    encoded: dict[int, EncodedUnit] = {}
     for unit in units:
-        part = read_part(unit.stem(work))
-        if part is not None:
-            parts[unit.number] = part
-    progress.begin(sum(unit.size for unit in units), sum(units[n].size for n in parts))
-    rows, bad = sum(sum(part.rows) for part in parts.values()), sum(part.bad for part in parts.values())
-    missing = [(unit, work, job.tokenizer, job.longest) for unit in units if unit.number not in parts]
-    for number, part in _each(job.workers, make_part, missing):
-        parts[number] = part
-        rows, bad = rows + sum(part.rows), bad + part.bad
-        if rows >= ENOUGH_ROWS and part.first_bad is not None:
-            _check_bad(job, rows, bad, _place_of(units[number], part.first_bad))
-        progress.unit(units[number].size, part)
-    return [parts[unit.number] for unit in units]
+        finished = read_encoded_unit(unit.stem(work))
+        if finished is not None:
+            encoded[unit.number] = finished
+    progress.on_begin(sum(unit.size for unit in units), sum(units[n].size for n in encoded))
+    num_rows = sum(unit.num_rows for unit in encoded.values())
+    num_bad = sum(unit.num_bad_rows for unit in encoded.values())
+    tasks = [(unit, work, job.tokenizer, job.max_document_bytes) for unit in units if unit.number not in encoded]
+    for number, result in _run_tasks(job.workers, encode_unit, tasks):
+        encoded[number] = result
+        num_rows, num_bad = num_rows + result.num_rows, num_bad + result.num_bad_rows
+        if num_rows >= MIN_ROWS_TO_JUDGE and result.first_bad_row is not None:
+            _check_bad_rows(job, num_rows, num_bad, _location_in_file(units[number], result.first_bad_row))
+        progress.on_unit(units[number].size, result)
+    return [encoded[unit.number] for unit in units]
 
 
-def _place_of(unit: Unit, bad: tuple[int, int, str]) -> dict[str, Any]:
-    """Where a bad row of one unit is, when the units before it may not be finished: lines are counted in the file."""
-    piece, row, _ = bad
-    return place(unit, piece, row, _rows_before(unit.pieces[piece]))
+def _location_in_file(unit: WorkUnit, bad_row: tuple[int, int, str]) -> dict[str, Any]:
+    """The location of a bad row while former units may be unfinished: the lines before it are counted in the file."""
+    slice_index, row, _ = bad_row
+    return row_location(unit, slice_index, row, _rows_before(unit.slices[slice_index]))
 
 
-def _rows_before(piece: Piece) -> int:
-    if piece.source.kind == "parquet":
-        about = open_parquet(piece.source.path).metadata
-        return sum(about.row_group(group).num_rows for group in range(piece.start))
-    lines, left = 0, piece.start if piece.source.kind == "jsonl" else 0
-    with Path(piece.source.path).open("rb") as stream:
-        while left and (data := stream.read(min(left, 1 << 20))):
-            lines, left, last = lines + data.count(b"\n"), left - len(data), data[-1:]
-    return lines + int(piece.start > 0 and piece.source.kind == "jsonl" and last != b"\n")
+def _rows_before(file_slice: FileSlice) -> int:
+    file = file_slice.input_file
+    if file.kind == "parquet":
+        metadata = open_parquet(file.path).metadata
+        return sum(metadata.row_group(group).num_rows for group in range(file_slice.start))
+    lines, remaining = 0, file_slice.start if file.kind == "jsonl" else 0
+    with Path(file.path).open("rb") as stream:
+        while remaining and (data := stream.read(min(remaining, 1 << 20))):
+            lines, remaining, last = lines + data.count(b"\n"), remaining - len(data), data[-1:]
+    return lines + int(file_slice.start > 0 and file.kind == "jsonl" and last != b"\n")
 
 
-def _check_bad(job: Job, rows: int, bad: int, first: dict[str, Any] | None) -> None:
-    if rows and bad / rows > job.max_bad:
+def _check_bad_rows(job: PrepareJob, num_rows: int, num_bad: int, first: dict[str, Any] | None) -> None:
+    if num_rows and num_bad / num_rows > job.max_bad:
         where = ", ".join(f"{key} {value}" if key != "file" else str(value) for key, value in (first or {}).items())
-        raise DataError(f"{bad} of {rows} rows are bad, more than --max-bad {job.max_bad} allows; one is {where}")
+        raise DataError(
+            f"{num_bad} of {num_rows} rows are bad, more than --max-bad {job.max_bad} allows; one is {where}"
+        )
 
 
-def _merge(job: Job, units: list[Unit], work: Path, domains: list[str], dtype: str) -> dict[str, tuple[str, Merged]]:
+def _merge_domains(
+    job: PrepareJob, units: list[WorkUnit], work: Path, domains: list[str], dtype: str
+) -> dict[str, tuple[str, MergedFiles]]:
     """Domain -> (file name without suffix, its finished pair)."""
     prefixes = file_names(domains)
     tasks = [(units, work, domain, job.output / prefixes[domain], dtype) for domain in domains]
-    found = dict(_each(job.workers, _merge_one, tasks))
-    return {domain: (prefixes[domain], found[domain]) for domain in domains}
+    merged = dict(_run_tasks(job.workers, _merge_one, tasks))
+    return {domain: (prefixes[domain], merged[domain]) for domain in domains}
 
 
-def _merge_one(units: list[Unit], work: Path, domain: str, prefix: Path, dtype: str) -> tuple[str, Merged]:
+def _merge_one(units: list[WorkUnit], work: Path, domain: str, prefix: Path, dtype: str) -> tuple[str, MergedFiles]:
     return domain, merge_domain(units, work, domain, prefix, dtype)
 
 
@@ -282,7 +289,7 @@ def file_names(domains: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _entries(domains: Sequence[str], merged: dict[str, tuple[str, Merged]]) -> tuple[CorpusDomain, ...]:
+def _corpus_domains(domains: Sequence[str], merged: dict[str, tuple[str, MergedFiles]]) -> tuple[CorpusDomain, ...]:
     total = sum(pair.tokens for _, pair in merged.values())
     return tuple(
         CorpusDomain(name, prefix, pair.documents, pair.tokens, pair.tokens / total, pair.bin_sha256, pair.idx_sha256)
@@ -293,42 +300,42 @@ def _entries(domains: Sequence[str], merged: dict[str, tuple[str, Merged]]) -> t
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
-def _each(workers: int, work: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-    """work(*task) of every task, in whatever order they end; in this process for one worker."""
+def _run_tasks(workers: int, work: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+    """work(*task) of every task, in the order in which they end; in this process for one worker."""
     if workers == 1 or len(tasks) <= 1:
         for task in tasks:
             yield work(*task)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))  # imported once, and not by every worker
-    pool = ProcessPoolExecutor(workers, context, initializer=_follow_parent)
+    context.set_forkserver_preload(list(PRELOAD))  # imported once instead of by every worker
+    pool = ProcessPoolExecutor(workers, context, initializer=_exit_with_parent)
     try:
-        yield from _unordered(pool, workers, work, tasks)
+        yield from _results_as_completed(pool, workers, work, tasks)
     except BrokenProcessPool as error:
-        raise DataError("a worker process was killed, perhaps for want of memory; run again to continue") from error
+        raise DataError("a worker process was killed, perhaps because memory ran out; run again to continue") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _unordered(
+def _results_as_completed(
     pool: Executor, workers: int, work: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]
 ) -> Iterator[Any]:
-    """Few tasks are handed out ahead, so that a mistake in one ends the work soon."""
-    waiting: set[Future[Any]] = set()
-    left = iter(tasks)
+    """Only a few tasks are submitted ahead, so that an error in one ends the work soon."""
+    running: set[Future[Any]] = set()
+    remaining = iter(tasks)
     while True:
-        while len(waiting) < 2 * workers and (task := next(left, None)) is not None:
-            waiting.add(pool.submit(work, *task))
-        if not waiting:
+        while len(running) < 2 * workers and (task := next(remaining, None)) is not None:
+            running.add(pool.submit(work, *task))
+        if not running:
             return
-        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+        done, running = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
             yield future.result()
 
 
-def _follow_parent() -> None:
-    """A worker ends with the process that started it, even when that was killed: else it would write parts of its own
-    into a folder where a new run has begun."""
+def _exit_with_parent() -> None:
+    """End a worker with the process that started it, even when that was killed: otherwise it would go on to write into a
+    folder where a new run has begun."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -1,1 +1,1 @@
-"""Where samples come from and in which order."""
+"""The sample pool, the order of samples, and batches."""

@@ -1,11 +1,11 @@
-"""Floors, caps and epochs of domains: what a mixer asked for, moved as little as possible until it is allowed.
+"""Floors, caps and epoch limits of domains: a mixer's proportions, moved as little as possible until they are allowed.
 
-The result is the information projection onto {p : least <= p <= most, sum p = 1}, the p that minimises
-sum p log(p / asked). Its form is p_d = min(max(s asked_d, least_d), most_d) with one scale s, so domains that touch no bound
-keep their ratios, and a domain with cap 0 leaves its share to the others in proportion to theirs. The sum is a
-non-decreasing piecewise linear function of s, whose kinks are known, so s is found exactly and not by iteration.
-Where a proportion of 0 meets caps that leave something over, the domains that were asked for 0 share it evenly: the limit of
-asking for equal, ever smaller proportions of them.
+The result is the information projection onto {p : minimum <= p <= maximum, sum p = 1}, the p that minimises
+sum p log(p / q) for the mixer's proportions q. Its form is p_d = min(max(s q_d, minimum_d), maximum_d) with one scale s, so
+domains that touch no bound keep their ratios, and a domain with cap 0 leaves its proportion to the others in the ratio of
+theirs. The sum is a non-decreasing piecewise linear function of s, whose kinks are known, so s is found exactly and not by
+iteration. Where caps leave something over for domains with q_d = 0, those domains divide it evenly: the limit of equal, ever
+smaller q_d.
 """
 
 from __future__ import annotations
@@ -18,118 +18,123 @@ import numpy as np
 
 from dataflex_mega.errors import ConfigError, DataError
 
-SLACK = 1e-12  # of a sum of proportions
+SUM_TOLERANCE = 1e-12  # of a sum of proportions
 
 
-def project(asked: Sequence[float], least: Sequence[float], most: Sequence[float]) -> tuple[float, ...]:
+def project_to_bounds(
+    proportions: Sequence[float], minimum: Sequence[float], maximum: Sequence[float]
+) -> tuple[float, ...]:
     """[k] proportions, [k] floors, [k] caps -> [k] proportions within them, sum 1.
 
     Raises ValueError when a floor is above its cap, the floors sum to more than 1, or the caps to less.
     """
-    p, low, high = (np.asarray(values, np.float64) for values in (asked, least, most))
-    if (low > high).any() or low.sum() > 1 + SLACK or high.sum() < 1 - SLACK:
+    p, low, high = (np.asarray(values, np.float64) for values in (proportions, minimum, maximum))
+    if (low > high).any() or low.sum() > 1 + SUM_TOLERANCE or high.sum() < 1 - SUM_TOLERANCE:
         raise ValueError(f"no proportions lie within {low.tolist()} and {high.tolist()}")
-    inside = bool(((p >= low) & (p <= high)).all()) and abs(p.sum() - 1) <= SLACK
+    inside = bool(((p >= low) & (p <= high)).all()) and abs(p.sum() - 1) <= SUM_TOLERANCE
     if inside:
         return tuple(p.tolist())
-    some = p > 0
-    rest = 1.0 - low[~some].sum()
-    if high[some].sum() > rest:
-        found = np.where(some, _scaled(p, low, high, some, rest), low)
+    positive = p > 0
+    available = 1.0 - low[~positive].sum()
+    if high[positive].sum() > available:
+        projected = np.where(positive, _scale_and_clip(p, low, high, positive, available), low)
     else:
-        left = 1.0 - high[some].sum()
-        found = np.where(some, high, _scaled(np.ones_like(p), low, high, ~some, left))
-    return tuple((found / found.sum()).tolist())
+        left_over = 1.0 - high[positive].sum()
+        projected = np.where(positive, high, _scale_and_clip(np.ones_like(p), low, high, ~positive, left_over))
+    return tuple((projected / projected.sum()).tolist())
 
 
-def _scaled(p: np.ndarray, low: np.ndarray, high: np.ndarray, where: np.ndarray, total: float) -> np.ndarray:
-    """clip(s p, low, high) with the scale s at which the entries of `where` sum to `total`; they are > 0."""
-    q, a, b = p[where], low[where], high[where]
+def _scale_and_clip(p: np.ndarray, low: np.ndarray, high: np.ndarray, mask: np.ndarray, total: float) -> np.ndarray:
+    """clip(s p, low, high) with the scale s at which the entries of `mask`, all > 0, sum to `total`."""
+    q, a, b = p[mask], low[mask], high[mask]
     kinks = np.unique(np.concatenate([a / q, b / q]))
     sums = np.array([np.clip(s * q, a, b).sum() for s in kinks])
-    after = int(np.searchsorted(sums, total))
-    if after == 0:
+    right = int(np.searchsorted(sums, total))
+    if right == 0:
         scale = kinks[0]
-    elif after == len(kinks):
+    elif right == len(kinks):
         scale = kinks[-1]
     else:  # between two kinks the sum is a straight line
-        part = (total - sums[after - 1]) / (sums[after] - sums[after - 1])
-        scale = kinks[after - 1] + part * (kinks[after] - kinks[after - 1])
+        fraction = (total - sums[right - 1]) / (sums[right] - sums[right - 1])
+        scale = kinks[right - 1] + fraction * (kinks[right] - kinks[right - 1])
     return np.clip(scale * p, low, high)
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What the proportions of a run must keep to. All tuples are [k], in the order of the `dataset` key."""
+class ProportionLimits:
+    """Bounds on the proportions of a run. All tuples are [k], in the order of the `dataset` key."""
 
     names: tuple[str, ...]
-    least: tuple[float, ...]
-    most: tuple[float, ...]
-    samples: tuple[float, ...]  # that may be drawn of each domain; infinite without max_epochs
+    minimum: tuple[float, ...]
+    maximum: tuple[float, ...]
+    max_samples: tuple[float, ...]  # that may be drawn of each domain; infinite without max_epochs
 
-    def apply(self, asked: Sequence[float], spent: frozenset[int], step: int) -> tuple[float, ...]:
-        """[k] proportions -> the nearest allowed ones. Domains in `spent` get 0, whatever their floor.
+    def apply(self, proportions: Sequence[float], exhausted: frozenset[int], step: int) -> tuple[float, ...]:
+        """[k] proportions -> the nearest allowed ones. Domains in `exhausted` get 0, whatever their floor.
 
-        Raises DataError when all domains are spent, or when the caps of those that are left sum to less than 1.
+        Raises DataError when all domains are exhausted, or when the caps of the other ones sum to less than 1.
         """
-        least = [0.0 if d in spent else low for d, low in enumerate(self.least)]
-        most = [0.0 if d in spent else high for d, high in enumerate(self.most)]
-        if math.fsum(most) < 1 - SLACK:
-            gone = ", ".join(self.names[d] for d in sorted(spent))
-            left = [d for d in range(len(self.names)) if d not in spent]
-            why = f"max_proportion lets the others have {math.fsum(most):g} of a batch" if left else "no domain is left"
-            raise DataError(f"max_epochs: at step {step + 1} {gone} had been drawn that often, and {why}")
-        return project(asked, least, most)
+        minimum = [0.0 if d in exhausted else low for d, low in enumerate(self.minimum)]
+        maximum = [0.0 if d in exhausted else high for d, high in enumerate(self.maximum)]
+        if math.fsum(maximum) < 1 - SUM_TOLERANCE:
+            names = ", ".join(self.names[d] for d in sorted(exhausted))
+            others = f"max_proportion lets the others have {math.fsum(maximum):g} of a batch"
+            why = others if len(exhausted) < len(self.names) else "no domain is left"
+            raise DataError(f"max_epochs: at step {step + 1} {names} had been drawn that often, and {why}")
+        return project_to_bounds(proportions, minimum, maximum)
 
-    def spent(self, drawn: Sequence[int], coming: Sequence[int]) -> frozenset[int]:
-        """Domains that a step drawing `coming` samples of each would draw more often than allowed, after `drawn`."""
-        pairs = enumerate(zip(drawn, coming, self.samples, strict=True))
-        return frozenset(d for d, (before, now, most) in pairs if before + now > most)
+    def exhausted(self, drawn: Sequence[int], next_counts: Sequence[int]) -> frozenset[int]:
+        """Domains that would exceed their limit when `next_counts` samples of each are drawn after `drawn`."""
+        counts = enumerate(zip(drawn, next_counts, self.max_samples, strict=True))
+        return frozenset(d for d, (before, added, limit) in counts if before + added > limit)
 
     @property
-    def counts(self) -> bool:
-        """Whether some domain may be drawn only so often."""
-        return any(math.isfinite(most) for most in self.samples)
+    def has_epoch_limit(self) -> bool:
+        """Whether the number of draws of some domain is limited."""
+        return any(math.isfinite(limit) for limit in self.max_samples)
 
-    def check_run(self, wanted: int) -> None:
-        """Raises ConfigError when all domains together may give less than the `wanted` samples of the run."""
-        there = math.fsum(self.samples)
-        if there < wanted:
+    def check_run(self, num_samples: int) -> None:
+        """Raises ConfigError when all domains together may give fewer than the `num_samples` that the run draws."""
+        available = math.fsum(self.max_samples)
+        if available < num_samples:
             raise ConfigError(
-                f"max_epochs: the run draws {wanted} samples, the datasets may give {int(there)}; train less"
+                f"max_epochs: the run draws {num_samples} samples, the datasets may give {int(available)}; train less"
             )
 
 
 def make_limits(
     names: Sequence[str],
     sizes: Sequence[int],
-    shares: Mapping[str, float | Sequence[float] | None],
-    epochs: float | Sequence[float] | None,
-) -> Limits | None:
-    """The keys min_proportion and max_proportion (`shares`) and max_epochs, each one number for all domains or one for each.
+    bounds: Mapping[str, float | Sequence[float] | None],
+    max_epochs: float | Sequence[float] | None,
+) -> ProportionLimits | None:
+    """The limits of the keys min_proportion and max_proportion (`bounds`) and max_epochs, each one number for all domains or
+    one per domain.
 
     None when none of them is set. Raises ConfigError for another number of them than domains, and for floors and caps that
     no proportions can keep to.
     """
-    if epochs is None and all(value is None for value in shares.values()):
+    if max_epochs is None and all(value is None for value in bounds.values()):
         return None
-    least = _each("min_proportion", shares["min_proportion"], 0.0, names)
-    most = _each("max_proportion", shares["max_proportion"], 1.0, names)
-    often = _each("max_epochs", epochs, math.inf, names)
+    minimum = _per_domain("min_proportion", bounds["min_proportion"], 0.0, names)
+    maximum = _per_domain("max_proportion", bounds["max_proportion"], 1.0, names)
+    epochs = _per_domain("max_epochs", max_epochs, math.inf, names)
     for d, name in enumerate(names):
-        if least[d] > most[d]:
-            raise ConfigError(f"min_proportion: {least[d]:g} of {name} is above its max_proportion {most[d]:g}")
-    if math.fsum(least) > 1 + SLACK:
-        raise ConfigError(f"min_proportion: the floors of {len(names)} datasets sum to {math.fsum(least):g}, above 1")
-    if math.fsum(most) < 1 - SLACK:
-        raise ConfigError(f"max_proportion: the caps of {len(names)} datasets sum to {math.fsum(most):g}, below 1")
-    samples = tuple(
-        float(math.floor(e * n)) if math.isfinite(e) else math.inf for e, n in zip(often, sizes, strict=True)
+        if minimum[d] > maximum[d]:
+            raise ConfigError(f"min_proportion: {minimum[d]:g} of {name} is above its max_proportion {maximum[d]:g}")
+    if math.fsum(minimum) > 1 + SUM_TOLERANCE:
+        raise ConfigError(f"min_proportion: the floors of {len(names)} datasets sum to {math.fsum(minimum):g}, above 1")
+    if math.fsum(maximum) < 1 - SUM_TOLERANCE:
+        raise ConfigError(f"max_proportion: the caps of {len(names)} datasets sum to {math.fsum(maximum):g}, below 1")
+    max_samples = tuple(
+        float(math.floor(e * n)) if math.isfinite(e) else math.inf for e, n in zip(epochs, sizes, strict=True)
     )
-    return Limits(tuple(names), least, most, samples)
+    return ProportionLimits(tuple(names), minimum, maximum, max_samples)
 
 
-def _each(key: str, value: float | Sequence[float] | None, default: float, names: Sequence[str]) -> tuple[float, ...]:
+def _per_domain(
+    key: str, value: float | Sequence[float] | None, default: float, names: Sequence[str]
+) -> tuple[float, ...]:
     if value is None:
         return (default,) * len(names)
     if isinstance(value, int | float):

@@ -1,7 +1,7 @@
-"""Batches of a rank for (plan, step), prepared ahead in threads.
+"""Batches of a rank for (plan, step), prefetched in threads.
 
 The loader has no position of its own: what it returns is a function of its arguments. Preparing the next steps of the
-same plan while this one trains is therefore only a cache; when the plan changes, what was prepared is dropped.
+same plan while this one trains is only a cache; when the plan changes, prefetched batches are discarded.
 """
 
 from __future__ import annotations
@@ -9,94 +9,92 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dataflex_mega.data.pool import Pool, Sample
+from dataflex_mega.data.pool import Sample, SamplePool
+from dataflex_mega.data.sampler import Sampler
 from dataflex_mega.errors import DataError
-from dataflex_mega.types import Batch, Plan
-
-if TYPE_CHECKING:
-    from dataflex_mega.data.sampler import Sampler
+from dataflex_mega.types import Batch, SamplingPlan
 
 
 @dataclass(frozen=True)
-class Split:
-    """How a global batch is cut: G = ranks * accumulation * micro_batch samples."""
+class BatchPartition:
+    """How a global batch is divided: G = dp_size * grad_accumulation * micro_batch_size samples."""
 
-    rank: int  # data-parallel
-    ranks: int
-    micro_batch: int
-    accumulation: int
+    dp_rank: int
+    dp_size: int
+    micro_batch_size: int
+    grad_accumulation: int
 
     @property
-    def global_batch(self) -> int:
-        """G."""
-        return self.ranks * self.micro_batch * self.accumulation
+    def global_batch_size(self) -> int:
+        """G, the samples of one optimizer step over all ranks."""
+        return self.dp_size * self.micro_batch_size * self.grad_accumulation
 
-    def share(self, ids: np.ndarray) -> list[np.ndarray]:
-        """[G] ids -> this rank's contiguous share, cut into `accumulation` micro-batches."""
-        mine = np.array_split(ids, self.ranks)[self.rank]
-        return [mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)]
+    def local_micro_batches(self, ids: np.ndarray) -> list[np.ndarray]:
+        """[G] ids -> this rank's contiguous part of them, in `grad_accumulation` micro-batches."""
+        local_ids = np.array_split(ids, self.dp_size)[self.dp_rank]
+        size = self.micro_batch_size
+        return [local_ids[start : start + size] for start in range(0, len(local_ids), size)]
 
 
 class Loader:
-    """Fetches, collates and prefetches."""
+    """Fetches, collates and prefetches the micro-batches of one rank."""
 
     def __init__(
         self,
-        pool: Pool,
+        pool: SamplePool,
         sampler: Sampler,
-        split: Split,
+        partition: BatchPartition,
         collate: Callable[[Sequence[Sample]], Batch],
         prefetch: int = 2,
         workers: int = 1,
     ) -> None:
         """`prefetch` steps are prepared ahead by `workers` threads; prefetch 0 does everything in the caller."""
-        self.pool, self.sampler, self.split, self.collate = pool, sampler, split, collate
+        self.pool, self.sampler, self.partition, self.collate = pool, sampler, partition, collate
         self.prefetch = prefetch
         self._threads = ThreadPoolExecutor(max(1, workers), "loader") if prefetch else None
-        self._ready: dict[int, Future[list[Batch]]] = {}
-        self._plan: Plan | None = None
+        self._prefetched: dict[int, Future[list[Batch]]] = {}
+        self._plan: SamplingPlan | None = None
 
-    def micro_batches(self, plan: Plan, step: int, last_step: int | None = None) -> list[Batch]:
-        """This rank's micro-batches of `step`, on the CPU. Nothing at or after `last_step` is prepared ahead."""
+    def micro_batches(self, plan: SamplingPlan, step: int, last_step: int | None = None) -> list[Batch]:
+        """This rank's micro-batches of `step`, on the CPU. Nothing at or after `last_step` is prefetched."""
         if self._threads is None:
-            return self._make(self._ids(plan, step))
+            return self._build(self._local_ids(plan, step))
         if plan is not self._plan:
-            self._drop()
+            self._discard_prefetched()
             self._plan = plan
-        # What nobody prepared is made here: handing it to a thread to wait for it only costs time.
-        made = None if step in self._ready else self._make(self._ids(plan, step))
-        ahead = step + 1 + self.prefetch if last_step is None else min(step + 1 + self.prefetch, last_step)
-        for wanted in range(step + 1, ahead):
-            if wanted not in self._ready and not self._prepare(self._threads, plan, wanted):
+        # A step that was not prefetched is built here: handing it to a thread would only add latency.
+        batches = None if step in self._prefetched else self._build(self._local_ids(plan, step))
+        end = step + 1 + self.prefetch if last_step is None else min(step + 1 + self.prefetch, last_step)
+        for later_step in range(step + 1, end):
+            if later_step not in self._prefetched and not self._start_prefetch(self._threads, plan, later_step):
                 break
-        return self._ready.pop(step).result() if made is None else made
+        return self._prefetched.pop(step).result() if batches is None else batches
 
-    def _prepare(self, threads: ThreadPoolExecutor, plan: Plan, step: int) -> bool:
-        """Start a step ahead of time. False where the plan cannot serve it: a new one will have come by then, and if not,
+    def _start_prefetch(self, threads: ThreadPoolExecutor, plan: SamplingPlan, step: int) -> bool:
+        """Start building a later step. False where the plan cannot serve it: a new plan will have come by then, and if not,
         the error is raised when the step is asked for."""
         try:
-            self._ready[step] = threads.submit(self._make, self._ids(plan, step))
+            self._prefetched[step] = threads.submit(self._build, self._local_ids(plan, step))
         except DataError:
             return False
         return True
 
-    def _ids(self, plan: Plan, step: int) -> list[np.ndarray]:
-        return self.split.share(self.sampler.global_batch(plan, step))
+    def _local_ids(self, plan: SamplingPlan, step: int) -> list[np.ndarray]:
+        return self.partition.local_micro_batches(self.sampler.global_batch(plan, step))
 
-    def _make(self, shares: list[np.ndarray]) -> list[Batch]:
-        return [self.collate(self.pool.fetch(ids)) for ids in shares]
+    def _build(self, micro_batch_ids: list[np.ndarray]) -> list[Batch]:
+        return [self.collate(self.pool.fetch(ids)) for ids in micro_batch_ids]
 
-    def _drop(self) -> None:
-        for future in self._ready.values():
+    def _discard_prefetched(self) -> None:
+        for future in self._prefetched.values():
             future.cancel()
-        self._ready.clear()
+        self._prefetched.clear()
 
     def close(self) -> None:
-        """Stop the threads."""
-        self._drop()
+        """Stop the threads and discard what they have prefetched."""
+        self._discard_prefetched()
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)

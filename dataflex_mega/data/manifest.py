@@ -1,7 +1,7 @@
-"""`manifest.json` of a corpus folder: which domains it holds, how large they are, whose tokens they are.
+"""`manifest.json` of a corpus folder: its domains, their sizes and the tokenizer that made their tokens.
 
-A corpus is one pair NAME.bin, NAME.idx a domain in Megatron's layout, beside the manifest. The manifest is made by
-`tools/prepare_corpus.py`; reading it needs nothing but the standard library.
+A corpus is one pair NAME.bin, NAME.idx per domain in Megatron's layout, beside the manifest, which `dataflex-cli corpus`
+writes. Reading the manifest needs nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PROBE = "The year 2024, x_1 == (y + 2.50) -> [naive]\n\tna\u00efve \u4f60\u597d 
 
 @dataclass(frozen=True)
 class CorpusDomain:
-    """One domain: a pair of files and what is in them."""
+    """One domain: a pair of files, their sizes and their hashes."""
 
     name: str
     prefix: str  # file name without .bin and .idx, in the folder of the manifest
@@ -36,16 +36,16 @@ class CorpusDomain:
 
 @dataclass(frozen=True)
 class CorpusTokenizer:
-    """Whose ids the tokens are."""
+    """The tokenizer that made the ids."""
 
     fingerprint: str  # see `tokenizer_fingerprint`
-    vocabulary: int  # ids are below it
-    end: int  # the id after every document
+    vocab_size: int  # all ids are below it
+    eod_token_id: int  # the id at the end of every document
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A manifest and the folder it lies in."""
+    """A manifest and its folder."""
 
     folder: Path
     dtype: str
@@ -82,6 +82,12 @@ class Corpus:
     def to_json(self) -> str:
         """The text of the manifest; the same corpus gives the same text wherever it lies."""
         body = {key: value for key, value in asdict(self).items() if key != "folder"}
+        tokenizer = self.tokenizer
+        body["tokenizer"] = {
+            "fingerprint": tokenizer.fingerprint,
+            "vocabulary": tokenizer.vocab_size,
+            "end": tokenizer.eod_token_id,
+        }
         return json.dumps({"format": FORMAT, "version": VERSION, **body}, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -91,38 +97,39 @@ def read(folder: str | Path, key: str = "corpus_dir") -> Corpus:
     Raises DataError, beginning with `key`, for a folder without manifest, a manifest that is damaged or of another
     version, and files that are missing or of another size than the manifest says.
     """
-    where = Path(folder).expanduser()
-    file = where / NAME
-    if not where.is_dir():
-        hint = did_you_mean(where.name, [p.name for p in where.parent.iterdir()]) if where.parent.is_dir() else ""
+    path = Path(folder).expanduser()
+    file = path / NAME
+    if not path.is_dir():
+        hint = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
         raise DataError(f"{key}: folder {folder} not found{hint}")
     if not file.is_file():
-        raise DataError(f"{key}: {file} not found; tools/prepare_corpus.py makes it")
+        raise DataError(f"{key}: {file} not found; `dataflex-cli corpus` writes it")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{key}: {file} is not JSON: {error}") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{key}: {file} is not a corpus manifest ('format' must be {FORMAT!r})")
-    if found.get("version") != VERSION:
-        raise DataError(f"{key}: {file} has version {found.get('version')!r}, this program reads {VERSION}")
-    corpus = _from_json(where, found, f"{key}: {file}")
+    if content.get("version") != VERSION:
+        raise DataError(f"{key}: {file} has version {content.get('version')!r}, this program reads {VERSION}")
+    corpus = _from_json(path, content, f"{key}: {file}")
     for domain in corpus.domains:
         _check_files(corpus, domain, key)
     return corpus
 
 
-def _from_json(folder: Path, found: dict[str, Any], place: str) -> Corpus:
+def _from_json(folder: Path, content: dict[str, Any], where: str) -> Corpus:
     try:
-        values = {f.name: found[f.name] for f in fields(Corpus) if f.name != "folder"}
-        values["domains"] = tuple(CorpusDomain(**domain) for domain in found["domains"])
-        values["tokenizer"] = CorpusTokenizer(**found["tokenizer"])
-        values["inputs"] = tuple(found["inputs"])
+        values = {f.name: content[f.name] for f in fields(Corpus) if f.name != "folder"}
+        values["domains"] = tuple(CorpusDomain(**domain) for domain in content["domains"])
+        tokenizer = content["tokenizer"]
+        values["tokenizer"] = CorpusTokenizer(tokenizer["fingerprint"], tokenizer["vocabulary"], tokenizer["end"])
+        values["inputs"] = tuple(content["inputs"])
     except (KeyError, TypeError) as error:
-        raise DataError(f"{place} is damaged: {type(error).__name__} {error}") from error
+        raise DataError(f"{where} is damaged: {type(error).__name__} {error}") from error
     corpus = Corpus(folder, **values)
     if corpus.dtype not in ITEMSIZE or not corpus.domains:
-        raise DataError(f"{place} is damaged: dtype {corpus.dtype!r}, {len(corpus.domains)} domains")
+        raise DataError(f"{where} is damaged: dtype {corpus.dtype!r}, {len(corpus.domains)} domains")
     return corpus
 
 
@@ -132,13 +139,13 @@ def _check_files(corpus: Corpus, domain: CorpusDomain, key: str) -> None:
         if not path.is_file():
             raise DataError(f"{key}: {path} not found (domain {domain.name!r} of {corpus.folder / NAME})")
     path = corpus.prefix(domain).with_name(domain.prefix + ".bin")
-    size, wanted = path.stat().st_size, domain.tokens * ITEMSIZE[corpus.dtype]
-    if size != wanted:
-        raise DataError(f"{key}: {path} has {size} bytes, its manifest says {wanted}")
+    size, expected = path.stat().st_size, domain.tokens * ITEMSIZE[corpus.dtype]
+    if size != expected:
+        raise DataError(f"{key}: {path} has {size} bytes, its manifest says {expected}")
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A hash of a Hugging Face tokenizer's vocabulary and of what it makes of a probe text.
+    """A hash of a Hugging Face tokenizer's vocabulary and of its ids of a probe text.
 
     Added tokens are left out: training adds padding and chat tokens, which changes no id of a text.
     """
@@ -150,9 +157,9 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def check_tokenizer(corpus: Corpus, tokenizer: Any, key: str = "corpus_dir") -> None:
     """Raises DataError when `tokenizer` is not the one that made the corpus."""
-    found = tokenizer_fingerprint(tokenizer)
-    if found != corpus.tokenizer.fingerprint:
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    if fingerprint != corpus.tokenizer.fingerprint:
         raise DataError(
             f"{key}: {corpus.folder} was tokenized with another tokenizer (fingerprint "
-            f"{corpus.tokenizer.fingerprint[:12]}, the model's is {found[:12]}); prepare it with the model's tokenizer"
+            f"{corpus.tokenizer.fingerprint[:12]}, the model's is {fingerprint[:12]}); prepare it with the model's tokenizer"
         )

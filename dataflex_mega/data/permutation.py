@@ -25,10 +25,10 @@ _HALF = np.uint64(32)
 _ROUND_KEYS = tuple(np.uint64((r + 1) * _SPREAD & _WORD) for r in range(ROUNDS))
 
 
-def mix_key(*values: int) -> int:
+def hash_key(*values: int) -> int:
     """Integers, in this order -> one 64-bit key, the same on every machine and Python version.
 
-    Meant for (seed, stream, domain, epoch, ...). Values are taken modulo 2**64.
+    For (seed, stream, domain, epoch, ...). Values are taken modulo 2**64.
     """
     state = np.asarray([_START], np.uint64)
     for value in values:
@@ -37,7 +37,7 @@ def mix_key(*values: int) -> int:
 
 
 def extend_key(key: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """[n] or [1] uint64 keys and values -> [n] uint64: mix_key(*before, value) where key is mix_key(*before)."""
+    """[n] or [1] uint64 keys and values -> [n] uint64: hash_key(*before, value) where key is hash_key(*before)."""
     word = key * np.uint64(_SPREAD) + value + np.uint64(1)
     word ^= word >> np.uint64(30)
     word *= np.uint64(_MIX_1)
@@ -53,7 +53,7 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     Args:
         index: [n] integers in 0..size-1, any order, repeats allowed.
         size: 1..2**62.
-        key: names the permutation, modulo 2**64.
+        key: another key gives another permutation; taken modulo 2**64.
 
     Returns:
         [n] int64 in 0..size-1. Over all indices it is a bijection.
@@ -84,14 +84,14 @@ def permute_each(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.nda
     return result.astype(np.int64)
 
 
-def shuffled(count: int, key: int) -> np.ndarray:
-    """[count] int64: a random order of range(count), by sorting hashes; for small counts, where it is quicker."""
+def shuffled_indices(count: int, key: int) -> np.ndarray:
+    """[count] int64: a random order of range(count), by sorting hashes; faster than `permute` for small counts."""
     words = extend_key(np.asarray([key & _WORD], np.uint64), np.arange(count, dtype=np.uint64))
     return np.argsort(words, kind="stable")
 
 
 def _network(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """All rounds once: [n] uint64 in 0..a*b-1 -> the same range."""
+    """All rounds of the Feistel network once: [n] uint64 in 0..a*b-1 -> the same range."""
     rows = np.ceil(np.sqrt(size)).astype(np.uint64)  # a
     columns = (size + rows - np.uint64(1)) // rows  # b
     left = index // columns

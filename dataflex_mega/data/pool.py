@@ -15,10 +15,10 @@ import xxhash
 
 from dataflex_mega.errors import DataError
 
-ROWS = 1024  # rows in memory at once while all of them are read
+ROWS_PER_READ = 1024  # while all rows of a domain are hashed
 
 
-class Rows(Protocol):
+class RowSource(Protocol):
     """Random access to tokenized rows."""
 
     def __len__(self) -> int: ...
@@ -28,8 +28,8 @@ class Rows(Protocol):
         ...
 
 
-class References(Protocol):
-    """Random access to token losses of a reference model; see store.reference."""
+class ReferenceLosses(Protocol):
+    """Random access to token losses of a reference model; see store.reference_losses."""
 
     def fetch(self, ids: np.ndarray) -> list[np.ndarray]:
         """[n] global ids -> n arrays [length] float32."""
@@ -37,10 +37,10 @@ class References(Protocol):
 
 
 @dataclass(frozen=True)
-class RowRange:
-    """Consecutive rows of others."""
+class RowSlice:
+    """`count` consecutive rows of another source, beginning at its row `first`."""
 
-    rows: Rows
+    rows: RowSource
     first: int
     count: int
 
@@ -48,32 +48,30 @@ class RowRange:
         return self.count
 
     def fetch(self, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """See Rows."""
         return self.rows.fetch(rows + self.first)
 
 
 @dataclass(frozen=True)
 class Domain:
-    """One source of samples."""
+    """A named source of samples, one entry of the `dataset` key."""
 
     name: str
-    rows: Rows
+    rows: RowSource
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row on its way into a batch."""
+    """One row of the pool before collation."""
 
     sample_id: int
-    domain: int
+    domain_id: int
     input_ids: np.ndarray  # [length] int64
     labels: np.ndarray  # [length] int64, aligned with input_ids
-    reference: np.ndarray | None = (
-        None  # [length] float32: at s, the reference model's loss of token s + 1; 0 at the end
-    )
+    # [length] float32: at position s the reference model's loss of token s + 1; 0 at the last position
+    reference_losses: np.ndarray | None = None
 
 
-class Pool:
+class SamplePool:
     """All domains, addressed by global sample id."""
 
     def __init__(self, domains: Sequence[Domain]) -> None:
@@ -87,72 +85,77 @@ class Pool:
         self.names = tuple(domain.name for domain in domains)
         self.sizes = tuple(len(domain.rows) for domain in domains)
         self.offsets = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
-        self.references: References | None = None  # set once, before training
+        self.reference_losses: ReferenceLosses | None = None  # set once, before training
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
 
     def locate(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[n] global ids -> ([n] domain, [n] row)."""
-        domain = np.searchsorted(self.offsets, ids, side="right") - 1
-        return domain, ids - self.offsets[domain]
+        """[n] global ids -> ([n] domain ids, [n] rows in these domains)."""
+        domain_ids = np.searchsorted(self.offsets, ids, side="right") - 1
+        return domain_ids, ids - self.offsets[domain_ids]
 
     def fetch(self, ids: np.ndarray) -> list[Sample]:
         """[n] global ids -> the samples in that order."""
-        domain, row = self.locate(ids)
+        domain_ids, rows = self.locate(ids)
         samples: list[Sample | None] = [None] * len(ids)
-        references = [None] * len(ids) if self.references is None else self.references.fetch(ids)
-        for d in np.unique(domain):
-            places = np.flatnonzero(domain == d)
-            for place, (inputs, labels) in zip(places, self.domains[d].rows.fetch(row[places]), strict=True):
-                reference = references[place]
-                if reference is not None and len(reference) != len(inputs):
-                    where, there = self.describe(int(ids[place])), f"{len(reference)} reference losses"
-                    raise DataError(f"{where}: {len(inputs)} tokens but {there}; build the reference again")
-                samples[place] = Sample(int(ids[place]), int(d), inputs, labels, reference)
+        all_losses = [None] * len(ids) if self.reference_losses is None else self.reference_losses.fetch(ids)
+        for d in np.unique(domain_ids):
+            positions = np.flatnonzero(domain_ids == d)
+            fetched = self.domains[d].rows.fetch(rows[positions])
+            for position, (input_ids, labels) in zip(positions, fetched, strict=True):
+                sample_id, losses = int(ids[position]), all_losses[position]
+                if losses is not None and len(losses) != len(input_ids):
+                    raise DataError(
+                        f"{self.describe(sample_id)}: {len(input_ids)} tokens but {len(losses)} reference losses; "
+                        "build the reference again"
+                    )
+                samples[position] = Sample(sample_id, int(d), input_ids, labels, losses)
         return [sample for sample in samples if sample is not None]
 
-    def cut(self, sizes: Sequence[int]) -> list[Pool]:
-        """Consecutive parts of these sizes, which sum to the pool's; a part may hold rows of several domains."""
+    def partition(self, sizes: Sequence[int]) -> list[SamplePool]:
+        """Consecutive pools of these sizes, which sum to this pool's; each may hold rows of several domains."""
         ends = np.cumsum(sizes)
-        parts = []
+        pools = []
         for first, end in zip([0, *ends[:-1]], ends, strict=True):
             starts, stops = np.maximum(self.offsets[:-1], first), np.minimum(self.offsets[1:], end)
             inside = zip(self.domains, self.offsets, starts, stops, strict=False)
             ranges = [(d, int(a - o), int(b - a)) for d, o, a, b in inside if b > a]
-            parts.append(Pool([Domain(d.name, RowRange(d.rows, first, count)) for d, first, count in ranges]))
-        return parts
+            pools.append(SamplePool([Domain(d.name, RowSlice(d.rows, first, count)) for d, first, count in ranges]))
+        return pools
 
     def describe(self, sample_id: int) -> str:
         """`c4 row 17`, for messages."""
-        domain, row = self.locate(np.asarray([sample_id]))
-        return f"{self.names[int(domain[0])]} row {int(row[0])}"
+        domain_ids, rows = self.locate(np.asarray([sample_id]))
+        return f"{self.names[int(domain_ids[0])]} row {int(rows[0])}"
 
     def fingerprint(self, probes: int = 64) -> dict[str, str]:
-        """Domain name -> a hash of its size and of `probes` rows spread over it. A checkpoint remembers it."""
-        found = {}
+        """Domain name -> a hash of its size and of `probes` rows spread over it. It is part of a checkpoint's identity."""
+        hashes = {}
         for domain in self.domains:
             size = len(domain.rows)
             sha = hashlib.sha256(str(size).encode())
             rows = np.unique(np.linspace(0, size - 1, num=min(probes, size)).astype(np.int64))
-            for inputs, labels in domain.rows.fetch(rows):
-                sha.update(inputs.tobytes())
+            for input_ids, labels in domain.rows.fetch(rows):
+                sha.update(input_ids.tobytes())
                 sha.update(labels.tobytes())
-            found[domain.name] = sha.hexdigest()[:16]
-        return found
+            hashes[domain.name] = sha.hexdigest()[:16]
+        return hashes
 
-    def content(self) -> dict[str, str]:
-        """Domain name -> a hash (XXH3-128) of every row in it: what files that are kept for these data belong to.
+    def content_hash(self) -> dict[str, str]:
+        """Domain name -> XXH3-128 of all its rows: the identity of files that were computed from these data.
 
         Reads all tokens once, so it is for runs that go over the whole pool anyway.
         """
-        found = {}
+        hashes = {}
         for domain in self.domains:
-            seen = xxhash.xxh3_128()
-            for first in range(0, len(domain.rows), ROWS):
-                for inputs, labels in domain.rows.fetch(np.arange(first, min(first + ROWS, len(domain.rows)))):
-                    seen.update(len(inputs).to_bytes(8, "little"))
-                    seen.update(inputs.tobytes())
-                    seen.update(labels.tobytes())
-            found[domain.name] = seen.hexdigest()
-        return found
+            xxh = xxhash.xxh3_128()
+            for first in range(0, len(domain.rows), ROWS_PER_READ):
+                for input_ids, labels in domain.rows.fetch(
+                    np.arange(first, min(first + ROWS_PER_READ, len(domain.rows)))
+                ):
+                    xxh.update(len(input_ids).to_bytes(8, "little"))
+                    xxh.update(input_ids.tobytes())
+                    xxh.update(labels.tobytes())
+            hashes[domain.name] = xxh.hexdigest()
+        return hashes

@@ -10,7 +10,7 @@ from typing import Any
 def first_bad_row(path: Path, column: str | None) -> str | None:
     """One line that names the file and the first row that is broken, lacks `column`, or None if all rows are sound.
 
-    Understands .json (an array) and .jsonl, and folders of them; says nothing of other formats.
+    Reads .json (an array) and .jsonl, and folders of them; other formats are skipped.
     """
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:
@@ -18,9 +18,9 @@ def first_bad_row(path: Path, column: str | None) -> str | None:
             continue
         if file.stat().st_size == 0:
             return f"{file} is empty"
-        found = _bad_array(file, column) if _is_array(file) else _bad_line(file, column)
-        if found:
-            return found
+        problem = _first_bad_element(file, column) if _is_array(file) else _first_bad_line(file, column)
+        if problem:
+            return problem
     return None
 
 
@@ -29,7 +29,7 @@ def _is_array(file: Path) -> bool:
         return next((c for c in iter(lambda: stream.read(1), "") if not c.isspace()), "") == "["
 
 
-def _bad_line(file: Path, column: str | None) -> str | None:
+def _first_bad_line(file: Path, column: str | None) -> str | None:
     number = 0
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
@@ -39,13 +39,13 @@ def _bad_line(file: Path, column: str | None) -> str | None:
                 row = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 return f"{file}, line {number}: not JSON: {error}"
-            found = _missing(row, column)
-            if found:
-                return f"{file}, line {number}: {found}"
+            problem = _row_problem(row, column)
+            if problem:
+                return f"{file}, line {number}: {problem}"
     return f"{file} has no rows" if number == 0 else None
 
 
-def _bad_array(file: Path, column: str | None) -> str | None:
+def _first_bad_element(file: Path, column: str | None) -> str | None:
     try:
         rows = json.loads(file.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -53,13 +53,13 @@ def _bad_array(file: Path, column: str | None) -> str | None:
     if not rows:
         return f"{file} has no rows"
     for number, row in enumerate(rows):
-        found = _missing(row, column)
-        if found:
-            return f"{file}, row {number}: {found}"
+        problem = _row_problem(row, column)
+        if problem:
+            return f"{file}, row {number}: {problem}"
     return None
 
 
-def _missing(row: Any, column: str | None) -> str | None:
+def _row_problem(row: Any, column: str | None) -> str | None:
     if not isinstance(row, dict):
         return f"a row must be an object, found {type(row).__name__}"
     if column and column not in row:

@@ -1,1 +1,1 @@
-"""Meshes, collectives and test processes: where torch.distributed is named outside the engines."""
+"""Process groups, collectives and processes for tests: where torch.distributed is named outside the engines."""

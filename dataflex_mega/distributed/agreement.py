@@ -1,38 +1,38 @@
-"""What one process finds, on all of them: a mistake ends every process with the same line, and none waits for another."""
+"""Run an action on one or on every process and raise its error on all of them, so that none waits for another."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TypeVar, cast
 
+from dataflex_mega.distributed.protocol import Collectives
 from dataflex_mega.errors import CheckpointError, UserError
 
-if TYPE_CHECKING:
-    from dataflex_mega.run.build import Opened
+T = TypeVar("T")
 
 
-def on_main(run: Opened, act: Callable[[], Any]) -> Any:
-    """What `act` returns on the main process, on all of them; its UserError too."""
+def run_on_main(collectives: Collectives, action: Callable[[], T]) -> T:
+    """The main process's result of `action`, on every process. A UserError becomes a CheckpointError on all of them."""
     value, error = None, None
-    if run.mesh.is_main:
+    if collectives.parallel_info.is_main:
         try:
-            value = act()
-        except UserError as found:
-            error = str(found)
-    value, error = run.ranks.share_main((value, error))
+            value = action()
+        except UserError as raised:
+            error = str(raised)
+    value, error = collectives.broadcast_object((value, error))
     if error is not None:
         raise CheckpointError(error)
     return value
 
 
-def on_all(run: Opened, act: Callable[[], Any]) -> Any:
-    """What `act` returns here. Raises CheckpointError on every process when it does on one."""
+def run_and_agree(collectives: Collectives, action: Callable[[], T]) -> T:
+    """This process's own result of `action`. Raises CheckpointError on every process when one of them raises it."""
     value, error = None, None
     try:
-        value = act()
-    except CheckpointError as found:
-        error = str(found)
-    errors = [one for one in run.ranks.gather_objects(error) if one is not None]
+        value = action()
+    except CheckpointError as raised:
+        error = str(raised)
+    errors = [one for one in collectives.all_gather_objects(error) if one is not None]
     if errors:
         raise CheckpointError(errors[0])
-    return value
+    return cast("T", value)

@@ -14,36 +14,38 @@ import torch.multiprocessing as mp
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on now."""
+    """A TCP port on which nothing listens at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def run_processes(function: Callable[..., Any], world: int, *args: Any, start_method: str = "spawn") -> list[Any]:
-    """Call `function(mesh, *args)` in `world` new processes joined by gloo -> their results in rank order.
+def run_distributed_test(
+    function: Callable[..., Any], world_size: int, *args: Any, start_method: str = "spawn"
+) -> list[Any]:
+    """Call `function(parallel_info, *args)` in `world_size` new processes joined by gloo -> their results in rank order.
 
     `function` must be importable (defined at module level); its result goes through torch.save. An exception in any
     process ends all of them and is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
-        entry_args = (world, free_port(), folder, function, args)
-        mp.start_processes(_entry, entry_args, nprocs=world, join=True, start_method=start_method)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+        entry_args = (world_size, free_port(), folder, function, args)
+        mp.start_processes(_entry, entry_args, nprocs=world_size, join=True, start_method=start_method)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def _entry(rank: int, world: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    from dataflex_mega.distributed import mesh
+def _entry(rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    from dataflex_mega.distributed.parallel_info import init_distributed, shutdown_distributed
 
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
+        WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         GLOO_SOCKET_IFNAME="lo",
     )
     torch.set_num_threads(1)
-    joined = mesh.start()
-    torch.save(function(joined, *args), Path(folder) / f"{rank}.pt")
-    mesh.stop(orderly=True)
+    parallel_info = init_distributed()
+    torch.save(function(parallel_info, *args), Path(folder) / f"{rank}.pt")
+    shutdown_distributed(orderly=True)

@@ -23,7 +23,7 @@ _EXPERT = re.compile(r"(.+)\.(block_sparse_moe|mlp)\.experts\.(\d+)\.(\w+)\.weig
 
 
 @dataclass(frozen=True)
-class Part:
+class CheckpointSlice:
     """One tensor of a checkpoint as a piece of a parameter in memory."""
 
     name: str
@@ -31,7 +31,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Fused:
+class FusedExpert:
     """Where a file that keeps experts together has the tensor of one of them."""
 
     name: str
@@ -39,27 +39,29 @@ class Fused:
     half: int | None  # 0: the first half of the rows (gate), 1: the second (up), None: all rows
 
 
-def disk_parts(model_type: str, name: str, shape: torch.Size) -> list[Part]:
+def checkpoint_slices(model_type: str, name: str, shape: torch.Size) -> list[CheckpointSlice]:
     """The checkpoint tensors that make up the parameter `name` of a model in memory.
 
     Args:
         shape: [E, 2I, H] or [E, H, I] for experts kept together; any for the rest, which are one tensor each.
     """
     if model_type not in EXPERTS:
-        return [Part(name, ())]
+        return [CheckpointSlice(name, ())]
     block, gate, up, down = EXPERTS[model_type]
     found = _FUSED.fullmatch(name)
     if found is None:
-        return [Part(name.replace(".mlp.gate.", f".{block}.gate."), ())]
+        return [CheckpointSlice(name.replace(".mlp.gate.", f".{block}.gate."), ())]
     prefix, kind = f"{found[1]}.{block}.experts", found[2]
     if kind == DOWN:
-        return [Part(f"{prefix}.{e}.{down}.weight", (e,)) for e in range(shape[0])]
+        return [CheckpointSlice(f"{prefix}.{e}.{down}.weight", (e,)) for e in range(shape[0])]
     rows = shape[1] // 2
     halves = ((gate, slice(0, rows)), (up, slice(rows, 2 * rows)))
-    return [Part(f"{prefix}.{e}.{half}.weight", (e, index)) for e in range(shape[0]) for half, index in halves]
+    return [
+        CheckpointSlice(f"{prefix}.{e}.{half}.weight", (e, index)) for e in range(shape[0]) for half, index in halves
+    ]
 
 
-def fused(model_type: str, name: str) -> Fused | None:
+def locate_fused_expert(model_type: str, name: str) -> FusedExpert | None:
     """Where the checkpoint tensor `name` of an expert is in a file written without splitting; None if not an expert's."""
     found = _EXPERT.fullmatch(name)
     if model_type not in EXPERTS or found is None:
@@ -67,8 +69,8 @@ def fused(model_type: str, name: str) -> Fused | None:
     _, gate, up, _ = EXPERTS[model_type]
     whole = f"{found[1]}.mlp.experts."
     if found[4] in (gate, up):
-        return Fused(whole + GATE_UP, int(found[3]), int(found[4] == up))
-    return Fused(whole + DOWN, int(found[3]), None)
+        return FusedExpert(whole + GATE_UP, int(found[3]), int(found[4] == up))
+    return FusedExpert(whole + DOWN, int(found[3]), None)
 
 
 def meta_model(hf_config: Any) -> Any:
@@ -79,10 +81,10 @@ def meta_model(hf_config: Any) -> Any:
         return AutoModelForCausalLM.from_config(hf_config)
 
 
-def disk_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
+def checkpoint_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this configuration holds -> its shape. A tied output layer is not among them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in meta_model(hf_config).named_parameters():
-        for part in disk_parts(hf_config.model_type, name, parameter.shape):
+        for part in checkpoint_slices(hf_config.model_type, name, parameter.shape):
             shapes[part.name] = tuple(parameter[part.index].shape) if part.index else tuple(parameter.shape)
     return shapes

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataflex_mega.engines.hf_names import disk_parts, disk_shapes
-from dataflex_mega.engines.megatron.shape import SUPPORTED
+from dataflex_mega.engines.hf_names import checkpoint_shapes, checkpoint_slices
+from dataflex_mega.engines.megatron.decoder_config import SUPPORTED
 from dataflex_mega.errors import ConfigError, did_you_mean
 
 
@@ -33,7 +33,7 @@ class NamedInit:
             )
         self.seed = seed
         self.std = float(hf_config.initializer_range)
-        self.shapes = disk_shapes(hf_config)
+        self.shapes = checkpoint_shapes(hf_config)
 
     def tensor(self, name: str) -> Tensor:
         """All of the checkpoint tensor `name`, float32 on the CPU. Raises KeyError for a name the model has not."""
@@ -57,7 +57,7 @@ def reinitialise(hf_model: Any, seed: int) -> None:
     """
     source = NamedInit(hf_model.config, seed)
     for name, parameter in hf_model.named_parameters():
-        for part in disk_parts(hf_model.config.model_type, name, parameter.shape):
+        for part in checkpoint_slices(hf_model.config.model_type, name, parameter.shape):
             if part.name not in source.shapes:
                 raise ValueError(f"{part.name}: not a parameter of a plain {hf_model.config.model_type} model")
             target = parameter[part.index] if part.index else parameter

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dataflex_mega.objective import Normalization
-from dataflex_mega.types import HiddenSpec
+from dataflex_mega.types import EmbeddingSpec
 
 
 @dataclass(frozen=True)
-class Options:
+class StepOptions:
     """Keys of the YAML that a step acts on."""
 
-    domains: int
+    num_domains: int
     max_grad_norm: float = 1.0  # 0 turns clipping off
-    lookahead: str = "micro"  # whose losses a weighter compares: of a micro-batch, or "exact" of the whole step
+    weight_scope: str = "micro_batch"  # whose losses a weighter compares: those of a micro-batch or of the "step"
     normalization: Normalization = "token"
-    on_nan: str = "stop"  # or "continue": skip the step
-    loads: bool = False  # whether a mixer wants to know where routers send tokens
-    hidden: HiddenSpec | None = None  # what a weighter wants of the training forward, besides losses
+    on_non_finite: str = "stop"  # or "continue": skip the step
+    count_router_loads: bool = False  # whether a mixer wants to know where routers send tokens
+    embedding_spec: EmbeddingSpec | None = None  # what a weighter wants of the training forward, besides losses

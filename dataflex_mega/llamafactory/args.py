@@ -29,8 +29,8 @@ class LFArgs(NamedTuple):
     generating: Any
 
 
-def keys() -> dict[str, str]:
-    """Every key of a LLaMA-Factory training YAML -> its annotation as text."""
+def argument_types() -> dict[str, Any]:
+    """Every key of a LLaMA-Factory training YAML -> its annotation."""
     ensure_importable()
     from llamafactory.hparams import (
         DataArguments,
@@ -40,18 +40,14 @@ def keys() -> dict[str, str]:
         TrainingArguments,
     )
 
-    classes = (ModelArguments, DataArguments, TrainingArguments, FinetuningArguments, GeneratingArguments)
-    found: dict[str, str] = {}
-    for cls in classes:
+    types: dict[str, Any] = {}
+    for cls in (ModelArguments, DataArguments, TrainingArguments, FinetuningArguments, GeneratingArguments):
         hints = typing.get_type_hints(cls)  # not field.type: transformers' parser rewrites it when it parses
-        for field in dataclasses.fields(cls):
-            if field.init:
-                hint = hints[field.name]
-                found[field.name] = hint.__name__ if isinstance(hint, type) else str(hint)
-    return found
+        types.update({field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init})
+    return types
 
 
-def prepare(lf: dict[str, Any]) -> dict[str, Any]:
+def prepare_arguments(lf: dict[str, Any]) -> dict[str, Any]:
     """LLaMA-Factory's keys of a dynamic run, with the defaults under which our engine runs them."""
     ready = {key: value for key, value in lf.items() if key not in ENGINE_KEYS}
     if ready.setdefault("do_train", True):
@@ -65,7 +61,7 @@ def prepare(lf: dict[str, Any]) -> dict[str, Any]:
     return ready
 
 
-def parse(lf: dict[str, Any]) -> LFArgs:
+def parse_arguments(lf: dict[str, Any]) -> LFArgs:
     """Parse once per process. Seeds all generators and, under torchrun, starts the process group.
 
     Raises ConfigError with LLaMA-Factory's or transformers' own words when a value is refused.
@@ -76,7 +72,7 @@ def parse(lf: dict[str, Any]) -> LFArgs:
     from transformers.utils import logging as hf_logging
 
     try:
-        parsed = LFArgs(*get_train_args(for_processes(lf)))
+        parsed = LFArgs(*get_train_args(without_idle_ddp_backend(lf)))
     except UserError:
         raise
     except REFUSALS as error:
@@ -89,7 +85,7 @@ def parse(lf: dict[str, Any]) -> LFArgs:
     return parsed
 
 
-def for_processes(lf: dict[str, Any]) -> dict[str, Any]:
+def without_idle_ddp_backend(lf: dict[str, Any]) -> dict[str, Any]:
     """A copy, in one process without `ddp_backend`, which would make it wait for a process group."""
     return {key: value for key, value in lf.items() if key != "ddp_backend" or "RANK" in os.environ}
 

@@ -64,12 +64,12 @@ class Hooks:
         )
         self.handler.on_init_end(self.args, self.state, self.control)
 
-    def begin(self, step: int, epoch: float) -> None:
+    def on_train_begin(self, step: int, epoch: float) -> None:
         """Training starts, or starts again, after `step` steps."""
         self.state.global_step, self.state.epoch = step, epoch
         self.control = self.handler.on_train_begin(self.args, self.state, self.control)
 
-    def step_end(self, step: int, epoch: float, tokens: int) -> Any:
+    def on_step_end(self, step: int, epoch: float, tokens: int) -> Any:
         """After an optimizer step -> what is wanted: should_log, should_evaluate, should_save, should_training_stop."""
         finished = int(epoch + 1e-9) > int((self.state.epoch or 0.0) + 1e-9) or step == self.state.max_steps
         self.state.global_step, self.state.epoch, self.state.num_input_tokens_seen = step, epoch, tokens
@@ -78,14 +78,14 @@ class Hooks:
             self.control = self.handler.on_epoch_end(self.args, self.state, self.control)
         return self.control
 
-    def log(self, logs: dict[str, float]) -> None:
+    def on_log(self, logs: dict[str, float]) -> None:
         """Scalars under Hugging Face's names (loss, grad_norm, learning_rate, eval_loss)."""
         self.state.log_history.append(
             {**logs, "epoch": round(self.state.epoch or 0.0, 4), "step": self.state.global_step}
         )
         self.control = self.handler.on_log(self.args, self.state, self.control, dict(logs))
 
-    def evaluated(self, metrics: dict[str, float]) -> Any:
+    def on_evaluate(self, metrics: dict[str, float]) -> Any:
         """After an evaluation -> what is wanted now (early stopping answers here)."""
         wanted = self.args.metric_for_best_model
         if wanted is not None:
@@ -100,11 +100,11 @@ class Hooks:
         if better:
             self.state.best_metric = value
 
-    def saved(self) -> None:
+    def on_save(self) -> None:
         """After a checkpoint."""
         self.control = self.handler.on_save(self.args, self.state, self.control)
 
-    def end(self) -> None:
+    def on_train_end(self) -> None:
         """Training is over; the files of LLaMA-Factory and Hugging Face are written."""
         self.control = self.handler.on_train_end(self.args, self.state, self.control)
         if self.state.is_world_process_zero:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dataflex_mega.data.pool import Domain, Rows
+from dataflex_mega.data.pool import Domain, RowSource
 from dataflex_mega.errors import DataError, did_you_mean
 from dataflex_mega.llamafactory.args import LFArgs, first_line
 
@@ -30,7 +30,7 @@ class DataBundle:
     """What training needs of the data: one Domain for each training dataset, and evaluation sets by name."""
 
     domains: list[Domain]
-    evaluation: dict[str, Rows]  # "" for the one evaluation set, else a name for each
+    evaluation: dict[str, RowSource]  # "" for the one evaluation set, else a name for each
 
 
 class DatasetRows:

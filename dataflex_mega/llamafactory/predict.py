@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.llamafactory.args import parse, prepare
+from dataflex_mega.llamafactory.args import parse_arguments, prepare_arguments
 
 METRICS = {"jieba": "jieba", "nltk": "nltk", "rouge_chinese": "rouge-chinese"}  # module -> package
 OF_TRAINING = (
@@ -21,7 +21,7 @@ ALSO = (
 )  # fmt: skip
 
 
-def wanted(lf: dict[str, Any]) -> bool:
+def is_requested(lf: dict[str, Any]) -> bool:
     """Whether a configuration asks for generation after training."""
     return bool(lf.get("do_predict") or lf.get("predict_with_generate"))
 
@@ -43,7 +43,7 @@ def predict(lf: dict[str, Any], output: Path) -> None:
 
     Writes generated_predictions.jsonl and predict_results.json there. Runs in the process group of the training.
     """
-    arguments = parse(prepare(keys_of_prediction(lf, output)))
+    arguments = parse_arguments(prepare_arguments(keys_of_prediction(lf, output)))
     from llamafactory.train.sft.workflow import run_sft
 
     run_sft(*arguments, callbacks=[])

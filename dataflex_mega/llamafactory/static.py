@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.llamafactory.args import REFUSALS, first_line, for_processes
+from dataflex_mega.llamafactory.args import REFUSALS, first_line, without_idle_ddp_backend
 from dataflex_mega.llamafactory.callbacks import load_callbacks
 from dataflex_mega.llamafactory.compat import ensure_importable
 from dataflex_mega.llamafactory.data import check_names
@@ -49,7 +49,7 @@ def on_this_machine(lf: dict[str, Any]) -> dict[str, Any]:
     """The same keys; with bf16 on a machine that has nothing but a CPU also `use_cpu`, without which it is refused."""
     from llamafactory.extras.misc import get_device_count
 
-    ready = for_processes(lf)
+    ready = without_idle_ddp_backend(lf)
     if ready.get("bf16") and get_device_count() == 0:
         ready.setdefault("use_cpu", True)
     return ready

@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataflex_mega.distributed import mesh as meshes
-from dataflex_mega.distributed.collectives import Collectives
+from dataflex_mega.distributed.collectives import TorchCollectives
+from dataflex_mega.distributed.parallel_info import ParallelInfo, init_distributed, shutdown_distributed
 from dataflex_mega.errors import ConfigError, UserError
 from dataflex_mega.offline import encoders, transport
 from dataflex_mega.offline.embed import embed
-from dataflex_mega.offline.embeddings import opened
-from dataflex_mega.offline.neighbours import Picked, Search
-from dataflex_mega.offline.sources import FileSource, Source
-from dataflex_mega.store.files import write_beside
+from dataflex_mega.offline.embeddings import open_embeddings
+from dataflex_mega.offline.neighbours import RowSubset, NeighbourSearch
+from dataflex_mega.offline.sample_sources import FileSource, SampleSource
+from dataflex_mega.store.manifest import write_beside
 
 COMMANDS = ("embed", "near", "tsds")
 VERSION = 1
 AT_ONCE = 4096  # rows whose neighbours are in memory
-OpenRun = Callable[[Path, str, Sequence[str]], Source]  # (configuration, part, overrides) -> its samples
+OpenRun = Callable[[Path, str, Sequence[str]], SampleSource]  # (configuration, part, overrides) -> its samples
 
 EMBED = """Embeddings of samples, one vector each, on disk.
 
@@ -127,15 +127,15 @@ def main(argv: Sequence[str], open_run: OpenRun) -> int:
     try:
         check(options)
         source = source_of(options, open_run) if options.command == "embed" else None
-        mesh = meshes.start()
-        meter = Meter(mesh.is_main, options.command)
+        parallel_info = init_distributed()
+        meter = CommandProgress(parallel_info.is_main, options.command)
         try:
             if source is not None:
-                do_embed(options, source, mesh, meter)
+                do_embed(options, source, parallel_info, meter)
             elif options.command == "near":
-                do_near(options, mesh, meter)
+                do_near(options, parallel_info, meter)
             else:
-                do_tsds(options, mesh, meter)
+                do_tsds(options, parallel_info, meter)
         finally:
             meter.end()
         finished = True
@@ -144,7 +144,7 @@ def main(argv: Sequence[str], open_run: OpenRun) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
-        meshes.stop(orderly=finished)
+        shutdown_distributed(orderly=finished)
     return 0
 
 
@@ -165,7 +165,7 @@ def check(options: argparse.Namespace) -> None:
         raise ConfigError(f"{options.overrides[0]}: keys can be changed of a configuration, not of {options.source}")
 
 
-def source_of(options: argparse.Namespace, open_run: OpenRun) -> Source:
+def source_of(options: argparse.Namespace, open_run: OpenRun) -> SampleSource:
     """What is to be embedded."""
     if options.source.suffix in (".yaml", ".yml"):
         return open_run(options.source, options.part, options.overrides)
@@ -174,28 +174,28 @@ def source_of(options: argparse.Namespace, open_run: OpenRun) -> Source:
     return FileSource(options.source)
 
 
-def do_embed(options: argparse.Namespace, source: Source, mesh: meshes.Mesh, meter: Meter) -> None:
+def do_embed(options: argparse.Namespace, source: SampleSource, parallel_info: ParallelInfo, meter: CommandProgress) -> None:
     """`embed`."""
-    settings = encoders.Settings(
+    settings = encoders.EncoderSettings(
         options.model, options.encoder, options.max_length, options.batch_size, not options.raw, options.compute,
         options.trust_remote_code,
     )  # fmt: skip
-    encoder = encoders.load(settings, mesh.device)
+    encoder = encoders.load(settings, parallel_info.device)
     with torch.random.fork_rng(devices=[]):
-        made = embed(source, encoder, options.output, mesh, options.dtype, options.block, meter.show)
+        made = embed(source, encoder, options.output, parallel_info, options.dtype, options.block, meter.show)
     meter.say(f"{made.shape[0]} samples x {made.shape[1]} numbers in {made.path}")
 
 
-def searched(options: argparse.Namespace, mesh: meshes.Mesh, meter: Meter) -> tuple[Any, ...]:
+def searched(options: argparse.Namespace, parallel_info: ParallelInfo, meter: CommandProgress) -> tuple[Any, ...]:
     """(search, candidates, identity of all that went in, distances, ids)."""
-    ranks = Collectives(mesh)
-    candidates, theirs = opened(options.candidates)
-    queries, ours = opened(options.queries)
+    collectives = TorchCollectives(parallel_info)
+    candidates, theirs = open_embeddings(options.candidates)
+    queries, ours = open_embeddings(options.queries)
     for name in ("encoder", "model", "model of adam gradients", "model of sgd gradients", "normalize"):
         if name in theirs and name in ours and theirs[name] != ours[name]:
             raise ConfigError(f"--queries: {name} {ours[name]}, the candidates' is {theirs[name]}; embed both alike")
-    search = Search(
-        options.index, options.nlist, options.nprobe, mesh.rank, mesh.world, ranks.gather_objects, meter.show
+    search = NeighbourSearch(
+        options.index, options.nlist, options.nprobe, parallel_info.rank, parallel_info.world_size, collectives.all_gather_objects, meter.show
     )
     distances, ids = search(candidates, np.asarray(queries[:]), options.k)
     given = {k: v for k, v in vars(options).items() if k not in ("candidates", "queries", "output", "command")}
@@ -203,22 +203,22 @@ def searched(options: argparse.Namespace, mesh: meshes.Mesh, meter: Meter) -> tu
     return search, candidates, identity, distances, ids
 
 
-def do_near(options: argparse.Namespace, mesh: meshes.Mesh, meter: Meter) -> None:
+def do_near(options: argparse.Namespace, parallel_info: ParallelInfo, meter: CommandProgress) -> None:
     """`near`."""
-    _, _, identity, _, ids = searched(options, mesh, meter)
-    if mesh.is_main:
+    _, _, identity, _, ids = searched(options, parallel_info, meter)
+    if parallel_info.is_main:
         save(options.output, ids, identity)
     meter.say(f"{ids.shape[1]} neighbours of {ids.shape[0]} queries in {options.output}")
 
 
-def do_tsds(options: argparse.Namespace, mesh: meshes.Mesh, meter: Meter) -> None:
+def do_tsds(options: argparse.Namespace, parallel_info: ParallelInfo, meter: CommandProgress) -> None:
     """`tsds`."""
-    search, candidates, identity, distances, ids = searched(options, mesh, meter)
+    search, candidates, identity, distances, ids = searched(options, parallel_info, meter)
     rho = np.ones(len(candidates))
     if options.sigma > 0:  # crowding among what was found, as in the authors' code
         found = np.unique(ids[ids >= 0])
-        rho[found] = crowding(search, Picked(candidates, found), options.kde_k, options.sigma)
-    if mesh.is_main:
+        rho[found] = crowding(search, RowSubset(candidates, found), options.kde_k, options.sigma)
+    if parallel_info.is_main:
         made = transport.plan(distances, ids, rho, options.alpha, options.c)
         save(options.output, made.chances, identity)
         positive = int((made.chances > 0).sum())
@@ -226,7 +226,7 @@ def do_tsds(options: argparse.Namespace, mesh: meshes.Mesh, meter: Meter) -> Non
         meter.say(f"written: {options.output}")
 
 
-def crowding(search: Search, rows: Picked, k: int, sigma: float) -> np.ndarray:
+def crowding(search: NeighbourSearch, rows: RowSubset, k: int, sigma: float) -> np.ndarray:
     """[U] rho of each of U rows among them, some rows at a time: k distances of each are in memory."""
     centres, found = search.centres(rows), []
     for start in range(0, len(rows), AT_ONCE):
@@ -247,7 +247,7 @@ def save(path: Path, values: np.ndarray, identity: dict[str, Any]) -> None:
     write_beside(path.with_name(path.name + ".json"), json.dumps(content, indent=1, default=str).encode())
 
 
-class Meter:
+class CommandProgress:
     """A progress bar on a terminal, a line now and then elsewhere; on the main process only."""
 
     def __init__(self, shown: bool, what: str) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from dataflex_mega.errors import CheckpointError
 from dataflex_mega.offline.gradients import GradientRows
-from dataflex_mega.store.files import MANIFEST, check_identity, read_json, write_beside
+from dataflex_mega.store.manifest import MANIFEST, check_identity, read_json, write_beside
 
 VERSION = 1
 FILE = "embeddings.npy"
@@ -146,7 +146,7 @@ def open_array(path: Path, mode: Any = "r") -> np.ndarray:
         raise CheckpointError(f"{WHAT}: {path} cannot be read: {error}") from error
 
 
-def opened(folder: Path) -> tuple[Any, dict[str, Any]]:
+def open_embeddings(folder: Path) -> tuple[Any, dict[str, Any]]:
     """(the [N, D] array, mapped; its identity) of a finished folder, of a gradient store, or of a bare .npy file, whose
     identity is its checksum.
 

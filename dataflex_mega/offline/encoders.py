@@ -21,7 +21,7 @@ SENTENCE_FILE = "modules.json"  # what a folder of sentence-transformers has
 
 
 @dataclass(frozen=True)
-class Item:
+class EmbedInput:
     """A sample to be embedded."""
 
     text: str
@@ -37,13 +37,13 @@ class Encoder(Protocol):
         """What decides its vectors, plain values."""
         ...
 
-    def __call__(self, items: Sequence[Item]) -> np.ndarray:
+    def __call__(self, items: Sequence[EmbedInput]) -> np.ndarray:
         """[n, size] float32."""
         ...
 
 
 @dataclass(frozen=True)
-class Settings:
+class EncoderSettings:
     """What the command line says of an encoder."""
 
     model: str  # a folder, or a name on the hub
@@ -55,7 +55,7 @@ class Settings:
     trust_remote_code: bool = False
 
 
-def load(settings: Settings, device: torch.device) -> Encoder:
+def load(settings: EncoderSettings, device: torch.device) -> Encoder:
     """The encoder on a device, ready. Raises ConfigError when it cannot be loaded."""
     folder, kind = folder_of(settings.model), settings.kind
     if kind == "auto":
@@ -115,7 +115,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 class SentenceEncoder:
     """A model of sentence-transformers, with its own pooling."""
 
-    def __init__(self, settings: Settings, folder: Path, device: torch.device) -> None:
+    def __init__(self, settings: EncoderSettings, folder: Path, device: torch.device) -> None:
         try:
             from sentence_transformers import SentenceTransformer  # type: ignore[import-not-found]  # optional
         except ImportError as error:
@@ -137,7 +137,7 @@ class SentenceEncoder:
             "max_length": self.model.max_seq_length, "normalize": self.settings.normalize,
         }  # fmt: skip
 
-    def __call__(self, items: Sequence[Item]) -> np.ndarray:
+    def __call__(self, items: Sequence[EmbedInput]) -> np.ndarray:
         """See Encoder."""
         texts, size = [item.text for item in items], self.settings.batch_size
         found = self.model.encode(texts, batch_size=size, convert_to_numpy=True, show_progress_bar=False)
@@ -151,7 +151,7 @@ class HFEncoder:
     `by_tokens`: items that have tokens are embedded by them, as the model being trained sees them.
     """
 
-    def __init__(self, settings: Settings, folder: Path, device: torch.device, by_tokens: bool) -> None:
+    def __init__(self, settings: EncoderSettings, folder: Path, device: torch.device, by_tokens: bool) -> None:
         from transformers import AutoTokenizer
 
         self.settings, self.folder, self.device, self.by_tokens = settings, folder, device, by_tokens
@@ -171,7 +171,7 @@ class HFEncoder:
             "max_length": self.settings.max_length, "normalize": self.settings.normalize, "compute": self.settings.dtype,
         }  # fmt: skip
 
-    def __call__(self, items: Sequence[Item]) -> np.ndarray:
+    def __call__(self, items: Sequence[EmbedInput]) -> np.ndarray:
         """See Encoder. Batches hold samples of like length, so that little is padding."""
         ids = [self._tokens(item) for item in items]
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
@@ -181,7 +181,7 @@ class HFEncoder:
             found[here] = self._batch([ids[i] for i in here]).cpu().numpy()
         return unit(found) if self.settings.normalize else found
 
-    def _tokens(self, item: Item) -> list[int]:
+    def _tokens(self, item: EmbedInput) -> list[int]:
         if self.by_tokens and item.tokens is not None:
             highest = int(item.tokens.max(initial=0))
             if highest >= self.model.config.vocab_size:
@@ -206,7 +206,7 @@ class HFEncoder:
         return torch.einsum("bs,bsh->bh", shares, states)
 
 
-def _read(settings: Settings, folder: Path, causal: bool) -> Any:
+def _read(settings: EncoderSettings, folder: Path, causal: bool) -> Any:
     """The model below its output layer, with the adapter where the folder is one."""
     from transformers import AutoModel, AutoModelForCausalLM
 

@@ -22,7 +22,7 @@ class GradientRows:
     def __init__(self, folder: Path) -> None:
         """Raises CheckpointError for a folder that is no finished store."""
         self.store = GradientStore(folder)
-        self.shape = (self.store.layout.samples, self.store.layout.width)
+        self.shape = (self.store.layout.num_samples, self.store.layout.width)
 
     def __len__(self) -> int:
         return self.shape[0]

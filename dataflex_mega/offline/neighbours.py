@@ -24,7 +24,7 @@ TRAINING = 64  # candidates for each list, by which an inverted file is laid out
 Gather = Callable[[Any], list[Any]]  # a value of each process, in rank order
 
 
-class Rows(Protocol):
+class RowArray(Protocol):
     """What is needed of a mapped [N, D] array."""
 
     @property
@@ -34,10 +34,10 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
-class Picked:
+class RowSubset:
     """Some rows of a mapped array, read when they are asked for."""
 
-    values: Rows
+    values: RowArray
     ids: np.ndarray  # [n]
 
     @property
@@ -52,7 +52,7 @@ class Picked:
 
 
 @dataclass(frozen=True)
-class Search:
+class NeighbourSearch:
     """How to search.
 
     Args:
@@ -69,7 +69,7 @@ class Search:
     progress: Callable[[int, int], None] = lambda done, total: None
 
     def __call__(
-        self, candidates: Rows, queries: np.ndarray, k: int, centres: np.ndarray | None = None
+        self, candidates: RowArray, queries: np.ndarray, k: int, centres: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """[N, D] candidates, mapped, and [M, D] queries -> ([M, K] float64 distances, ascending; [M, K] int64 ids).
 
@@ -97,16 +97,16 @@ class Search:
         first, last = self._share(samples)
         return [(start, min(start + CHUNK, last)) for start in range(first, last, CHUNK)]
 
-    def _exact(self, candidates: Rows, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _exact(self, candidates: RowArray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         def look(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            return library().knn(queries, rows, min(k, len(rows)))
+            return import_faiss().knn(queries, rows, min(k, len(rows)))
 
         return self._joined(self._best(candidates, len(queries), k, look), candidates, queries, k)
 
     def _by_lists(
-        self, candidates: Rows, queries: np.ndarray, k: int, centres: np.ndarray
+        self, candidates: RowArray, queries: np.ndarray, k: int, centres: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        faiss = library()
+        faiss = import_faiss()
         quantizer = faiss.IndexFlatL2(centres.shape[1])
         quantizer.add(centres)
         gaps, lists = quantizer.search(queries, min(self.nprobe, len(centres)))
@@ -122,7 +122,7 @@ class Search:
         return self._joined(self._best(candidates, len(queries), k, look), candidates, queries, k)
 
     def _best(
-        self, candidates: Rows, queries: int, k: int, look: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+        self, candidates: RowArray, queries: int, k: int, look: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best of this process's share. `look`: [n, D] float32 rows -> ([M, <= k] distances, [M, <= k] places)."""
         best = np.full((queries, 0), np.inf), np.full((queries, 0), PADDING)
@@ -134,7 +134,7 @@ class Search:
             self.progress(done, len(chunks))
         return best
 
-    def centres(self, candidates: Rows) -> np.ndarray | None:
+    def centres(self, candidates: RowArray) -> np.ndarray | None:
         """[lists, D] float32, those of the first process on all of them: the lists are then one index cut into shares.
 
         None where the search is exact.
@@ -146,18 +146,18 @@ class Search:
         if self.rank == 0:
             count = min(len(candidates), lists * TRAINING)
             rows = candidates[np.arange(count) * len(candidates) // count]
-            kmeans = library().Kmeans(candidates.shape[1], lists, seed=0, min_points_per_centroid=1)
+            kmeans = import_faiss().Kmeans(candidates.shape[1], lists, seed=0, min_points_per_centroid=1)
             kmeans.train(np.ascontiguousarray(rows, dtype=np.float32))
             found = kmeans.centroids
         return self.gather(found)[0]
 
     def _joined(
-        self, mine: tuple[np.ndarray, np.ndarray], candidates: Rows, queries: np.ndarray, k: int
+        self, mine: tuple[np.ndarray, np.ndarray], candidates: RowArray, queries: np.ndarray, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k best of what all processes found, measured again; each process measures its share of the queries."""
         _, ids = nearest(self.gather(mine), k)
         first, last = self._share(len(queries))
-        parts = [measured(candidates, queries[q], ids[q]) for q in range(first, last)]
+        parts = [exact_distances(candidates, queries[q], ids[q]) for q in range(first, last)]
         empty = np.zeros((0, ids.shape[1]))
         shares = self.gather((
             np.stack([d for d, _ in parts]) if parts else empty, np.stack([i for _, i in parts]) if parts else empty
@@ -177,7 +177,7 @@ def nearest(parts: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndar
     return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
 
 
-def measured(candidates: Rows, query: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def exact_distances(candidates: RowArray, query: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[K] neighbours of one query -> ([K] float64 distances, [K] ids), ascending; PADDING is infinitely far."""
     there = ids[ids != PADDING]
     gaps = np.linalg.norm(candidates[there].astype(np.float64) - query.astype(np.float64), axis=1)
@@ -186,7 +186,7 @@ def measured(candidates: Rows, query: np.ndarray, ids: np.ndarray) -> tuple[np.n
     return np.pad(gaps[order], lacking, constant_values=np.inf), np.pad(there[order], lacking, constant_values=PADDING)
 
 
-def library() -> Any:
+def import_faiss() -> Any:
     """faiss. Raises ConfigError when it is not installed."""
     try:
         import faiss

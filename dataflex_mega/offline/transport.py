@@ -19,7 +19,7 @@ from dataflex_mega.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Transport:
+class TsdsPlan:
     """What a transport came to."""
 
     chances: np.ndarray  # [N] float64, sums to 1
@@ -27,7 +27,7 @@ class Transport:
     used: np.ndarray  # [M] int64: how many neighbours of each query are filled to the bound
 
 
-def plan(distances: np.ndarray, ids: np.ndarray, rho: np.ndarray, alpha: float, scale: float) -> Transport:
+def plan(distances: np.ndarray, ids: np.ndarray, rho: np.ndarray, alpha: float, scale: float) -> TsdsPlan:
     """The chances of all candidates.
 
     Args:
@@ -56,7 +56,7 @@ def plan(distances: np.ndarray, ids: np.ndarray, rho: np.ndarray, alpha: float, 
     stop = int(np.searchsorted(paid, (1 - alpha) * queries, side="left"))
     used = np.bincount(row[order[:stop]], minlength=queries)
     spread = float(filled.ravel()[order[stop]])
-    return Transport(_chances(takes, ids, used, spread, len(rho)), spread, used)
+    return TsdsPlan(_chances(takes, ids, used, spread, len(rho)), spread, used)
 
 
 def _chances(takes: np.ndarray, ids: np.ndarray, used: np.ndarray, spread: float, samples: int) -> np.ndarray:

@@ -11,30 +11,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataflex_mega.progress import Count
+from dataflex_mega.data.lockstep import FIRST_ID, lockstep_batches
+from dataflex_mega.progress import ProgressCounter
 from dataflex_mega.providers.stored_gradients import Features
-from dataflex_mega.signals.kmeans import Divided, cluster, representatives
-from dataflex_mega.types import Clusters, HiddenSpec, UsesClusters
+from dataflex_mega.signals.kmeans import ShardedRows, choose_representatives, fit_kmeans
+from dataflex_mega.types import Clusters, EmbeddingSpec, UsesClusters
 
 if TYPE_CHECKING:
     from dataflex_mega.run.build import Build
-    from dataflex_mega.signals.scorer import Provider, Scorer
+    from dataflex_mega.signals.computer import Provider, SignalComputer
 
 
 def provider(adam: bool) -> Callable[[Build, Any, Any], Provider]:
     """For providers.registry: `dot` and `norm2` of each candidate's cluster; only representatives see a backward pass."""
 
     def make(run: Build, engine: Any, selector: Any) -> Provider:
-        def signals(scorer: Scorer, ids: np.ndarray) -> dict[str, Tensor]:
-            clusters: Clusters = selector.clusters or find(run, engine, selector, scorer)
-            selector.keep(clusters)
-            words = np.random.SeedSequence([selector.seed, scorer.step]).generate_state(1, np.uint64)
+        def signals(computer: SignalComputer, ids: np.ndarray) -> dict[str, Tensor]:
+            clusters: Clusters = selector.clusters or find(run, engine, selector, computer)
+            selector.set_clusters(clusters)
+            words = np.random.SeedSequence([selector.seed, computer.step]).generate_state(1, np.uint64)
             rng = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
             count, strategy = selector.samples_per_cluster, selector.representative_strategy
-            chosen = representatives(clusters.own, clusters.distance, count, strategy, rng)
+            chosen = choose_representatives(clusters.cluster_ids, clusters.squared_distances, count, strategy, rng)
             measure = _directions if selector.combine == "direction" else _cosines
-            dot, norm2 = measured(run, selector, scorer, chosen, measure(run, engine, selector, scorer, adam))
-            mine = clusters.own[torch.from_numpy(ids)]
+            dot, norm2 = measured(run, selector, computer, chosen, measure(run, engine, selector, computer, adam))
+            mine = clusters.cluster_ids[torch.from_numpy(ids)]
             return {"dot": dot[mine], "norm2": norm2[mine]}
 
         return signals
@@ -42,19 +43,17 @@ def provider(adam: bool) -> Callable[[Build, Any, Any], Provider]:
     return make
 
 
-def find(run: Build, engine: Any, selector: UsesClusters, scorer: Scorer) -> Clusters:
+def find(run: Build, engine: Any, selector: UsesClusters, computer: SignalComputer) -> Clusters:
     """Cluster the whole pool by mean hidden states of length 1, with the model of now."""
-    scorer = replace(scorer)  # of the whole pool, whatever part of it a selection considers
-    shares = scorer.shares()
-    first = sum(shares[: scorer.rank])
-    ids = np.arange(first, first + shares[scorer.rank], dtype=np.int64)
-    spec = HiddenSpec(layer=selector.embedding_layer)
-    rows = [engine.embed(scorer.collate(samples), spec).float().cpu() for samples, _ in scorer.batches(ids)]
-    data = Divided(torch.cat(rows)[: len(ids)], shares, scorer.rank)
+    computer = replace(computer)  # of the whole pool, whatever part of it a selection considers
+    shares, ids = computer.rank_counts(), computer.local_ids()
+    spec = EmbeddingSpec(layer=selector.embedding_layer)
+    rows = [engine.embed(computer.collate(samples), spec).float().cpu() for samples, _ in computer.batches(ids)]
+    data = ShardedRows(torch.cat(rows)[: len(ids)], shares, computer.dp_rank)
     k, rounds = selector.cluster_count, selector.clustering_max_iter
     run.say(f"cluster_less: {len(run.pool)} samples into {k} clusters by {selector.clustering_method}")
-    own, distance = cluster(data, k, rounds, selector.seed, selector.clustering_method, run.ranks)
-    return Clusters(run.ranks.gather_uneven(own, shares), run.ranks.gather_uneven(distance, shares))
+    own, distance = fit_kmeans(data, k, rounds, selector.seed, selector.clustering_method, run.collectives)
+    return Clusters(run.collectives.all_gather_uneven(own, shares), run.collectives.all_gather_uneven(distance, shares))
 
 
 @dataclass(frozen=True)
@@ -66,20 +65,20 @@ class Measure:
 
 
 def measured(
-    run: Build, selector: UsesClusters, scorer: Scorer, chosen: Tensor, measure: Measure
+    run: Build, selector: UsesClusters, computer: SignalComputer, chosen: Tensor, measure: Measure
 ) -> tuple[Tensor, Tensor]:
     """[m] representatives -> ([k, S], [k]) of all clusters, on every rank. A rank measures a contiguous part of the
     clusters, a few at a time."""
     assert selector.clusters is not None
-    k, size = selector.cluster_count, scorer.batch_size
-    of = selector.clusters.own[chosen]
-    ends = [k * (rank + 1) // scorer.ranks for rank in range(scorer.ranks)]
+    k, size = selector.cluster_count, computer.batch_size
+    of = selector.clusters.cluster_ids[chosen]
+    ends = [k * (rank + 1) // computer.dp_size for rank in range(computer.dp_size)]
     counts = [end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
-    begin, end = ends[scorer.rank] - counts[scorer.rank], ends[scorer.rank]
+    begin, end = ends[computer.dp_rank] - counts[computer.dp_rank], ends[computer.dp_rank]
     together = max(1, size // selector.samples_per_cluster)
     calls = -(-together * selector.samples_per_cluster // size)
     turns = -(-max(counts) // together)
-    count = Count("cluster_less: clusters", k) if run.mesh.is_main else None
+    count = ProgressCounter("cluster_less: clusters", k) if run.parallel_info.is_main else None
     found: list[tuple[Tensor, Tensor]] = []
     for turn in range(turns):
         low = min(begin + turn * together, end)
@@ -90,41 +89,35 @@ def measured(
         members = torch.bincount(of[here] - low, minlength=high - low).clamp(min=1)
         found.append(measure.finish(sums / members.unsqueeze(1)))
         if count is not None:
-            count(min(k, (turn + 1) * together * scorer.ranks))
+            count(min(k, (turn + 1) * together * computer.dp_size))
     dot, norm2 = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return run.ranks.gather_uneven(dot, counts), run.ranks.gather_uneven(norm2, counts)
+    return run.collectives.all_gather_uneven(dot, counts), run.collectives.all_gather_uneven(norm2, counts)
 
 
-def _padded(ids: np.ndarray) -> np.ndarray:
-    """A rank without representatives computes sample 0 and drops it: sharded layers are called together."""
-    return ids if len(ids) else np.zeros(1, dtype=np.int64)
-
-
-def _cosines(run: Build, engine: Any, selector: UsesClusters, scorer: Scorer, adam: bool) -> Measure:
+def _cosines(run: Build, engine: Any, selector: UsesClusters, computer: SignalComputer, adam: bool) -> Measure:
     """Exact: the cosines of each representative with the directions."""
-    assert scorer.targets is not None, "checked when the run was built"
-    gradients, collate = scorer.targets.scorer(adam), scorer.targets.collate
-    directions = gradients.directions(scorer.target_batches())
+    assert computer.targets is not None, "checked when the run was built"
+    gradients, collate = computer.targets.gradient_scorer(adam), computer.targets.collate
+    directions = gradients.directions(computer.target_batches())
 
     def rows(ids: np.ndarray, calls: int) -> Tensor:
-        found = []
-        for call in range(calls):
-            here = ids[call * scorer.batch_size : (call + 1) * scorer.batch_size]
-            dot, norm2 = gradients.score(collate(run.pool.fetch(_padded(here))), directions)
+        cosines = []
+        for batch_ids, count in lockstep_batches(ids, computer.batch_size, calls, filler=FIRST_ID):
+            dot, norm2 = gradients.score(collate(run.pool.fetch(batch_ids)), directions)
             norm = norm2.cpu().sqrt().unsqueeze(1)
-            found.append(torch.where(norm > 0, dot.cpu() / norm, 0.0)[: len(here)])
-        return torch.cat(found)
+            cosines.append(torch.where(norm > 0, dot.cpu() / norm, 0.0)[:count])
+        return torch.cat(cosines)
 
     return Measure(rows, lambda means: (means, torch.ones(len(means))))
 
 
-def _directions(run: Build, engine: Any, selector: UsesClusters, scorer: Scorer, adam: bool) -> Measure:
+def _directions(run: Build, engine: Any, selector: UsesClusters, computer: SignalComputer, adam: bool) -> Measure:
     """As DataFlex: the sum of the representatives' normalised gradients, projected, is compared with the directions."""
     features = Features.of(run, engine, selector.feature_spec(), adam)
-    targets = features.directions(scorer.target_batches())
+    targets = features.directions(computer.target_batches())
 
     def rows(ids: np.ndarray, calls: int) -> Tensor:
-        values = features.rows(_padded(ids), calls)[: len(ids)]
+        values = features.rows(ids, calls)
         length = values.norm(dim=1, keepdim=True)
         return torch.where(length > 0, values / length, 0.0)
 

@@ -1,7 +1,7 @@
 """Who makes the signals that a selector asks for.
 
 The scorer itself makes losses and gradient scores. For anything else an entry of ENTRIES says how it is made for a run: a
-function of the run, its engine and the selector, which returns a signals.scorer.Provider. A new signal is a function and a
+function of the run, its engine and the selector, which returns a signals.computer.Provider. A new signal is a function and a
 line here.
 """
 
@@ -21,10 +21,10 @@ from dataflex_mega.providers import cluster_gradients as representatives
 from dataflex_mega.providers import policy_gradients as policy
 from dataflex_mega.providers import stored_gradients as store
 from dataflex_mega.signals import rewards
-from dataflex_mega.signals.clusters import Ranks, signals
-from dataflex_mega.signals.hidden import unit
-from dataflex_mega.signals.scorer import GRADIENTS, KNOWN, Provider, Scorer
-from dataflex_mega.types import HiddenSpec, NeedsBatchGradients, NeedsClusters, NeedsHidden, UsesPolicy
+from dataflex_mega.signals.clusters import cluster_signals
+from dataflex_mega.signals.computer import BUILT_IN_SIGNALS, GRADIENT_SIGNALS, Provider, SignalComputer
+from dataflex_mega.signals.sample_embeddings import l2_normalize
+from dataflex_mega.types import EmbeddingSpec, NeedsBatchGradients, NeedsClusters, NeedsHidden, UsesPolicy
 
 if TYPE_CHECKING:
     from dataflex_mega.run.build import Build
@@ -44,15 +44,14 @@ def clusters(run: Build, engine: Any, selector: Any) -> Provider:
     """See signals.clusters; features from the model of now."""
     assert isinstance(selector, NeedsClusters)
     spec = selector.cluster_spec()
-    layers = spec.layers if spec.layers is not None else spaced(engine.depth)
-    specs = [HiddenSpec("mean", layer, squash=True) for layer in layers]
-    ranks = Ranks(run.mesh.dp_rank, run.mesh.dp_size, run.ranks.sum, run.ranks.exchange, run.mesh.device)
+    layers = spec.layers if spec.layers is not None else spaced(engine.num_layers)
+    specs = [EmbeddingSpec("mean", layer, tanh=True) for layer in layers]
 
-    def make(scorer: Scorer, ids: np.ndarray) -> dict[str, Tensor]:
-        found = [engine.embed(scorer.collate(samples), *specs).cpu() for samples, _ in scorer.batches(ids)]
-        features = unit(torch.cat(found)[: len(ids)])
-        first = sum(scorer.shares()[: scorer.rank])
-        return signals(features, first, sum(scorer.shares()), spec, ranks)
+    def make(computer: SignalComputer, ids: np.ndarray) -> dict[str, Tensor]:
+        found = [engine.embed(computer.collate(samples), *specs).cpu() for samples, _ in computer.batches(ids)]
+        features = l2_normalize(torch.cat(found)[: len(ids)])
+        num_samples = sum(computer.rank_counts())
+        return cluster_signals(features, computer.first_position(), num_samples, spec, run.collectives)
 
     return make
 
@@ -84,10 +83,10 @@ def check(
     engine: str, selector: Selector | None, entries: Mapping[str, Entry] = ENTRIES, stage: str | None = None
 ) -> None:
     """Raises ConfigError for a signal that nobody makes, or that the engine or the stage does not have."""
-    for name in sorted(selector.needs if selector is not None else ()):
+    for name in sorted(selector.signals if selector is not None else ()):
         who = named(selector)
-        if name not in KNOWN and name not in entries:
-            known = sorted({*KNOWN, *entries})
+        if name not in BUILT_IN_SIGNALS and name not in entries:
+            known = sorted({*BUILT_IN_SIGNALS, *entries})
             hint = did_you_mean(name, known) or f"; there is {', '.join(known)}"
             raise ConfigError(f"selector: {who} needs a signal {name!r}, which nobody makes{hint}")
         if name in entries and engine not in entries[name].engines:
@@ -98,7 +97,7 @@ def check(
         if name in entries and stage is not None and entries[name].stage not in (None, stage):
             raise ConfigError(f"stage: selector {who} needs stage: {entries[name].stage}, found {stage}")
     if isinstance(selector, UsesPolicy):
-        rewards.load(selector.reward)
+        rewards.load_reward(selector.reward)
 
 
 def check_weighter(engine: str, weighter: Weighter | None) -> None:
@@ -125,15 +124,15 @@ def check_layers(engine: str, kind: str, name: str, algorithm: Any) -> None:
 
 def wants_targets(selector: Selector | None, entries: Mapping[str, Entry] = ENTRIES) -> bool:
     """Whether a selector compares candidates with target samples."""
-    needs = selector.needs if selector is not None else frozenset()
-    return any(name in GRADIENTS or (name in entries and entries[name].targets) for name in needs)
+    needs = selector.signals if selector is not None else frozenset()
+    return any(name in GRADIENT_SIGNALS or (name in entries and entries[name].targets) for name in needs)
 
 
 def providers(run: Build, engine: Any) -> dict[str, Provider]:
     """The providers that the selectors of a run ask for, by signal. Raises ConfigError when two ask for one of them."""
     made: dict[str, Provider] = {}
     for selector in run.measured:
-        for name in sorted(selector.needs & set(ENTRIES)):
+        for name in sorted(selector.signals & set(ENTRIES)):
             if name in made:
                 raise ConfigError(
                     f"reorder: its scores and the selector both need the signal {name!r}; one of them may"

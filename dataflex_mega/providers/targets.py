@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dataflex_mega.data.pool import Pool
+from dataflex_mega.data.pool import SamplePool
 from dataflex_mega.errors import ConfigError, UserError
 from dataflex_mega.providers.registry import named, wants_targets
-from dataflex_mega.signals.hidden import TargetMean
-from dataflex_mega.signals.scorer import Targets
-from dataflex_mega.types import CutsTargets, HiddenSpec, NeedsBatchGradients, NeedsHidden
+from dataflex_mega.signals.computer import TargetSets
+from dataflex_mega.signals.sample_embeddings import MeanTargetEmbedding
+from dataflex_mega.types import CutsTargets, EmbeddingSpec, NeedsBatchGradients, NeedsHidden
 
 if TYPE_CHECKING:
     from dataflex_mega.run.build import Build, Opened
@@ -27,7 +27,7 @@ def check(run: Opened) -> None:
     groups(run)
 
 
-def groups(run: Opened) -> list[Pool]:
+def groups(run: Opened) -> list[SamplePool]:
     """The tasks: the evaluation sets, or what a selector cuts them into."""
     sets, selector = list(run.evaluation.values()), run.roles.selector
     if not isinstance(selector, CutsTargets) or selector.task_boundaries is None:
@@ -38,32 +38,32 @@ def groups(run: Opened) -> list[Pool]:
         raise ConfigError(
             f"selector.{name}.task_boundaries: the sizes sum to {total}, the evaluation sets have {samples} samples"
         )
-    return Pool([domain for one in sets for domain in one.domains]).cut(selector.task_boundaries)
+    return SamplePool([domain for one in sets for domain in one.domains]).partition(selector.task_boundaries)
 
 
-def for_gradients(run: Build, engine: Any) -> Targets | None:
+def for_gradients(run: Build, engine: Any) -> TargetSets | None:
     """What gradient scores compare with."""
     found = groups(run)
     collate = partial(run.collate, pack_length=None)
-    return Targets(found, partial(_scorer, run, engine, set()), collate) if found else None
+    return TargetSets(found, partial(_gradient_scorer, run, engine, set()), collate) if found else None
 
 
-def _scorer(run: Build, engine: Any, said: set[str], adam: bool) -> Any:
+def _gradient_scorer(run: Build, engine: Any, said: set[str], adam: bool) -> Any:
     """The backend's scorer; the first time with a line about what it computes with."""
-    made = run.backend.gradient_scorer(engine, adam)
-    if hasattr(made, "choice") and made.choice.line not in said:
-        said.add(made.choice.line)
-        run.say(made.choice.line)
+    made = engine.gradient_scorer(adam)
+    if hasattr(made, "choice") and made.choice.message not in said:
+        said.add(made.choice.message)
+        run.say(made.choice.message)
     return made
 
 
-def hidden_spec(run: Build) -> HiddenSpec | None:
+def hidden_spec(run: Build) -> EmbeddingSpec | None:
     """What the weighter compares of hidden states."""
     return run.roles.weighter.hidden if isinstance(run.roles.weighter, NeedsHidden) else None
 
 
-def mean_of_targets(run: Build, engine: Any) -> TargetMean | None:
+def mean_of_targets(run: Build, engine: Any) -> MeanTargetEmbedding | None:
     """What hidden states are compared with."""
     size = run.ours.score_batch_size or run.args.training.per_device_eval_batch_size
-    sets, rank, ranks = list(run.evaluation.values()), run.mesh.dp_rank, run.mesh.dp_size
-    return TargetMean(sets, run.collate, engine.embed, size, rank, ranks, run.ranks.sum) if sets else None
+    sets, dp_rank, dp_size = list(run.evaluation.values()), run.parallel_info.dp_rank, run.parallel_info.dp_size
+    return MeanTargetEmbedding(sets, run.collate, engine.embed, size, dp_rank, dp_size, run.collectives.all_reduce_sum) if sets else None

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from dataflex_mega.files import atomic_write
 from dataflex_mega.types import Averages
 
 
@@ -24,7 +25,5 @@ def write_averages(folder: Path, mixer: str, names: Sequence[str], algorithm: Av
     }
     full, bare = folder / f"{kind}_average_weights.json", folder / f"{kind}_step3_proportions.txt"
     for path, text in ((full, json.dumps(content, indent=1) + "\n"), (bare, f"{weights.tolist()}\n")):
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text(text)
-        beside.replace(path)
+        atomic_write(path, text)
     return full, bare

@@ -19,7 +19,7 @@ class Opened:
     """What a configuration names: algorithms, arguments, processes, data. No model is built, nothing is written."""
 
     def __init__(self, config: RunConfig) -> None:
-        from dataflex_mega.distributed.collectives import Collectives
+        from dataflex_mega.distributed.collectives import TorchCollectives
         from dataflex_mega.llamafactory import args as lf_args
         from dataflex_mega.llamafactory.callbacks import load_callbacks
         from dataflex_mega.llamafactory.model import load_tokenizer
@@ -27,32 +27,32 @@ class Opened:
         from dataflex_mega.run import corpus
         from dataflex_mega.run.engines import backend_of
 
-        self.config, self.ours = config, config.ours
+        self.config, self.ours = config, config.dataflex
         self.roles = self._roles()
         for selector in self.measured:
-            providers.check(config.engine, selector, stage=str(config.lf.get("stage", "sft")))
+            providers.check(config.engine, selector, stage=str(config.llamafactory.get("stage", "sft")))
         providers.check_weighter(config.engine, self.roles.weighter)
         for kind, spec in self.specs.items():
             providers.check_layers(config.engine, kind, spec["name"], getattr(self.roles, kind, None))
         self.backend = backend_of(config)
-        self.args = lf_args.parse(lf_args.prepare(corpus.lf_keys(config)))
+        self.args = lf_args.parse_arguments(lf_args.prepare_arguments(corpus.lf_keys(config)))
         self.callbacks = load_callbacks(list(self.ours.callbacks))
         self.tokenizer_module, self.template = load_tokenizer(self.args)
         self.backend.start(self.args, len(self.tokenizer_module["tokenizer"]))
-        self.mesh = self.backend.mesh
+        self.parallel_info = self.backend.parallel_info
         self.say(*(f"note: {note}" for note in self.backend.notes))
-        self.ranks = Collectives(self.mesh)
+        self.collectives = TorchCollectives(self.parallel_info)
         self.output = Path(self.args.training.output_dir)
         self._read_data()
 
     def _roles(self) -> Any:
-        from dataflex_mega.control.controller import Roles
+        from dataflex_mega.control.controller import RoleSet
         from dataflex_mega.registry import build
         from dataflex_mega.run.ordering import scoring_selector, weigher_of
 
-        self.order, self.pipeline = self.ours.order(), self.ours.stages()
+        self.order, self.pipeline = self.config.reorder, self.config.pipeline
         self.scoring = scoring_selector(self.order)  # what a reorder sorts by, where it is measured
-        specs = {kind: spec for kind, spec in self.ours.roles().items() if spec is not None}
+        specs = dict(self.config.roles)
         made: dict[str, Any] = {kind: build(kind, spec) for kind, spec in specs.items()}
         # With all defaults filled in, so that a run is the same however its YAML was written.
         self.specs = {kind: {"name": specs[kind]["name"], **parameters_of(made[kind])} for kind in made}
@@ -61,9 +61,9 @@ class Opened:
         if self.pipeline is not None:
             self.specs["pipeline"] = {"name": "pipeline", "stages": self.pipeline.identity()}
             if "weighter" in made:
-                self.specs["weighter"]["others"] = list(self.pipeline.weighing[1:])
+                self.specs["weighter"]["others"] = list(self.pipeline.weighter_specs[1:])
                 made["weighter"] = weigher_of(self.pipeline, made["weighter"])
-        return Roles(**made)
+        return RoleSet(**made)
 
     @property
     def measured(self) -> list[Any]:
@@ -74,7 +74,7 @@ class Opened:
 
     def _read_data(self) -> None:
         from dataflex_mega.data.collate import collate
-        from dataflex_mega.data.pool import Domain, Pool
+        from dataflex_mega.data.pool import Domain, SamplePool
         from dataflex_mega.llamafactory.data import load_data
         from dataflex_mega.providers import domain_gradients as mixing
         from dataflex_mega.providers import targets
@@ -86,8 +86,8 @@ class Opened:
             self.say(*notes)
         else:
             bundle = load_data(self.args, self.tokenizer_module, self.template)
-        self.pool = Pool(bundle.domains)
-        self.evaluation = {name: Pool([Domain(name or "eval", rows)]) for name, rows in bundle.evaluation.items()}
+        self.pool = SamplePool(bundle.domains)
+        self.evaluation = {name: SamplePool([Domain(name or "eval", rows)]) for name, rows in bundle.evaluation.items()}
         targets.check(self)
         mixing.check(self)
         check_files(self)
@@ -98,7 +98,7 @@ class Opened:
 
     def say(self, *lines: str) -> None:
         """To standard error, once."""
-        if self.mesh.is_main:
+        if self.parallel_info.is_main:
             for line in lines:
                 print(line, file=sys.stderr, flush=True)
 
@@ -115,37 +115,37 @@ class Build(Opened):
         self._find_checkpoint()
         if self.reference is not None:
             reference.ensure(self, self.reference)
-            self.pool.references = self.reference
+            self.pool.reference_losses = self.reference
 
     # -- schedule ------------------------------------------------------------------------------------------------
 
     def _plan_run(self) -> None:
-        from dataflex_mega.algorithms.base import Domains
-        from dataflex_mega.control.schedule import Budget, Schedule, total_steps
-        from dataflex_mega.data.loader import Split
+        from dataflex_mega.algorithms.base import DomainInfo
+        from dataflex_mega.control.schedule import RunLength, UpdateSchedule, total_steps
+        from dataflex_mega.data.loader import BatchPartition
         from dataflex_mega.data.sampler import Sampler
         from dataflex_mega.run.ordering import source_of
         from dataflex_mega.run.selection import candidates_of
 
         training, ours = self.args.training, self.ours
-        self.split = Split(
-            self.mesh.dp_rank,
-            self.mesh.dp_size,
+        self.batch_partition = BatchPartition(
+            self.parallel_info.dp_rank,
+            self.parallel_info.dp_size,
             training.per_device_train_batch_size,
             training.gradient_accumulation_steps,
         )
         selects, mixes = self.roles.selector is not None, self.roles.mixer is not None
         staged = self.order is not None or self.pipeline is not None
-        self.schedule = Schedule(ours.warmup_step, ours.update_step, ours.update_times, selects and not staged)
-        budget = Budget(
-            ours.train_step, training.max_steps, training.num_train_epochs, len(self.pool), self.split.global_batch
+        self.schedule = UpdateSchedule(ours.warmup_step, ours.update_step, ours.update_times, selects and not staged)
+        run_length = RunLength(
+            ours.train_step, training.max_steps, training.num_train_epochs, len(self.pool), self.batch_partition.global_batch_size
         )
         self.max_steps = total_steps(
-            budget, self.schedule, ours.update_step > 0 if staged else selects, mixes and self.pipeline is None
+            run_length, self.schedule, ours.update_step > 0 if staged else selects, mixes and self.pipeline is None
         )
-        self.sampler = Sampler(self.pool.sizes, self.split.global_batch, self.data_seed)
-        initial = ours.initial_proportions(self.pool.sizes, self.pool.names)
-        self.domains = Domains(self.pool.names, self.pool.sizes, initial)
+        self.sampler = Sampler(self.pool.sizes, self.batch_partition.global_batch_size, self.data_seed)
+        initial = self.config.initial_proportions(self.pool.sizes, self.pool.names)
+        self.domains = DomainInfo(self.pool.names, self.pool.sizes, initial)
         self.limits = self._limits()
         self.source = source_of(self)
         self.candidates = candidates_of(self)
@@ -156,9 +156,9 @@ class Build(Opened):
 
         ours = self.ours
         keys = {"min_proportion": ours.min_proportion, "max_proportion": ours.max_proportion}
-        limits = make_limits(self.domains.names, self.domains.sizes, keys, ours.max_epochs)
+        limits = make_limits(self.domains.names, self.domains.num_samples, keys, ours.max_epochs)
         if limits is not None:
-            limits.check_run(self.max_steps * self.split.global_batch)
+            limits.check_run(self.max_steps * self.batch_partition.global_batch_size)
         return limits
 
     @property
@@ -170,27 +170,27 @@ class Build(Opened):
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def _find_checkpoint(self) -> None:
-        from dataflex_mega.checkpoint import Checkpointer, discard_after
+        from dataflex_mega.checkpoint import Checkpointer, remove_later_than
         from dataflex_mega.config.identity import identity
         from dataflex_mega.run import ordering as orders
 
-        wanted = self.config.lf.get("resume_from_checkpoint")
-        who = identity(self.config, self.split.global_batch, self.pool.fingerprint(), self.specs)
+        wanted = self.config.llamafactory.get("resume_from_checkpoint")
+        who = identity(self.config, self.batch_partition.global_batch_size, self.pool.fingerprint(), self.specs)
         who.update(orders.fingerprint(self.source))
         if self.reference is not None:
             who["reference"] = self.reference.identity["model"]
         if self.ours.init_mixture_proportions_file is not None:
-            who["init_mixture_proportions"] = list(self.domains.initial)
+            who["init_mixture_proportions"] = list(self.domains.initial_proportions)
         keep = self.args.training.save_total_limit
-        self.checkpointer = Checkpointer(self.output, self.ranks, who, keep, tuple(self.ours.resume_ignore))
+        self.checkpointer = Checkpointer(self.output, self.collectives, who, keep, tuple(self.ours.resume_ignore))
         self.resume: Path | None = None
-        self.adopt: Any = None
+        self.restate_plan: Any = None
         self.first_step = 0
-        if self.mesh.is_main:
+        if self.parallel_info.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
-            if self.config.lf.get("overwrite_output_dir") and not wanted:
-                discard_after(self.output, -1)
-        self.ranks.barrier()
+            if self.config.llamafactory.get("overwrite_output_dir") and not wanted:
+                remove_later_than(self.output, -1)
+        self.collectives.barrier()
         if isinstance(wanted, str) and wanted:
             self.resume = Path(wanted)
             if not self.resume.is_dir():
@@ -207,16 +207,16 @@ class Build(Opened):
             self._adopt_checkpoint(self.resume)
 
     def _adopt_checkpoint(self, path: Path) -> None:
-        from dataflex_mega.checkpoint import discard_after
+        from dataflex_mega.checkpoint import remove_later_than
         from dataflex_mega.data.sampler import Sampler
 
         saved = self.checkpointer.read(path)
         former = saved["identity"]["global_batch_size"]
-        if former != self.split.global_batch:  # the steps of its plan were counted in batches of that size
-            self.adopt = Sampler(self.pool.sizes, former, self.data_seed).advance
+        if former != self.batch_partition.global_batch_size:  # the steps of its plan were counted in batches of that size
+            self.restate_plan = Sampler(self.pool.sizes, former, self.data_seed).plan_from
         self.first_step = saved["step"]
-        if self.mesh.is_main and path.resolve().parent == self.output.resolve():
-            discard_after(self.output, self.first_step)
+        if self.parallel_info.is_main and path.resolve().parent == self.output.resolve():
+            remove_later_than(self.output, self.first_step)
         self.say(f"continuing from {path} at step {self.first_step} of {self.max_steps}")
 
     # -- the run -------------------------------------------------------------------------------------------------
@@ -233,13 +233,13 @@ class Build(Opened):
     def trainer(self) -> Any:
         """The loop with all its parts; builds the model."""
         from dataflex_mega.llamafactory.callbacks import Hooks
-        from dataflex_mega.progress import Bar
+        from dataflex_mega.progress import TrainingProgressBar
         from dataflex_mega.providers import targets
         from dataflex_mega.trainer import Trainer
         from dataflex_mega.types import NeedsLoads
 
-        shown = self.mesh.is_main and not self.args.training.disable_tqdm
-        self.bar = Bar(every=max(1, int(self.args.training.logging_steps))) if shown else None
+        shown = self.parallel_info.is_main and not self.args.training.disable_tqdm
+        self.bar = TrainingProgressBar(every=max(1, int(self.args.training.logging_steps))) if shown else None
         engine = self.backend.engine(
             self.tokenizer_module["tokenizer"],
             len(self.pool.sizes),
@@ -262,53 +262,53 @@ class Build(Opened):
             hooks=Hooks(self.args, parts, self.max_steps, self.callbacks, delta),
             metrics=self._metrics(),
             max_steps=self.max_steps,
-            global_batch=self.split.global_batch,
-            samples=len(self.pool),
+            global_batch_size=self.batch_partition.global_batch_size,
+            pool_size=len(self.pool),
             evaluate=partial(self._evaluate, engine) if self.evaluation else None,
-            describe=self.pool.describe,
-            adopt=self.adopt,
+            describe_sample=self.pool.describe,
+            restate_plan=self.restate_plan,
         )
 
-    def _scorer(self, engine: Any, pool: Any, progress: Any = None, targets: Any = None) -> Any:
-        from dataflex_mega.signals.scorer import Scorer
+    def _signal_computer(self, engine: Any, pool: Any, progress: Any = None, targets: Any = None) -> Any:
+        from dataflex_mega.signals.computer import SignalComputer
 
         of_order = self.order.scores.batch_size if self.order is not None else None
         size = self.ours.score_batch_size or of_order or self.args.training.per_device_eval_batch_size
-        rank, ranks = self.mesh.dp_rank, self.mesh.dp_size
-        return Scorer(pool, self.collate, engine.sample_losses, size, rank, ranks, progress, targets)
+        dp_rank, dp_size = self.parallel_info.dp_rank, self.parallel_info.dp_size
+        return SignalComputer(pool, self.collate, engine.sample_losses, size, dp_rank, dp_size, progress, targets)
 
     def _controller(self, engine: Any) -> Any:
-        from dataflex_mega.control.controller import Controller
-        from dataflex_mega.control.staged import Staged
+        from dataflex_mega.control.controller import DataController
+        from dataflex_mega.control.staged import PipelineController
         from dataflex_mega.providers import domain_gradients as mixing
         from dataflex_mega.providers import targets
         from dataflex_mega.providers.batch_gradients import batch_gradients
         from dataflex_mega.providers.registry import providers
         from dataflex_mega.run.ordering import ordering_of, stages_of
 
-        scorer = self._scorer(engine, self.pool, self.bar and self.bar.scoring, targets.for_gradients(self, engine))
-        scorer.providers = providers(self, engine)
-        parts = (self.roles, self.domains, self.schedule, self.sampler, self.ranks, scorer)
-        counts = (self.split.global_batch, self.max_steps, self.data_seed)
+        computer = self._signal_computer(engine, self.pool, self.bar and self.bar.update_scoring, targets.for_gradients(self, engine))
+        computer.providers = providers(self, engine)
+        parts = (self.roles, self.domains, self.schedule, self.sampler, self.collectives, computer)
+        counts = (self.batch_partition.global_batch_size, self.max_steps, self.data_seed)
         mean, gram = targets.mean_of_targets(self, engine), mixing.domain_gram(self, engine)
         more = (self.limits, mean, self.candidates, gram, batch_gradients(self, engine), engine.learning_rate)
         if self.order is None and self.pipeline is None:
-            return Controller(*parts, *counts, *more)
+            return DataController(*parts, *counts, *more)
         stages = stages_of(self, self.source)
-        return Staged(*parts, *counts, *more, stages=stages, ordering=ordering_of(self))
+        return PipelineController(*parts, *counts, *more, stages=stages, passes=ordering_of(self))
 
     def _loader(self) -> Any:
         from dataflex_mega.data.loader import Loader
 
         workers = max(1, self.args.training.dataloader_num_workers)
-        return Loader(self.pool, self.sampler, self.split, self.collate, self.ours.prefetch, workers)
+        return Loader(self.pool, self.sampler, self.batch_partition, self.collate, self.ours.prefetch, workers)
 
     def _metrics(self) -> Any:
         from dataflex_mega.metrics import Metrics
         from dataflex_mega.run.selection import boards_of, files_of
 
         writer = None
-        if self.mesh.is_main and self.ours.tensorboard:
+        if self.parallel_info.is_main and self.ours.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             # What an interrupted run logged beyond the checkpoint is hidden; it is logged again.
@@ -319,21 +319,21 @@ class Build(Opened):
             self.output,
             self.pool.names,
             self.max_steps,
-            writes=self.mesh.is_main,
+            is_writer=self.parallel_info.is_main,
             mixer_name=mixer,
             selection_folder=files_of(self),
-            board_folder=boards_of(self),
+            scoreboard_folder=boards_of(self),
             tensorboard=writer,
-            bar=self.bar,
+            progress_bar=self.bar,
         )
 
     def _evaluate(self, engine: Any) -> dict[str, float]:
         """Token-mean loss of each evaluation set, under Trainer's names, and its exponential."""
-        from dataflex_mega.signals.scorer import evaluate
+        from dataflex_mega.signals.computer import evaluate
 
         found = {}
         for name, pool in self.evaluation.items():
-            loss, tokens = (self.ranks.sum(part).sum() for part in evaluate(self._scorer(engine, pool)))
+            loss, tokens = (self.collectives.all_reduce_sum(part).sum() for part in evaluate(self._signal_computer(engine, pool)))
             mean = float(loss / tokens.clamp(min=1))
             prefix = f"eval_{name}" if name else "eval"
             found[f"{prefix}_loss"] = mean
@@ -343,7 +343,7 @@ class Build(Opened):
     def _finish(self, engine: Any, trainer: Any) -> None:
         """The model in Hugging Face layout, and pictures."""
         engine.export(self.output)
-        if not self.mesh.is_main:
+        if not self.parallel_info.is_main:
             return
         from dataflex_mega.plots import plot_run
         from dataflex_mega.run.averages import write_averages

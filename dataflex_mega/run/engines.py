@@ -5,40 +5,33 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from dataflex_mega.config.parse import RunConfig
-from dataflex_mega.distributed.mesh import Mesh
-from dataflex_mega.types import FeatureSpec, HiddenSpec
+from dataflex_mega.distributed.parallel_info import ParallelInfo
+from dataflex_mega.engines.base import Engine
+from dataflex_mega.types import EmbeddingSpec
 
 
 class Backend(Protocol):
     """Made from the configuration alone, which it checks; then it joins the processes; then it builds the model."""
 
-    mesh: Mesh  # from `start` on
+    parallel_info: ParallelInfo  # from `start` on
     notes: tuple[str, ...]  # what the user should be told, from `start` on
 
     def start(self, args: Any, tokens: int) -> None:
         """Join the processes. Raises ConfigError, before that where it can.
 
         Args:
-            args: what llamafactory.args.parse returned.
+            args: what llamafactory.args.parse_arguments returned.
             tokens: how many the tokenizer has.
         """
         ...
 
     def engine(
-        self, tokenizer: Any, domains: int, steps: int, hidden: HiddenSpec | None = None, loads: bool = False
-    ) -> Any:
+        self, tokenizer: Any, domains: int, steps: int, hidden: EmbeddingSpec | None = None, loads: bool = False
+    ) -> Engine:
         """The engine for a run of `steps` optimizer steps over `domains` domains.
 
         `hidden`: what its weighter compares. `loads`: whether its mixer needs the routers' counts.
         """
-        ...
-
-    def gradient_scorer(self, engine: Any, adam: bool) -> Any:
-        """See signals.scorer.GradientScorer. Raises ConfigError where the engine cannot do it."""
-        ...
-
-    def feature_maker(self, engine: Any, spec: FeatureSpec, adam: bool) -> Any:
-        """See engines.fsdp.features.FeatureMaker. Raises ConfigError where the engine cannot do it."""
         ...
 
 

@@ -5,30 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 from dataflex_mega.config.parse import RunConfig
-from dataflex_mega.distributed import mesh as meshes
+from dataflex_mega.distributed.parallel_info import init_distributed
 from dataflex_mega.engines.fsdp.engine import FSDPEngine
-from dataflex_mega.engines.fsdp.features import FeatureMaker
-from dataflex_mega.engines.fsdp.gradients import GradientScorer
 from dataflex_mega.engines.fsdp.parallel import parallelize, read_layout, unwrap
-from dataflex_mega.engines.options import Options
-from dataflex_mega.types import FeatureSpec, HiddenSpec
+from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
+from dataflex_mega.engines.options import StepOptions
+from dataflex_mega.types import EmbeddingSpec
 
 
 class FSDPBackend:
     """Implements run.engines.Backend."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.config, self.ours = config, config.ours
+        self.config, self.ours = config, config.dataflex
 
     def start(self, args: Any, tokens: int) -> None:  # a Hugging Face model can grow
         """See Backend."""
         self.args = args
-        self.mesh = meshes.start()
-        self.layout = read_layout(self.config.lf, self.mesh)
+        self.parallel_info = init_distributed()
+        self.layout = read_layout(self.config.llamafactory, self.parallel_info)
         self.notes = self.layout.notes
 
     def engine(
-        self, tokenizer: Any, domains: int, steps: int, hidden: HiddenSpec | None = None, loads: bool = False
+        self, tokenizer: Any, domains: int, steps: int, hidden: EmbeddingSpec | None = None, loads: bool = False
     ) -> FSDPEngine:
         """See Backend."""
         from dataflex_mega.llamafactory.model import build_model, freeze_gates
@@ -40,29 +39,19 @@ class FSDPBackend:
         model = build_model(self.args, tokenizer)
         if self.ours.freeze_gate:
             freeze_gates(model)
-        module = parallelize(model, self.layout, self.mesh)
+        module = parallelize(model, self.layout, self.parallel_info)
         optimizer = build_optimizer(self.args, unwrap(module))
         return FSDPEngine(
-            module,
+            FSDPModelRunner(module, self.layout, self.parallel_info),
             optimizer,
             build_scheduler(self.args, optimizer, steps),
-            self.mesh,
-            self.layout,
-            Options(
-                domains=domains,
+            StepOptions(
+                num_domains=domains,
                 max_grad_norm=self.args.training.max_grad_norm,
-                lookahead=self.ours.lookahead,
+                weight_scope=self.ours.weight_scope,
                 normalization=self.ours.loss_normalization,
-                on_nan=self.ours.nan_loss,
-                loads=loads,
-                hidden=hidden,
+                on_non_finite=self.ours.on_non_finite,
+                count_router_loads=loads,
+                embedding_spec=hidden,
             ),
         )
-
-    def gradient_scorer(self, engine: FSDPEngine, adam: bool) -> GradientScorer:
-        """See Backend."""
-        return GradientScorer(engine, adam)
-
-    def feature_maker(self, engine: FSDPEngine, spec: FeatureSpec, adam: bool) -> FeatureMaker:
-        """See Backend."""
-        return FeatureMaker(engine, spec, adam)

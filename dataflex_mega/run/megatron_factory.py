@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from dataflex_mega.config.parse import RunConfig
-from dataflex_mega.distributed import mesh as meshes
-from dataflex_mega.engines.megatron import cpu, layout, shape, version
-from dataflex_mega.engines.options import Options
+from dataflex_mega.distributed.parallel_info import init_distributed
+from dataflex_mega.engines.megatron import cpu, decoder_config, layout, version
+from dataflex_mega.engines.options import StepOptions
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.types import HiddenSpec
+from dataflex_mega.types import EmbeddingSpec
 
 VOCAB_MULTIPLE = 128  # the padded vocabulary is the same for all usual tensor sizes, so that checkpoints may move
 
@@ -24,49 +24,59 @@ class MegatronBackend:
     def __init__(self, config: RunConfig) -> None:
         """Everything that the configuration, the model's own and the number of processes can tell."""
         version.check()
-        from dataflex_mega.engines.megatron.settings import Training
+        from dataflex_mega.engines.megatron.settings import TrainingSettings
 
-        self.config, self.ours, self.keys = config, config.ours, config.megatron
+        self.config, self.ours, self.keys = config, config.dataflex, config.megatron
         self.layout = layout.read_layout(self.keys, int(os.environ.get("WORLD_SIZE", "1")))
-        self.shape = shape.Shape.of(_hf_config(config.lf), math.lcm(VOCAB_MULTIPLE, self.layout.tensor))
-        accumulation = int(config.lf.get("gradient_accumulation_steps") or 1)
-        length = int(config.lf.get("cutoff_len") or 0)
-        layout.check(self.layout, self.shape, self.keys, accumulation, length)
-        self._settings(Training("adam", 0.0, 0.0, (0.9, 0.999), 1e-8, 0.0, self._precision()))  # for what it refuses
+        self.shape = decoder_config.DecoderConfig.from_hf_config(
+            _hf_config(config.llamafactory), math.lcm(VOCAB_MULTIPLE, self.layout.tensor)
+        )
+        accumulation = int(config.llamafactory.get("gradient_accumulation_steps") or 1)
+        length = int(config.llamafactory.get("cutoff_len") or 0)
+        layout.check_layout(self.layout, self.shape, self.keys, accumulation, length)
+        self._settings(
+            TrainingSettings("adam", 0.0, 0.0, (0.9, 0.999), 1e-8, 0.0, self._precision())
+        )  # for what it refuses
 
     def start(self, args: Any, tokens: int) -> None:
         """See Backend."""
-        from dataflex_mega.engines.megatron import process_groups as processes
+        from dataflex_mega.engines.megatron import process_groups
 
-        if tokens > self.shape.vocab:
+        if tokens > self.shape.vocab_size:
             raise ConfigError(
-                f"model_name_or_path: the tokenizer has {tokens} tokens, the model {self.shape.vocab}; engine: fsdp can "
+                f"model_name_or_path: the tokenizer has {tokens} tokens, the model {self.shape.vocab_size}; engine: fsdp can "
                 "grow the model with resize_vocab"
             )
         self.args = args
         self.settings = self._settings(self._training())
-        with cpu.redirected():
-            self.mesh = processes.start(meshes.start(), self.layout)
+        with cpu.cuda_calls_on_cpu():
+            self.parallel_info = process_groups.init_model_parallel(init_distributed(), self.layout)
         self.notes = (f"engine: megatron, {self.layout.describe()}", *self.settings.notes)
 
     def _settings(self, training: Any) -> Any:
-        from dataflex_mega.engines.megatron.settings import settings
+        from dataflex_mega.engines.megatron.settings import build_settings
 
-        with cpu.redirected():
-            return settings(self.keys, self.layout, self.shape, training)
+        with cpu.cuda_calls_on_cpu():
+            return build_settings(self.keys, self.layout, self.shape, training)
 
     def _precision(self) -> str:
-        precision = "bf16" if self.config.lf.get("bf16") else "fp16" if self.config.lf.get("fp16") else "fp32"
-        if precision == "fp16" and cpu.needed():
+        precision = (
+            "bf16"
+            if self.config.llamafactory.get("bf16")
+            else "fp16"
+            if self.config.llamafactory.get("fp16")
+            else "fp32"
+        )
+        if precision == "fp16" and cpu.is_needed():
             raise ConfigError("fp16: this machine has no device that trains in fp16; use bf16: true or neither")
         return precision
 
     def _training(self) -> Any:
-        from dataflex_mega.engines.megatron.settings import Training
+        from dataflex_mega.engines.megatron.settings import TrainingSettings
 
         training = self.args.training
         by_name = "sgd" if str(training.optim).rpartition(".")[2].lower() == "sgd" else "adam"
-        return Training(
+        return TrainingSettings(
             optimizer=self.keys.optimizer or by_name,
             lr=training.learning_rate,
             weight_decay=training.weight_decay,
@@ -74,31 +84,33 @@ class MegatronBackend:
             eps=training.adam_epsilon,
             max_grad_norm=training.max_grad_norm,
             precision=self._precision(),
-            packs=bool(self.config.lf.get("packing") or self.config.lf.get("neat_packing")),
+            packs=bool(self.config.llamafactory.get("packing") or self.config.llamafactory.get("neat_packing")),
         )
 
     def engine(
-        self, tokenizer: Any, domains: int, steps: int, hidden: HiddenSpec | None = None, loads: bool = False
+        self, tokenizer: Any, domains: int, steps: int, hidden: EmbeddingSpec | None = None, loads: bool = False
     ) -> Any:
         """See Backend."""
-        from dataflex_mega.engines.megatron.build import assemble, chunks_of
+        from dataflex_mega.engines.megatron.build import build_chunks, build_engine
         from dataflex_mega.llamafactory.optim import build_scheduler
 
-        options = Options(
-            domains=domains,
+        options = StepOptions(
+            num_domains=domains,
             max_grad_norm=self.args.training.max_grad_norm,
-            lookahead=self.ours.lookahead,
+            weight_scope=self.ours.weight_scope,
             normalization=self.ours.loss_normalization,
-            on_nan=self.ours.nan_loss,
-            loads=loads,
-            hidden=hidden,
+            on_non_finite=self.ours.on_non_finite,
+            count_router_loads=loads,
+            embedding_spec=hidden,
         )
-        with cpu.redirected():
-            chunks = chunks_of(self.shape, self.settings, self.args.training.seed)
+        with cpu.cuda_calls_on_cpu():
+            chunks = build_chunks(self.shape, self.settings, self.args.training.seed)
             self.fill(chunks)
             schedule = partial(build_scheduler, self.args, steps=steps)
             rows = self.args.training.per_device_train_batch_size
-            return assemble(chunks, self.settings, self.layout, self.mesh, options, schedule, rows, self._writer())
+            return build_engine(
+                chunks, self.settings, self.layout, self.parallel_info, options, schedule, rows, self._writer()
+            )
 
     def fill(self, chunks: list[Any]) -> None:
         """Weights from a Megatron checkpoint, from names and a seed, or from the Hugging Face folder."""
@@ -111,28 +123,18 @@ class MegatronBackend:
                 raise ConfigError(f"megatron_pretrained_checkpoint: folder {ready_made} not found")
             checkpoint.load_model(chunks, Path(ready_made))
             return
-        hf = self.shape.hf
+        hf = self.shape.hf_config
         if self.args.model.train_from_scratch:
             weights.load(chunks, hf, NamedInit(hf, self.args.training.seed))
         else:
-            weights.load(chunks, hf, weights.HFFolder(_folder(self.config.lf), hf))
+            weights.load(chunks, hf, weights.HFCheckpointReader(_folder(self.config.llamafactory), hf))
 
     def _writer(self) -> Any:
         """(chunks, folder) -> the model in Hugging Face layout, in the precision of its parameters."""
         from dataflex_mega.engines.megatron.export import ExportOptions, export
 
-        options = ExportOptions(generation=_generation_config(self.config.lf))
-        return partial(_export, partial(export, dtype=self.settings.model.params_dtype, options=options), self.shape.hf)
-
-    def gradient_scorer(self, engine: Any, adam: bool) -> Any:
-        """See Backend."""
-        from dataflex_mega.engines.megatron.gradients import GradientScorer
-
-        return GradientScorer(engine, adam)
-
-    def feature_maker(self, engine: Any, spec: Any, adam: bool) -> Any:
-        """See Backend."""
-        raise ConfigError("gradient features are not there with engine: megatron; engine: fsdp has them")
+        options = ExportOptions(generation=_generation_config(self.config.llamafactory))
+        return partial(_export, partial(export, dtype=self.settings.model.params_dtype, options=options), self.shape.hf_config)
 
 
 def _export(export: Any, hf_config: Any, chunks: list[Any], folder: Path) -> None:

@@ -29,7 +29,7 @@ def check_files(run: Opened) -> None:
             pool = theirs.get("data", {}).get("pool")
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise DataError(f"{note}: cannot be read: {error}") from error
-        mine = run.pool.content()
+        mine = run.pool.content_hash()
         if pool is not None and list(pool.items()) != list(mine.items()):
             names = [name for name in {**pool, **mine} if pool.get(name) != mine.get(name)] or ["their order"]
             found = ", ".join(f"{name} ({pool.get(name)} there, {mine.get(name)} here)" for name in names)

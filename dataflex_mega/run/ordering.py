@@ -1,4 +1,4 @@
-"""What orders the samples of a run: scores from files, the selector that measures them, clocks."""
+"""What orders the samples of a run: scores from files, the selector that measures them, schedules."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from dataflex_mega.algorithms.base import Selector
-from dataflex_mega.config.orders import OrderArguments, ScoreParams
 from dataflex_mega.config.pipelines import Pipeline, StageArguments
-from dataflex_mega.control.passes import Direction, Ordering
-from dataflex_mega.control.schedule import Schedule
-from dataflex_mega.control.staged import Source, Stages
+from dataflex_mega.config.reorder_arguments import ReorderArguments, ScoreParams
+from dataflex_mega.control.passes import OrderedPasses, OrderOptions
+from dataflex_mega.control.schedule import UpdateSchedule
+from dataflex_mega.control.staged import ScoreSource, StageConfig
 from dataflex_mega.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -26,45 +26,45 @@ if TYPE_CHECKING:
 RENEWAL = 4096  # steps between plans of an order that is never scored anew
 
 
-def scoring_selector(order: OrderArguments | None) -> Selector | None:
+def scoring_selector(order: ReorderArguments | None) -> Selector | None:
     """The selector whose scores a reorder sorts by, None when they come from a file."""
-    from dataflex_mega.config.components import flat
+    from dataflex_mega.config.components import flatten_spec
     from dataflex_mega.registry import build
 
-    if order is None or order.source not in ("model_loss", "selector"):
+    if order is None or order.resolved_source not in ("model_loss", "selector"):
         return None
-    spec = "loss" if order.source == "model_loss" else flat("selector", order.scores.selector or {})
+    spec = "loss" if order.resolved_source == "model_loss" else flatten_spec("selector", order.scores.selector or {})
     made = build("selector", spec)
     assert isinstance(made, Selector)
-    if not made.needs:
+    if not made.signals:
         raise ConfigError(
             f"reorder.score_params.selector: {type(made).__name__} measures nothing of a sample to sort by"
         )
     return made
 
 
-def ordering_of(run: Build) -> Ordering | None:
+def ordering_of(run: Build) -> OrderedPasses | None:
     """The passes of the run: one over all samples, or with a mixer one for each domain."""
     if run.roles.reorder is None or run.order is None:
         return None
     bounds = [0, len(run.pool)] if run.roles.mixer is None else [int(end) for end in run.pool.offsets]
-    direction = Direction(run.order.low_first, run.order.window_size, run.order.seed)
-    return Ordering(run.roles.reorder, direction, bounds)
+    direction = OrderOptions(run.order.low_first, run.order.window_size, run.order.seed)
+    return OrderedPasses(run.roles.reorder, direction, bounds)
 
 
-def source_of(run: Build) -> Source:
+def source_of(run: Build) -> ScoreSource:
     """What is sorted by."""
-    if run.order is None or run.roles.reorder is None or not run.roles.reorder.reads_scores:
-        return Source()
+    if run.order is None or run.roles.reorder is None or not run.roles.reorder.uses_scores:
+        return ScoreSource()
     params = run.order.scores
     fixed = None
     if run.scoring is None:
-        found = _cached(params, len(run.pool)) if run.order.source == "cached_selection" else _precomputed(run, params)
+        found = _cached(params, len(run.pool)) if run.order.resolved_source == "cached_selection" else _precomputed(run, params)
         fixed = torch.from_numpy(found.astype(np.float32))
-    return Source(fixed, run.scoring, params.max_samples, params.seed)
+    return ScoreSource(fixed, run.scoring, params.max_samples, params.seed)
 
 
-def fingerprint(source: Source) -> dict[str, str]:
+def fingerprint(source: ScoreSource) -> dict[str, str]:
     """What a checkpoint remembers of scores that came from a file."""
     if source.fixed is None:
         return {}
@@ -73,48 +73,48 @@ def fingerprint(source: Source) -> dict[str, str]:
 
 def weigher_of(pipeline: Pipeline, first: Any) -> Any:
     """The weighter of a pipeline, a product where it has several; `first`: the one that is built already."""
-    from dataflex_mega.control.weighter_product import multiplied
+    from dataflex_mega.control.weighter_product import combine_weighters
     from dataflex_mega.registry import build
 
-    made = [first, *(build("weighter", spec) for spec in pipeline.weighing[1:])]
-    return multiplied([(part, _clock(stage)) for part, stage in zip(made, pipeline.weighters, strict=True)])
+    made = [first, *(build("weighter", spec) for spec in pipeline.weighter_specs[1:])]
+    return combine_weighters([(part, _update_schedule(stage)) for part, stage in zip(made, pipeline.weighter_stages, strict=True)])
 
 
-def _clock(stage: StageArguments) -> Schedule:
-    return Schedule(stage.warmup_step, stage.every, -1, repeats=False)
+def _update_schedule(stage: StageArguments) -> UpdateSchedule:
+    return UpdateSchedule(stage.warmup_step, stage.every, -1, repeat_cycles=False)
 
 
-def _own_clocks(pipeline: Pipeline, source: Source, order: OrderArguments | None) -> Stages:
+def _pipeline_stage_config(pipeline: Pipeline, source: ScoreSource, order: ReorderArguments | None) -> StageConfig:
     """Every stage acts by its own steps."""
-    clocks = {family: _clock(stage) for family, stage in pipeline.chain.items()}
-    if pipeline.weighters:
-        clocks["weighter"] = Schedule(min(stage.warmup_step for stage in pipeline.weighters), 1, -1, repeats=False)
-    selection = pipeline.chain.get("selector")
-    return Stages(
-        clocks,
+    schedules = {family: _update_schedule(stage) for family, stage in pipeline.role_stages.items()}
+    if pipeline.weighter_stages:
+        schedules["weighter"] = UpdateSchedule(min(stage.warmup_step for stage in pipeline.weighter_stages), 1, -1, repeat_cycles=False)
+    selection = pipeline.role_stages.get("selector")
+    return StageConfig(
+        schedules,
         source,
         rescore=order is None or order.kind == "dynamic",
         score_every=1 if order is None else order.reorder_every,
         consume_once=order is None or order.consume_once,
         mode="draw" if selection is None else selection.mode,
         keep_ratio=1.0 if selection is None else selection.keep_ratio,
-        max_age={family: stage.score_max_age for family, stage in pipeline.chain.items()},
+        max_score_age={family: stage.score_max_age for family, stage in pipeline.role_stages.items()},
     )
 
 
-def stages_of(run: Build, source: Source) -> Stages:
+def stages_of(run: Build, source: ScoreSource) -> StageConfig:
     """How the roles act. Without a pipeline all together, by warmup_step and update_step, but for an order that is scored
     once: it begins with the run."""
     ours, order = run.ours, run.order
     if run.pipeline is not None:
-        return _own_clocks(run.pipeline, source, order)
-    endless = Schedule(ours.warmup_step, ours.update_step, -1, repeats=False)
-    clocks = {"selector": endless, "mixer": Schedule(ours.warmup_step, ours.update_step, ours.update_times, False)}
-    clocks["weighter"] = endless
-    clocks["reorder"] = endless if order is None or order.kind == "dynamic" else Schedule(0, RENEWAL, -1, False)
+        return _pipeline_stage_config(run.pipeline, source, order)
+    endless = UpdateSchedule(ours.warmup_step, ours.update_step, -1, repeat_cycles=False)
+    schedules = {"selector": endless, "mixer": UpdateSchedule(ours.warmup_step, ours.update_step, ours.update_times, False)}
+    schedules["weighter"] = endless
+    schedules["reorder"] = endless if order is None or order.kind == "dynamic" else UpdateSchedule(0, RENEWAL, -1, False)
     if order is None:
-        return Stages(clocks, source)
-    return Stages(clocks, source, order.kind == "dynamic", order.reorder_every, order.consume_once)
+        return StageConfig(schedules, source)
+    return StageConfig(schedules, source, order.kind == "dynamic", order.reorder_every, order.consume_once)
 
 
 # -- scores from files -------------------------------------------------------------------------------------------------

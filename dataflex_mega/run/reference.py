@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dataflex_mega.distributed.agreement import on_main
+from dataflex_mega.data.lockstep import lockstep_batches
+from dataflex_mega.distributed.agreement import run_on_main
 from dataflex_mega.errors import CheckpointError, ConfigError
-from dataflex_mega.store.files import MANIFEST
-from dataflex_mega.store.reference import ReferenceCache, model_fingerprint
+from dataflex_mega.store.manifest import MANIFEST
+from dataflex_mega.store.reference_losses import ReferenceLossCache, model_fingerprint
 from dataflex_mega.types import Batch, NeedsReference
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 FOLDER = "reference"  # in output_dir, when `reference_cache` names none
 
 
-def find(run: Opened) -> ReferenceCache | None:
+def find(run: Opened) -> ReferenceLossCache | None:
     """The cache that a run reads, not yet built or checked; None when no algorithm of the run asks for it.
 
     Raises ConfigError when one does and neither key is set, and CheckpointError when neither a model nor a cache is there.
@@ -44,27 +45,27 @@ def find(run: Opened) -> ReferenceCache | None:
     return cache_of(run)
 
 
-def cache_of(run: Opened) -> ReferenceCache:
+def cache_of(run: Opened) -> ReferenceLossCache:
     """The cache that a configuration names, whatever its state."""
     model = run.ours.reference_model
     folder = Path(run.ours.reference_cache or run.output / FOLDER).expanduser()
     source = None if model is None else Path(model).expanduser()
     identity = {
-        "model": on_main(run, partial(_model_of, source, folder)),
-        "data": on_main(run, run.pool.content),
+        "model": run_on_main(run.collectives, partial(_model_of, source, folder)),
+        "data": run_on_main(run.collectives, run.pool.content_hash),
         "cutoff_len": run.args.data.cutoff_len,
     }
-    return ReferenceCache(folder, identity, len(run.pool), run.ours.reference_dtype)
+    return ReferenceLossCache(folder, identity, len(run.pool), run.ours.reference_dtype)
 
 
-def ensure(run: Opened, cache: ReferenceCache) -> None:
+def ensure(run: Opened, cache: ReferenceLossCache) -> None:
     """Build what is missing, and check every block, the work divided over ranks. Raises CheckpointError for a cache that is
     another model's or data's, that cannot be finished without reference_model, or that is damaged."""
-    if not on_main(run, cache.complete):
+    if not run_on_main(run.collectives, cache.is_complete):
         if run.ours.reference_model is None:
             raise CheckpointError(f"reference_cache: {cache.folder} is not finished; set reference_model to finish it")
         build(run, cache, Path(run.ours.reference_model).expanduser())
-    shares = run.ranks.gather_objects(cache.faults(run.mesh.rank, run.mesh.world))
+    shares = run.collectives.all_gather_objects(cache.integrity_errors(run.parallel_info.rank, run.parallel_info.world_size))
     faults = [fault for share in shares for fault in share]
     if faults:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
@@ -89,40 +90,39 @@ def _model_of(source: Path | None, folder: Path) -> str:
 # -- building ------------------------------------------------------------------------------------------------------------
 
 
-def build(run: Opened, cache: ReferenceCache, source: Path) -> None:
+def build(run: Opened, cache: ReferenceLossCache, source: Path) -> None:
     """Compute the blocks that are missing; rank r takes every world-th of them. The run's random numbers are untouched."""
-    on_main(run, cache.begin)
-    missing = on_main(run, cache.missing)
-    devices = [run.mesh.device] if run.mesh.device.type == "cuda" else []
-    run.say(f"reference: {len(missing)} of {cache.blocks} blocks to compute with {source} into {cache.folder}")
+    run_on_main(run.collectives, cache.create_or_resume)
+    missing = run_on_main(run.collectives, cache.missing_blocks)
+    devices = [run.parallel_info.device] if run.parallel_info.device.type == "cuda" else []
+    run.say(f"reference: {len(missing)} of {cache.num_blocks} blocks to compute with {source} into {cache.folder}")
     with torch.random.fork_rng(devices):
         losses = forward(run, source)
-        for done in range(0, len(missing), run.mesh.world):
-            _turn(run, cache, missing[done : done + run.mesh.world], losses)
-            run.say(f"reference: {min(done + run.mesh.world, len(missing))}/{len(missing)} blocks")
+        for done in range(0, len(missing), run.parallel_info.world_size):
+            _turn(run, cache, missing[done : done + run.parallel_info.world_size], losses)
+            run.say(f"reference: {min(done + run.parallel_info.world_size, len(missing))}/{len(missing)} blocks")
         del losses
         gc.collect()
         if devices:
             torch.cuda.empty_cache()
-    run.ranks.barrier()
-    on_main(run, cache.finish)
+    run.collectives.barrier()
+    run_on_main(run.collectives, cache.finalize)
 
 
-def _turn(run: Opened, cache: ReferenceCache, blocks: list[int], losses: Callable[[Batch], Tensor]) -> None:
+def _turn(run: Opened, cache: ReferenceLossCache, blocks: list[int], losses: Callable[[Batch], Tensor]) -> None:
     """One block a rank. A rank without one computes the first once more and drops it: sharded layers are called together."""
-    has_one = run.mesh.rank < len(blocks)
-    ids = cache.ids(blocks[run.mesh.rank if has_one else 0])
-    longest = max(len(cache.ids(block)) for block in blocks)
+    has_one = run.parallel_info.rank < len(blocks)
+    ids = cache.ids_of_block(blocks[run.parallel_info.rank if has_one else 0])
+    longest = max(len(cache.ids_of_block(block)) for block in blocks)
     size = run.ours.score_batch_size or run.args.training.per_device_eval_batch_size
     collate = partial(run.collate, pack_length=None)
     found: list[Tensor] = []
-    for start in range(0, longest, size):
-        here = ids[start : start + size]
-        samples = run.pool.fetch(here if len(here) else ids[:1])
-        rows = losses(collate([replace(sample, reference=None) for sample in samples]))
-        found += [row[: len(sample.input_ids)] for row, sample in zip(rows, samples, strict=True)][: len(here)]
+    for batch_ids, count in lockstep_batches(ids, size, -(-longest // size)):
+        samples = run.pool.fetch(batch_ids)
+        rows = losses(collate([replace(sample, reference_losses=None) for sample in samples]))
+        found += [row[: len(sample.input_ids)] for row, sample in zip(rows, samples, strict=True)][:count]
     if has_one:
-        cache.write(blocks[run.mesh.rank], found)
+        cache.write_block(blocks[run.parallel_info.rank], found)
 
 
 def forward(run: Opened, source: Path) -> Callable[[Batch], Tensor]:
@@ -130,22 +130,19 @@ def forward(run: Opened, source: Path) -> Callable[[Batch], Tensor]:
 
     It is laid out as the training model is where that is sharded, and whole on every process otherwise.
     """
-    from dataflex_mega.engines.fsdp.engine import FSDPEngine, Options
     from dataflex_mega.engines.fsdp.parallel import parallelize, read_layout
+    from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
 
-    layout = read_layout(run.config.lf, run.mesh)
+    layout = read_layout(run.config.llamafactory, run.parallel_info)
     if layout.mode == "ddp":
         layout = replace(layout, mode="single")  # nothing is trained, so nothing is reduced
     model = _load(run, source, layout.dtype)
-    module = parallelize(model, layout, run.mesh)
-    unused = torch.optim.SGD(module.parameters(), lr=0.0)  # an engine has one; no step is taken
-    constant = torch.optim.lr_scheduler.ConstantLR(unused, 1.0)
-    engine = FSDPEngine(module, unused, constant, run.mesh, layout, Options(domains=len(run.pool.sizes)))
-    engine.module.eval()
+    runner = FSDPModelRunner(parallelize(model, layout, run.parallel_info), layout, run.parallel_info)
+    runner.module.eval()
 
     def losses(batch: Batch) -> Tensor:
         with torch.no_grad():
-            return engine.token_losses(batch.to(run.mesh.device)).cpu()
+            return runner.token_losses(batch.to(runner.device)).cpu()
 
     return losses
 

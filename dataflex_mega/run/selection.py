@@ -16,12 +16,12 @@ def candidates_of(run: Build) -> Any:
 
     Raises UserError when there are fewer samples than one selection chooses.
     """
-    from dataflex_mega.data.candidates import Candidates
+    from dataflex_mega.data.candidates import CandidateRotation
     from dataflex_mega.types import NeedsClusters
 
     if run.roles.selector is None:
         return None
-    (key, steps), batch, share = _window(run), run.split.global_batch, run.ours.candidates
+    (key, steps), batch, share = _window(run), run.batch_partition.global_batch_size, run.ours.candidate_fraction
     window = batch * steps
     if window > len(run.pool):
         raise UserError(
@@ -30,15 +30,15 @@ def candidates_of(run: Build) -> Any:
         )
     if share == 1:
         return None
-    if run.ours.rescore == "incremental" and isinstance(run.roles.selector, NeedsClusters):
+    if run.ours.score_reuse == "latest" and isinstance(run.roles.selector, NeedsClusters):
         name = run.specs["selector"]["name"]
         raise ConfigError(
-            f"rescore: incremental: selector {name} compares samples that are clustered together; use full"
+            f"score_reuse: latest: selector {name} compares samples that are clustered together; use none"
         )
-    made = Candidates(run.pool.sizes, share, run.data_seed, keeps=run.ours.rescore == "incremental")
-    if run.roles.mixer is None and window > made.total():  # with a mixer, parts are as large as its quotas
+    made = CandidateRotation(run.pool.sizes, share, run.data_seed, reuse_old_scores=run.ours.score_reuse == "latest")
+    if run.roles.mixer is None and window > made.num_total():  # with a mixer, parts are as large as its quotas
         raise UserError(
-            f"candidates: {share} of {len(run.pool)} samples are {made.total()}, but {steps} steps of {batch} samples need "
+            f"candidate_fraction: {share} of {len(run.pool)} samples are {made.num_total()}, but {steps} steps of {batch} samples need "
             f"{window}; at least {window / len(run.pool):.3g} is needed"
         )
     return made
@@ -48,7 +48,7 @@ def _window(run: Build) -> tuple[str, int]:
     """(key, steps) of how long the samples of one selection last; 0 for a filter, which keeps as many as it says."""
     if run.pipeline is None:
         return "update_step", run.ours.update_step
-    stage = run.pipeline.chain["selector"]
+    stage = run.pipeline.role_stages["selector"]
     return "pipeline.stages: every", 0 if stage.mode == "filter" else stage.every
 
 

@@ -1,79 +1,70 @@
-"""A pool cut into groups of samples that are alike, with what COINCIDE asks of each group.
+"""Clusters of similar samples, and what COINCIDE needs to know of each cluster.
 
 Lee et al. 2024, "Concept-skill Transferability-based Data Selection for Large Vision-Language Models" (COINCIDE, arXiv
-2406.10995). Features are spread over ranks as the candidates are; no rank holds them all. Clustering sums centres over
+2406.10995). Features are sharded over ranks as the candidates are; no rank holds them all. Clustering sums centres over
 ranks; then every cluster's features go to one rank, which orders its members.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dataflex_mega.signals.hidden import unit
+from dataflex_mega.distributed.protocol import Collectives
+from dataflex_mega.signals.sample_embeddings import l2_normalize
 from dataflex_mega.types import ClusterSpec
 
-ROWS = 4096  # rows of features that are compared with all centres at once
-SAME = 1e-9  # distances of kernel means that differ by less are the same
-PER_CLUSTER, MOST = 20, 10_000  # samples of a cluster and number of clusters, where none is given
+CHUNK_ROWS = 4096  # rows of features that are compared with all centres at once
+TIE_TOLERANCE = 1e-9  # kernel-mean distances that differ by less count as equal
+SAMPLES_PER_CLUSTER, MAX_CLUSTERS = 20, 10_000  # for a spec without a number of clusters
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """How ranks talk, as two functions."""
-
-    rank: int
-    ranks: int
-    total: Callable[[Tensor], Tensor]  # sums a tensor over ranks
-    exchange: Callable[[Tensor, list[int]], tuple[Tensor, list[int]]]  # see distributed.Collectives.exchange
-    device: torch.device | str = "cpu"  # where features are compared with centres
+def num_clusters(spec: ClusterSpec, num_samples: int) -> int:
+    """The initial number of clusters, at most one per sample."""
+    return min(num_samples, spec.num_clusters or min(MAX_CLUSTERS, -(-num_samples // SAMPLES_PER_CLUSTER)))
 
 
-def wanted_clusters(spec: ClusterSpec, samples: int) -> int:
-    """How many clusters are begun with, at most one a sample."""
-    return min(samples, spec.clusters or min(MOST, -(-samples // PER_CLUSTER)))
-
-
-# Not kmeans.cluster: centres begin elsewhere there and an empty one starts anew; with it COINCIDE's choices would change.
-def kmeans(features: Tensor, first: int, samples: int, spec: ClusterSpec, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Spherical k-means (Dhillon and Modha 2001), until nothing moves or for `spec.iterations`.
+# Not kmeans.fit_kmeans: its centres begin elsewhere and an empty one starts anew, which would change COINCIDE's selection.
+def fit_spherical_kmeans(
+    features: Tensor, first: int, num_samples: int, spec: ClusterSpec, collectives: Collectives
+) -> tuple[Tensor, Tensor]:
+    """Spherical k-means (Dhillon and Modha 2001), until no sample moves or for `spec.iterations`.
 
     Args:
-        features: [n, D] float32 unit vectors of this rank's share, which begins at global place `first`.
-        samples: N, over all ranks.
+        features: [n, D] float32 unit vectors of this rank's share, which begins at global position `first`.
+        num_samples: N, over all ranks.
 
     Returns:
         ([n] int64 clusters of this rank's samples, [K, D] float32 unit centres). Centres begin at samples that `spec.seed`
         picks; one that loses all its members stays where it is.
     """
-    count = wanted_clusters(spec, samples)
-    chosen = np.sort(np.random.default_rng(spec.seed).choice(samples, count, replace=False))
-    mine = np.flatnonzero((chosen >= first) & (chosen < first + len(features)))
+    count = num_clusters(spec, num_samples)
+    seeds = np.sort(np.random.default_rng(spec.seed).choice(num_samples, count, replace=False))
+    local = np.flatnonzero((seeds >= first) & (seeds < first + len(features)))
     centres = torch.zeros(count, features.shape[1])
-    centres[torch.from_numpy(mine)] = features[torch.from_numpy(chosen[mine] - first)]
-    centres = ranks.total(centres)
-    assigned = torch.full((len(features),), -1)
+    centres[torch.from_numpy(local)] = features[torch.from_numpy(seeds[local] - first)]
+    centres = collectives.all_reduce_sum(centres)
+    labels = torch.full((len(features),), -1)
     for _ in range(max(1, spec.iterations)):
-        nearest = _nearest(features, centres, ranks.device)
-        moved = ranks.total((nearest != assigned).sum())
-        assigned = nearest
-        if int(moved) == 0:
+        nearest = _nearest(features, centres, collectives.parallel_info.device)
+        num_moved = collectives.all_reduce_sum((nearest != labels).sum())
+        labels = nearest
+        if int(num_moved) == 0:
             break
-        sums = torch.zeros(centres.shape, dtype=torch.float64).index_add_(0, assigned, features.double())
-        sums = ranks.total(sums)
-        centres = torch.where(sums.norm(dim=1, keepdim=True) > 0, unit(sums).float(), centres)
-    return _nearest(features, centres, ranks.device), centres
+        sums = torch.zeros(centres.shape, dtype=torch.float64).index_add_(0, labels, features.double())
+        sums = collectives.all_reduce_sum(sums)
+        centres = torch.where(sums.norm(dim=1, keepdim=True) > 0, l2_normalize(sums).float(), centres)
+    return _nearest(features, centres, collectives.parallel_info.device), centres
 
 
 def _nearest(features: Tensor, centres: Tensor, device: torch.device | str) -> Tensor:
     """[n] int64: the centre with the largest cosine, the first of equal ones."""
-    there = centres.to(device).T
-    parts = [(rows.to(device) @ there).argmax(dim=1).cpu() for rows in features.split(ROWS)]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+    columns = centres.to(device).T
+    nearest = [(rows.to(device) @ columns).argmax(dim=1).cpu() for rows in features.split(CHUNK_ROWS)]
+    return torch.cat(nearest) if nearest else torch.zeros(0, dtype=torch.int64)
 
 
 def transferability(centres: Tensor) -> Tensor:
@@ -83,73 +74,78 @@ def transferability(centres: Tensor) -> Tensor:
     return others / max(1, len(centres) - 1)
 
 
-def kernel(a: Tensor, b: Tensor) -> Tensor:
+def rbf_kernel(a: Tensor, b: Tensor) -> Tensor:
     """[n, D], [m, D] unit vectors -> [n, m] exp(-|a - b|^2)."""
     return torch.exp(2 * (a @ b.T) - a.square().sum(1, keepdim=True) - b.square().sum(1))
 
 
-def order(members: Tensor, single: float = 1.0) -> tuple[Tensor, float]:
-    """[n, D] float64 features of a cluster -> ([n] int64 each member's turn, the mean kernel of its pairs or `single`).
+def kernel_mean_order(members: Tensor, singleton_density: float = 1.0) -> tuple[Tensor, float]:
+    """[n, D] float64 features of a cluster -> ([n] int64 each member's number in the order, the cluster's density).
 
-    The first m by turn are the greedy choice of m whose kernel mean is nearest to the cluster's (squared maximum mean
-    discrepancy), for any m at once: what is chosen early does not depend on how many follow.
+    The first m in the order are the greedy choice of m whose kernel mean is nearest to the cluster's (squared maximum mean
+    discrepancy), for any m at once: what is chosen early does not depend on how many follow. The density is the mean kernel
+    of all pairs, `singleton_density` where there is none.
     """
     n = len(members)
-    columns = torch.cat([kernel(rows, members).sum(dim=1) for rows in members.split(ROWS)])
-    density = float((columns.sum() - n) / (n * (n - 1))) if n > 1 else single
-    turn = torch.full((n,), -1)
-    near, inside, outside = torch.zeros(n, dtype=torch.float64), 0.0, 0.0  # to the chosen; sums over the chosen
+    kernel_sums = torch.cat([rbf_kernel(rows, members).sum(dim=1) for rows in members.split(CHUNK_ROWS)])
+    density = float((kernel_sums.sum() - n) / (n * (n - 1))) if n > 1 else singleton_density
+    order = torch.full((n,), -1)
+    to_chosen = torch.zeros(n, dtype=torch.float64)  # sum of each member's kernels with the chosen ones
+    within_chosen, chosen_to_all = 0.0, 0.0  # sums over the chosen ones
     for size in range(1, n + 1):
-        gap = (inside + 2 * near + 1) / size**2 - 2 * (outside + columns) / (n * size)
-        gap = gap.masked_fill(turn >= 0, torch.inf)
-        pick = int(
-            (gap <= gap.min() + SAME).nonzero()[0]
-        )  # either of two members is as good: not for rounding to decide
-        turn[pick] = size - 1
-        inside += float(2 * near[pick] + 1)
-        outside += float(columns[pick])
-        near += kernel(members, members[pick : pick + 1]).squeeze(1)
-    return turn, density
+        gap = (within_chosen + 2 * to_chosen + 1) / size**2 - 2 * (chosen_to_all + kernel_sums) / (n * size)
+        gap = gap.masked_fill(order >= 0, torch.inf)
+        # The first of equally good members: rounding must not decide.
+        pick = int((gap <= gap.min() + TIE_TOLERANCE).nonzero()[0])
+        order[pick] = size - 1
+        within_chosen += float(2 * to_chosen[pick] + 1)
+        chosen_to_all += float(kernel_sums[pick])
+        to_chosen += rbf_kernel(members, members[pick : pick + 1]).squeeze(1)
+    return order, density
 
 
-def signals(features: Tensor, first: int, samples: int, spec: ClusterSpec, ranks: Ranks) -> dict[str, Tensor]:
-    """What each of this rank's samples has of its cluster.
+def cluster_signals(
+    features: Tensor, first: int, num_samples: int, spec: ClusterSpec, collectives: Collectives
+) -> dict[str, Tensor]:
+    """What this rank's samples know of their clusters. Every rank must call it.
 
-    Args: as `kmeans`.
+    Args: as `fit_spherical_kmeans`.
 
     Returns:
-        "cluster" [n] int64; "turn" [n] int64, its place in the greedy order of the members; "density" and "transfer" [n]
-        float64, those of the cluster.
+        "cluster" [n] int64; "order" [n] int64, its number in the greedy order of the members; "density" and
+        "transferability" [n] float64, those of the cluster.
     """
-    assigned, centres = kmeans(features, first, samples, spec, ranks)
-    sizes = ranks.total(torch.bincount(assigned, minlength=len(centres)))
-    transfer = torch.zeros(len(centres), dtype=torch.float64)
-    transfer[sizes > 0] = transferability(centres[sizes > 0])
-    turn, density = _ordered(features, assigned, first, spec, ranks)
-    return {"cluster": assigned, "turn": turn, "density": density, "transfer": transfer[assigned]}
+    labels, centres = fit_spherical_kmeans(features, first, num_samples, spec, collectives)
+    sizes = collectives.all_reduce_sum(torch.bincount(labels, minlength=len(centres)))
+    of_cluster = torch.zeros(len(centres), dtype=torch.float64)
+    of_cluster[sizes > 0] = transferability(centres[sizes > 0])
+    order, density = _order_members(features, labels, first, spec, collectives)
+    return {"cluster": labels, "order": order, "density": density, "transferability": of_cluster[labels]}
 
 
-def _ordered(features: Tensor, assigned: Tensor, first: int, spec: ClusterSpec, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """([n] turns, [n] densities) of this rank's samples: cluster c is ordered on rank c mod ranks."""
-    owner = assigned % ranks.ranks
-    sent = torch.cat([(owner == rank).nonzero().squeeze(1) for rank in range(ranks.ranks)])
-    counts = [int((owner == rank).sum()) for rank in range(ranks.ranks)]
+def _order_members(
+    features: Tensor, labels: Tensor, first: int, spec: ClusterSpec, collectives: Collectives
+) -> tuple[Tensor, Tensor]:
+    """([n] order, [n] density) of this rank's samples: cluster c is ordered on rank c mod the number of ranks."""
+    owner = labels % collectives.parallel_info.dp_size
+    sent = torch.cat([(owner == rank).nonzero().squeeze(1) for rank in range(collectives.parallel_info.dp_size)])
+    send_counts = [int((owner == rank).sum()) for rank in range(collectives.parallel_info.dp_size)]
     # Numbers up to 2**53 survive as float64 beside the features.
-    head = torch.stack([assigned[sent], sent + first], dim=1).double()
-    received, came = ranks.exchange(torch.cat([head, features[sent].double()], dim=1), counts)
+    head = torch.stack([labels[sent], sent + first], dim=1).double()
+    received, receive_counts = collectives.all_to_all(torch.cat([head, features[sent].double()], dim=1), send_counts)
     answers = torch.zeros(len(received), 2, dtype=torch.float64)
-    for places in _groups(received[:, 0].long(), received[:, 1].long()):
-        turn, density = order(received[places, 2:], spec.single_density)
-        answers[places, 0], answers[places, 1] = turn.double(), density
-    back, _ = ranks.exchange(answers, came)
-    turns, densities = torch.zeros(len(features), dtype=torch.int64), torch.zeros(len(features), dtype=torch.float64)
-    turns[sent], densities[sent] = back[:, 0].long(), back[:, 1]
-    return turns, densities
+    for rows in _rows_by_cluster(received[:, 0].long(), received[:, 1].long()):
+        order, density = kernel_mean_order(received[rows, 2:], spec.singleton_density)
+        answers[rows, 0], answers[rows, 1] = order.double(), density
+    returned, _ = collectives.all_to_all(answers, receive_counts)
+    orders, densities = torch.zeros(len(features), dtype=torch.int64), torch.zeros(len(features), dtype=torch.float64)
+    orders[sent], densities[sent] = returned[:, 0].long(), returned[:, 1]
+    return orders, densities
 
 
-def _groups(cluster: Tensor, place: Tensor) -> Iterator[Tensor]:
-    """Rows of each cluster, in the order of their global places whatever rank they came from."""
-    ordered = place.argsort(stable=True)
-    ordered = ordered[cluster[ordered].argsort(stable=True)]
-    _, counts = cluster[ordered].unique_consecutive(return_counts=True)
-    yield from ordered.split(counts.tolist()) if len(ordered) else ()
+def _rows_by_cluster(labels: Tensor, positions: Tensor) -> Iterator[Tensor]:
+    """Row indices of each cluster, by the rows' global positions whatever rank they came from."""
+    rows = positions.argsort(stable=True)
+    rows = rows[labels[rows].argsort(stable=True)]
+    _, counts = labels[rows].unique_consecutive(return_counts=True)
+    yield from rows.split(counts.tolist()) if len(rows) else ()

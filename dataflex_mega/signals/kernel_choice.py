@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dataflex_mega.errors import ConfigError, did_you_mean
-from dataflex_mega.signals.gradients import Plain
+from dataflex_mega.signals.per_sample_gradients import TorchAccumulator
 
 VARIABLE = "DATAFLEX_GRADIENT_KERNEL"
 VALUES = ("auto", "torch", "triton")
@@ -18,50 +18,49 @@ CAPABILITY = (8, 0)  # the first with matrix units for bf16
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What is used, and one line that says so."""
+class KernelChoice:
+    """Which implementation is used, and one line for the log that says why."""
 
-    fused: bool
-    line: str
+    uses_triton: bool
+    message: str
 
     @property
-    def adder(self) -> Any:
-        """For Taps: a class with the use of signals.gradients.Plain."""
-        if not self.fused:
-            return Plain
-        from dataflex_mega.signals.kernels import Fused  # needs Triton
+    def accumulator_class(self) -> Any:
+        """What GradientHooks accumulate with: per_sample_gradients.TorchAccumulator or kernels.TritonAccumulator."""
+        if not self.uses_triton:
+            return TorchAccumulator
+        from dataflex_mega.signals.kernels import TritonAccumulator  # needs Triton
 
-        return Fused
+        return TritonAccumulator
 
 
-def choose(device: torch.device) -> Choice:
-    """The implementation for a device.
+def choose_kernel(device: torch.device) -> KernelChoice:
+    """Choose the implementation for a device.
 
     The environment variable DATAFLEX_GRADIENT_KERNEL decides: `auto` (the default) takes the kernel where it can run,
     `torch` never, `triton` always. Raises ConfigError for another value, and for `triton` where the kernel cannot run.
     """
-    wanted = os.environ.get(VARIABLE, "auto")
-    if wanted not in VALUES:
-        raise ConfigError(f"{VARIABLE}: {wanted!r} is not known{did_you_mean(wanted, VALUES)}; {', '.join(VALUES)}")
-    if wanted == "torch":
-        return Choice(False, f"gradient scores: torch operations, as {VARIABLE} says")
-    missing = obstacle(device)
-    if missing is None:
-        return Choice(True, f"gradient scores: Triton kernel on {torch.cuda.get_device_name(device)}")
-    if wanted == "triton":
-        raise ConfigError(f"{VARIABLE}: triton is asked for, but {missing}")
-    return Choice(False, f"gradient scores: torch operations, as {missing}")
+    requested = os.environ.get(VARIABLE, "auto")
+    if requested not in VALUES:
+        hint = did_you_mean(requested, VALUES)
+        raise ConfigError(f"{VARIABLE}: {requested!r} is not known{hint}; {', '.join(VALUES)}")
+    if requested == "torch":
+        return KernelChoice(False, f"gradient scores: torch operations, as {VARIABLE} says")
+    reason = unavailable_reason(device)
+    if reason is None:
+        return KernelChoice(True, f"gradient scores: Triton kernel on {torch.cuda.get_device_name(device)}")
+    if requested == "triton":
+        raise ConfigError(f"{VARIABLE}: triton is requested, but {reason}")
+    return KernelChoice(False, f"gradient scores: torch operations, as {reason}")
 
 
-def obstacle(device: torch.device) -> str | None:
+def unavailable_reason(device: torch.device) -> str | None:
     """Why the kernel cannot run on a device; None where it can."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return f"the kernel needs a GPU and the device is {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    found = torch.cuda.get_device_capability(device)
-    if found < CAPABILITY:
-        return (
-            f"the kernel needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]} and the GPU has {found[0]}.{found[1]}"
-        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < CAPABILITY:
+        return f"the kernel needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]} and the GPU has {major}.{minor}"
     return None

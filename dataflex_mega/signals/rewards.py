@@ -1,6 +1,6 @@
-"""Rewards of what a model writes: numbers from prompts, answers and reference answers, all of them text.
+"""Rewards of generated answers: numbers from prompts, answers and reference answers, all of them text.
 
-A reward of one's own is any function (prompts, answers, references) -> as many finite numbers, named as
+A user's own reward is any function (prompts, answers, references) -> as many finite numbers, named as
 package.module:function. It is called on every process with that process's share of the answers.
 """
 
@@ -19,38 +19,38 @@ Reward = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float]
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
 
 
-def overlap(prompts: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> list[float]:
+def f1_overlap(prompts: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> list[float]:
     """F1 of the words of answer and reference, in lower case, as question answering is scored (SQuAD)."""
-    return [
-        _f1(answer.lower().split(), wanted.lower().split()) for answer, wanted in zip(answers, references, strict=True)
-    ]
+    pairs = zip(answers, references, strict=True)
+    return [_f1(answer.lower().split(), reference.lower().split()) for answer, reference in pairs]
 
 
-def _f1(words: list[str], wanted: list[str]) -> float:
-    common = sum((Counter(words) & Counter(wanted)).values())
-    return 2 * common / (len(words) + len(wanted)) if common else 0.0
+def _f1(words: list[str], reference: list[str]) -> float:
+    common = sum((Counter(words) & Counter(reference)).values())
+    return 2 * common / (len(words) + len(reference)) if common else 0.0
 
 
-def exact(prompts: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> list[float]:
+def exact_match(prompts: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> list[float]:
     """1 where answer and reference are the same but for spaces at the ends, else 0."""
-    return [float(answer.strip() == wanted.strip()) for answer, wanted in zip(answers, references, strict=True)]
+    return [float(answer.strip() == reference.strip()) for answer, reference in zip(answers, references, strict=True)]
 
 
-def number(prompts: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> list[float]:
+def numeric_match(prompts: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> list[float]:
     """1 where the last number of the answer is the last number of the reference, as GSM8K is scored, else 0."""
-    return [float(_last(a) is not None and _last(a) == _last(r)) for a, r in zip(answers, references, strict=True)]
+    pairs = zip(answers, references, strict=True)
+    return [float(_last_number(a) is not None and _last_number(a) == _last_number(r)) for a, r in pairs]
 
 
-def _last(text: str) -> float | None:
-    found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+def _last_number(text: str) -> float | None:
+    numbers = NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
 
 
-REWARDS: dict[str, Reward] = {"overlap": overlap, "exact": exact, "number": number}
+REWARDS: dict[str, Reward] = {"overlap": f1_overlap, "exact": exact_match, "number": numeric_match}
 
 
-def load(name: str) -> Reward:
-    """The function that a name stands for. Raises ConfigError when there is none."""
+def load_reward(name: str) -> Reward:
+    """Look a reward up by its short name or import it by package.module:function. Raises ConfigError when there is none."""
     if name in REWARDS:
         return REWARDS[name]
     module, colon, function = name.partition(":")
@@ -58,22 +58,24 @@ def load(name: str) -> Reward:
         hint = did_you_mean(name, REWARDS) or f"; there is {', '.join(REWARDS)}, or package.module:function"
         raise ConfigError(f"reward: nothing is called {name!r}{hint}")
     try:
-        found = getattr(importlib.import_module(module), function, None)
+        reward = getattr(importlib.import_module(module), function, None)
     except ImportError as error:
         raise ConfigError(f"reward: cannot import {module!r} of {name!r}: {error}") from error
-    if not callable(found):
+    if not callable(reward):
         raise ConfigError(f"reward: {module} has no function {function!r}")
-    return cast(Reward, found)  # `rate` checks what it returns
+    return cast(Reward, reward)  # `compute_rewards` checks what it returns
 
 
-def rate(reward: Reward, prompts: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> list[float]:
-    """The rewards of answers. Raises TrainingFault for another number of them, or one that is not finite."""
+def compute_rewards(
+    reward: Reward, prompts: Sequence[str], answers: Sequence[str], references: Sequence[str]
+) -> list[float]:
+    """One reward per answer. Raises TrainingFault when their number is another or one is not finite."""
     if not answers:
         return []
-    found = [float(value) for value in reward(prompts, answers, references)]
-    if len(found) != len(answers):
-        raise TrainingFault(f"reward: {len(answers)} answers got {len(found)} rewards")
-    bad = next((place for place, value in enumerate(found) if not math.isfinite(value)), None)
+    values = [float(value) for value in reward(prompts, answers, references)]
+    if len(values) != len(answers):
+        raise TrainingFault(f"reward: {len(answers)} answers got {len(values)} rewards")
+    bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
     if bad is not None:
-        raise TrainingFault(f"reward: {found[bad]} for the answer {answers[bad]!r}")
-    return found
+        raise TrainingFault(f"reward: {values[bad]} for the answer {answers[bad]!r}")
+    return values

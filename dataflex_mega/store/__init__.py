@@ -1,1 +1,1 @@
-"""What is computed once and read many times, on disk."""
+"""Values that are computed once and read many times, on disk: gradient features and reference losses."""

@@ -1,4 +1,4 @@
-"""Three algorithms that live outside the package, one for each role: a start for your own.
+"""Three algorithms outside the package, a mixer, a selector and a weighter: a start for your own.
 
     PYTHONPATH=. dataflex-cli train examples/demo.yaml \
         'mixer={name: examples.plugins.my_algorithms:Curriculum, final: [1, 1, 1, 5], tokens: 500000}'
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dataflex_mega.algorithms.base import Domains, Mixer, Selector, Weighter
+from dataflex_mega.algorithms.base import DomainInfo, Mixer, Selector, Weighter
 from dataflex_mega.errors import ConfigError, DataError
-from dataflex_mega.types import Clock, SampleObs, SignalTable, StepStats
+from dataflex_mega.types import SampleStats, SignalTable, StepStats, UpdateContext
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Curriculum(Mixer):
 
     Args:
         final: [k] where the line ends, taken relative to their sum.
-        tokens: how many tokens the way takes, >= 1.
+        tokens: trained tokens after which the proportions are the final ones, >= 1.
     """
 
     final: list[float]
@@ -38,39 +38,36 @@ class Curriculum(Mixer):
         if self.tokens < 1:
             raise ConfigError(f"mixer.Curriculum.tokens: must be >= 1, found {self.tokens}")
 
-    def setup(self, domains: Domains) -> None:
+    def setup(self, domains: DomainInfo) -> None:
         """Raises ConfigError when there is not one number for each domain."""
         if len(self.final) != len(domains):
             raise ConfigError(f"mixer.Curriculum.final: {len(self.final)} numbers for {len(domains)} datasets")
         last = torch.tensor(self.final, dtype=torch.float64)
-        self._ends = torch.tensor(domains.initial, dtype=torch.float64), last / last.sum()
+        self._ends = torch.tensor(domains.initial_proportions, dtype=torch.float64), last / last.sum()
 
     def observe(self, stats: StepStats, proportions: tuple[float, ...], step: int) -> None:
-        """Counts the tokens of all ranks."""
-        self._seen += stats.tokens
+        """Count the tokens of all ranks."""
+        self._seen += stats.num_tokens
 
-    def proportions(self, clock: Clock, rng: torch.Generator) -> Tensor:
-        """[k] float64."""
+    def proportions(self, context: UpdateContext, rng: torch.Generator) -> Tensor:
+        """[k] float64, between the initial and the final proportions."""
         return torch.lerp(*self._ends, min(1.0, self._seen / self.tokens))
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The tokens seen; everything else is configuration."""
         return {"seen": self._seen}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self._seen = int(state["seen"])
 
 
 @dataclass
 class MiddleLoss(Selector):
-    """The samples whose loss is nearest to the median: neither learnt already nor hopeless.
+    """The samples whose loss is nearest to the median: neither known already nor too hard.
 
     Args:
-        quantile: what they have to be near to; 0.5 is the median.
+        quantile: of the losses, to which a sample's loss is compared; 0.5 is the median.
     """
-
-    needs: ClassVar[frozenset[str]] = frozenset({"loss"})
 
     quantile: float = 0.5
 
@@ -78,18 +75,22 @@ class MiddleLoss(Selector):
         if not 0 <= self.quantile <= 1:
             raise ConfigError(f"selector.MiddleLoss.quantile: must be in 0..1, found {self.quantile}")
 
+    @property
+    def signals(self) -> frozenset[str]:
+        return frozenset({"loss"})
+
     def score(self, table: SignalTable) -> Tensor:
-        """[n] float32: the losses. `choose` needs those of all ranks to know the median."""
+        """[n] float32 losses. `select` gets those of all ranks, so it can compute the median."""
         return table["loss"].float()
 
-    def choose(self, scores: Tensor, count: int, clock: Clock, rng: torch.Generator) -> Tensor:
+    def select(self, scores: Tensor, count: int, context: UpdateContext, rng: torch.Generator) -> Tensor:
         """[count] int64 positions; ties go to the lower one. Raises DataError when too few losses are finite."""
         finite = torch.isfinite(scores)
         if count > int(finite.sum()):
             raise DataError(f"selector.MiddleLoss: {count} samples wanted, {int(finite.sum())} have a finite loss")
         ordered = scores[finite].sort().values
-        middle = ordered[round(self.quantile * (len(ordered) - 1))]
-        distance = torch.where(finite, (scores - middle).abs(), math.inf)
+        target = ordered[round(self.quantile * (len(ordered) - 1))]
+        distance = torch.where(finite, (scores - target).abs(), math.inf)
         return distance.sort(stable=True).indices[:count]
 
 
@@ -98,7 +99,7 @@ class Clipped(Weighter):
     """Weights in proportion to the loss, with both ends cut: w = c / mean(c), c = clip(L / mean(L), 1 / most, most).
 
     Args:
-        most: how far from the mean loss a sample may count, >= 1; 1 gives all samples the same weight.
+        most: bound on the ratio of a loss to the mean loss, >= 1; 1 gives all samples the same weight.
     """
 
     most: float = 2.0
@@ -107,12 +108,12 @@ class Clipped(Weighter):
         if not (math.isfinite(self.most) and self.most >= 1):
             raise ConfigError(f"weighter.Clipped.most: must be finite and >= 1, found {self.most}")
 
-    def weights(self, obs: SampleObs, step: int, total_steps: int) -> Tensor:
-        """[n] float32, mean 1. A sample without target tokens has no loss: it weighs 1 and influences nothing."""
-        losses, known = obs.loss.double(), (obs.tokens > 0) & torch.isfinite(obs.loss_sum)
+    def weights(self, samples: SampleStats, step: int, total_steps: int) -> Tensor:
+        """[n] float32, mean 1. A sample without target tokens has no loss: its weight is 1, and it influences no other."""
+        losses, known = samples.loss.double(), (samples.num_tokens > 0) & torch.isfinite(samples.loss_sum)
         weights = torch.ones_like(losses)
         mean = losses[known].mean()
         if bool(known.any()) and float(mean) > 0:
-            cut = (losses[known] / mean).clamp(1 / self.most, self.most)
-            weights[known] = cut / cut.mean()
+            clipped = (losses[known] / mean).clamp(1 / self.most, self.most)
+            weights[known] = clipped / clipped.mean()
         return weights.float()

@@ -1,4 +1,4 @@
-"""Users' mistakes: status 2, one line that names the key, file or row, and no model built first."""
+"""A user's mistake ends with status 2 and one line that names the key, file or row, before a model is built."""
 
 import json
 
@@ -65,7 +65,7 @@ CASES = {
     "packed flash attention": ({**WEIGHT, **SFT, "packing": True, "flash_attn": "fa2"}, ["flash_attn", "fa2", "sdpa"]),
     "streaming": ({**MIX, "streaming": True}, ["streaming"]),
     "interleaving": ({**MIX, "mix_strategy": "interleave_over"}, ["mix_strategy"]),
-    "lookahead typo": ({**WEIGHT, "lookahead": "exakt"}, ["lookahead", "exakt", "exact"]),
+    "weight_scope typo": ({**WEIGHT, "weight_scope": "stepp"}, ["weight_scope", "stepp", "step"]),
     "static with a role": ({**MIX, "train_type": "static"}, ["train_type", "mixer"]),
     "engine typo": ({**MIX, "engine": "megatrn"}, ["engine", "megatrn", "megatron"]),
     "fsdp on megatron": ({**MIX, "engine": "megatron", "fsdp": "full_shard"}, ["fsdp", "megatron"]),
@@ -78,8 +78,8 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = corpus.write(tmp_path_factory.mktemp("bad"))
-    info = json.loads((made / "data" / "dataset_info.json").read_text())
+    root = corpus.write(tmp_path_factory.mktemp("bad"))
+    info = json.loads((root / "data" / "dataset_info.json").read_text())
     files = {
         "broken": '{"text": "fine"}\n{"text": "cut\n', "empty": "", "keyless": '{"body": "x"}\n', "gone": None,
         "blank": "".join('{"text": ""}\n' for _ in range(3)),
@@ -87,9 +87,9 @@ def folder(tmp_path_factory):
     for name, content in files.items():
         info[name] = {"file_name": f"{name}.jsonl", "columns": {"prompt": "text"}}
         if content is not None:
-            (made / "data" / f"{name}.jsonl").write_text(content)
-    (made / "data" / "dataset_info.json").write_text(json.dumps(info))
-    return made
+            (root / "data" / f"{name}.jsonl").write_text(content)
+    (root / "data" / "dataset_info.json").write_text(json.dumps(info))
+    return root
 
 
 @pytest.fixture
@@ -105,16 +105,16 @@ def no_model(monkeypatch):
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_clear_line_and_status_two(folder, no_model, name):
-    keys, said = CASES[name]
+    keys, words = CASES[name]
     config = runs.base(folder, output_dir=str(folder / "out" / name.replace(" ", "-")), **keys)
     if config["model_name_or_path"] == "DATA":
         config["model_name_or_path"] = str(folder / "data")
-    status, heard = runs.train_here(config)
-    lines = [line for line in heard.splitlines() if line.startswith("error: ")]
-    assert status == 2 and len(lines) == 1, heard
-    for word in said:
+    status, stderr = runs.train_here(config)
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(lines) == 1, stderr
+    for word in words:
         assert word in lines[0], lines[0]
-    assert "Traceback" not in heard
+    assert "Traceback" not in stderr
 
 
 def test_files_and_overrides(folder, tmp_path, capsys, no_model):
@@ -124,15 +124,15 @@ def test_files_and_overrides(folder, tmp_path, capsys, no_model):
     broken.write_text("a: 1\nb: [1,\n")
     fine = tmp_path / "fine.yaml"
     fine.write_text("model_name_or_path: x\nmixer: odm\n")
-    for arguments, said in [
+    for arguments, word in [
         ([str(tmp_path / "none.yaml")], "none.yaml"),
         ([str(broken)], "broken.yaml"),
         ([str(fine), "learning_rate"], "learning_rate"),
         ([str(fine), "mixr=odm"], "mixr"),
     ]:
         assert main(arguments) == 2
-        heard = capsys.readouterr().err
-        assert said in heard and heard.startswith("error: ") and heard.count("\n") == 1
+        stderr = capsys.readouterr().err
+        assert word in stderr and stderr.startswith("error: ") and stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("key", "name"), [("dataset", "pose"), ("eval_dataset", "proze")])
@@ -140,5 +140,5 @@ def test_static_training_checks_its_datasets_first(folder, no_model, key, name):
     config = runs.base(
         folder, output_dir=str(folder / "out" / "static"), tensorboard=None, do_train=True, **{key: name}
     )
-    status, heard = runs.train_here(config)
-    assert status == 2 and f"'{name}' is not in" in heard and "prose" in heard
+    status, stderr = runs.train_here(config)
+    assert status == 2 and f"'{name}' is not in" in stderr and "prose" in stderr

@@ -1,4 +1,4 @@
-"""LESS over several checkpoints of a run: the formula, bit-equal after a restart, one answer on 1 and 2 processes."""
+"""LESS over several checkpoints of a run: the formula, bit-equal after a restart, equal on 1 and 2 processes."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.distributed.test_store import ours_of
 from tests.support import corpus, runs
 
 KEYS = {
-    "selector": {"name": "less", "checkpoints": 3}, "candidates": 0.6, "rescore": "incremental", "max_samples": 6,
+    "selector": {"name": "less", "checkpoints": 3}, "candidate_fraction": 0.6, "score_reuse": "latest", "max_samples": 6,
     "eval_dataset": "tables,prose", "eval_on_each_dataset": True, "lr_scheduler_type": "linear", "learning_rate": 1.0e-2,
     "warmup_step": 1, "update_step": 1, "update_times": 5, "max_steps": 6, "save_strategy": "steps", "save_steps": 4,
 }  # fmt: skip
@@ -27,10 +27,10 @@ def config_of(folder, name, **keys):
 
 
 def selections(config):
-    found = sorted((Path(config["output_dir"]) / "selections").glob("step_*.json"))
-    rows = [json.loads(path.read_text()) for path in found]
+    paths = sorted((Path(config["output_dir"]) / "selections").glob("step_*.json"))
+    rows = [json.loads(path.read_text()) for path in paths]
     return {
-        path.name: (row["indices"], next(iter(row["metric"].values()))) for path, row in zip(found, rows, strict=True)
+        path.name: (row["indices"], next(iter(row["metric"].values()))) for path, row in zip(paths, rows, strict=True)
     }
 
 
@@ -45,8 +45,8 @@ def kept_rounds(checkpoint):
 def whole(folder):
     config = config_of(folder, "whole")
     single = config_of(folder, "single", selector="less")
-    for status, heard in runs.train_many(1, [config, single]):
-        assert status == 0, heard
+    for status, stderr in runs.train_many(1, [config, single]):
+        assert status == 0, stderr
     return config, single
 
 
@@ -60,10 +60,12 @@ def test_scores_are_the_sum_over_the_kept_rounds_by_their_rates(folder, whole):
     for _, rate, ids, values in rounds:
         for sample, row in zip(ids.tolist(), values.astype(np.float64), strict=True):
             entries.setdefault(sample, []).append((rate, row))
-    now = set(rounds[-1][2].tolist())
-    found = {i: score for i, score in zip(*selections(config)["step_3.json"], strict=True) if i in now}
-    assert len(found) > 2 and len({len(entries[i]) for i in now}) > 1, "some have been scored more often than others"
-    for sample, score in found.items():
+    last_ids = set(rounds[-1][2].tolist())
+    last_scores = {i: score for i, score in zip(*selections(config)["step_3.json"], strict=True) if i in last_ids}
+    assert len(last_scores) > 2 and len({len(entries[i]) for i in last_ids}) > 1, (
+        "some have been scored more often than others"
+    )
+    for sample, score in last_scores.items():
         total = sum(rate for rate, _ in entries[sample])
         assert score == pytest.approx(max(sum(rate * row for rate, row in entries[sample]) / total), abs=1e-6)
     assert selections(config)["step_1.json"] == selections(single)["step_1.json"], "one round is the model of now"
@@ -81,9 +83,9 @@ def test_a_restart_is_bit_equal_and_two_processes_choose_the_same(folder, whole)
     assert selections(again) == {name: expected[name] for name in ("step_4.json", "step_5.json")}
     two = config_of(folder, "two", per_device_train_batch_size=4, fsdp="full_shard")
     moved = config_of(folder, "moved", resume_from_checkpoint=start, save_strategy="no", per_device_train_batch_size=4)
-    for made, (status, heard) in zip((two, moved), runs.train_many(2, [two, moved]), strict=True):
-        assert status == 0, heard
-        for name, (ids, scores) in selections(made).items():
+    for run, (status, stderr) in zip((two, moved), runs.train_many(2, [two, moved]), strict=True):
+        assert status == 0, stderr
+        for name, (ids, scores) in selections(run).items():
             assert ids == expected[name][0] and scores == pytest.approx(expected[name][1], abs=1e-5), name
     assert len(selections(two)) == 5
 
@@ -102,14 +104,14 @@ def test_the_filter_of_a_pipeline_adds_them_up_too(folder):
             max_steps=4, max_samples=4, eval_dataset="tables,prose", eval_on_each_dataset=True,
         )  # fmt: skip
 
-    one, single, two = filtered("less_of_2", 8), filtered("less_of_1", 8), filtered("less_of_2", 4)
-    for status, heard in [*runs.train_many(1, [one, single]), *runs.train_many(2, [two])]:
-        assert status == 0, heard
-    found, of_one, moved = (selections(config) for config in (one, single, two))
-    assert list(found) == list(of_one) == list(moved) == ["step_1.json", "step_3.json"]
-    assert found["step_1.json"] == of_one["step_1.json"] and found["step_3.json"][1] != of_one["step_3.json"][1]
-    for name, (ids, scores) in moved.items():
-        assert ids == found[name][0] and scores == pytest.approx(found[name][1], abs=1e-5), name
+    summed, single, two = filtered("less_of_2", 8), filtered("less_of_1", 8), filtered("less_of_2", 4)
+    for status, stderr in [*runs.train_many(1, [summed, single]), *runs.train_many(2, [two])]:
+        assert status == 0, stderr
+    of_sum, of_single, of_two_processes = (selections(config) for config in (summed, single, two))
+    assert list(of_sum) == list(of_single) == list(of_two_processes) == ["step_1.json", "step_3.json"]
+    assert of_sum["step_1.json"] == of_single["step_1.json"] and of_sum["step_3.json"][1] != of_single["step_3.json"][1]
+    for name, (ids, scores) in of_two_processes.items():
+        assert ids == of_sum[name][0] and scores == pytest.approx(of_sum[name][1], abs=1e-5), name
 
 
 def scored(config, folder, name, *words):
@@ -121,33 +123,35 @@ def scored(config, folder, name, *words):
 
 def test_stores_of_several_checkpoints_are_added_up_by_weights(folder):
     stored = {"name": "less", "mode": "store", "side": 8, "store_block": 16, "store_dir": str(folder / "stores")}
-    config = config_of(folder, "stored", selector=stored, max_samples=4, candidates=None, rescore=None)
+    config = config_of(folder, "stored", selector=stored, max_samples=4, candidate_fraction=None, score_reuse=None)
     trained = {**config, "output_dir": str(folder / "trained"), "save_steps": 2, "max_steps": 4}
     assert runs.train_many(1, [{**trained, "selector": "random"}])[0][0] == 0
     first, second = (str(folder / "trained" / f"checkpoint-{step}") for step in (2, 4))
     calls, singles = [], {}
-    for place, checkpoint in enumerate((first, second)):
-        here = f"resume_from_checkpoint={checkpoint}"
-        calls.append(["build", scored(config, folder, "build")[1], here])
+    for number, checkpoint in enumerate((first, second)):
+        resume = f"resume_from_checkpoint={checkpoint}"
+        calls.append(["build", scored(config, folder, "build")[1], resume])
         for target in ("tables", "prose"):
-            name = f"{target}-{place}"
-            singles[place, target] = folder / f"{name}.npy"
-            calls.append(scored(config, folder, name, here, f"eval_dataset={target}"))
+            name = f"{target}-{number}"
+            singles[number, target] = folder / f"{name}.npy"
+            calls.append(scored(config, folder, name, resume, f"eval_dataset={target}"))
     both = ("--checkpoints", f"{first},{second}")
     calls.append(scored(config, folder, "both", *both, "--weights", "3e-5,1e-5"))
-    for (status, heard), argv in zip(runs.train_many(1, calls, ours_of), calls, strict=True):
-        assert status == 0, (argv, heard)
+    for (status, stderr), argv in zip(runs.train_many(1, calls, ours_of), calls, strict=True):
+        assert status == 0, (argv, stderr)
     more = [
         scored(config, folder, "two", *both, "--weights", "3e-5,1e-5"),
         scored(config, folder, "rate", "--checkpoints", first),
         scored(config, folder, "zero", *both),
     ]
-    (ok, _), (rate, heard), (status, line) = runs.train_many(2, more, ours_of)
-    assert ok == rate == 0 and "checkpoint-2: weight 0.00" in heard
+    (ok, _), (rate, stderr), (status, line) = runs.train_many(2, more, ours_of)
+    assert ok == rate == 0 and "checkpoint-2: weight 0.00" in stderr
     assert status == 2 and "checkpoint-4 is 0.0; say what counts with --weights" in line
-    read = {key: np.load(path).astype(np.float64) for key, path in singles.items()}
-    sums = [(3 * read[0, target] + read[1, target]) / 4 for target in ("tables", "prose")]
+    scores = {key: np.load(path).astype(np.float64) for key, path in singles.items()}
+    sums = [(3 * scores[0, target] + scores[1, target]) / 4 for target in ("tables", "prose")]
     np.testing.assert_allclose(np.load(folder / "both.npy"), np.maximum(*sums), atol=1e-6)
     np.testing.assert_allclose(np.load(folder / "two.npy"), np.maximum(*sums), atol=1e-5)
-    np.testing.assert_allclose(np.load(folder / "rate.npy"), np.maximum(read[0, "tables"], read[0, "prose"]), atol=1e-5)
+    np.testing.assert_allclose(
+        np.load(folder / "rate.npy"), np.maximum(scores[0, "tables"], scores[0, "prose"]), atol=1e-5
+    )
     assert 0 < (sums[0] > sums[1]).sum() < len(sums[0]), "both targets are the largest of some samples"

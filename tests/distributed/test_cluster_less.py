@@ -1,4 +1,4 @@
-"""cluster_less in whole runs: clusters of one are LESS, all processes agree, only representatives are scored."""
+"""cluster_less in whole runs: singleton clusters give LESS, processes agree, only representatives are scored."""
 
 import json
 from pathlib import Path
@@ -38,15 +38,15 @@ def config_of(folder, name, selector, **keys):
 
 
 def selected(config):
-    found = sorted((Path(config["output_dir"]) / "selections").glob("step_*.json"))
+    paths = sorted((Path(config["output_dir"]) / "selections").glob("step_*.json"))
     return [
-        (json.loads(p.read_text())["indices"], next(iter(json.loads(p.read_text())["metric"].values()))) for p in found
+        (json.loads(p.read_text())["indices"], next(iter(json.loads(p.read_text())["metric"].values()))) for p in paths
     ]
 
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    made = {
+    configs = {
         "less": config_of(folder, "less", "less"),
         "one": config_of(folder, "one", ONE_EACH),
         "sgd": config_of(folder, "sgd", {"name": "less", "gradient_type": "sgd"}),
@@ -58,15 +58,15 @@ def alone(folder):
         "direction": config_of(folder, "direction", {**CLUSTERED, "combine": "direction"}),
         "saved": config_of(folder, "saved", CLUSTERED, save_strategy="steps", save_steps=3),
     }
-    finished = runs.train_many(1, list(made.values()))
-    assert [status for status, _ in finished] == [0] * len(made), finished
-    return made
+    finished = runs.train_many(1, list(configs.values()))
+    assert [status for status, _ in finished] == [0] * len(configs), finished
+    return configs
 
 
 @pytest.mark.parametrize(("one", "less"), [("one", "less"), ("one-sum", "sgd")])
 def test_clusters_of_one_sample_are_less(alone, one, less):
-    for (ids, scores), (expected, wanted) in zip(selected(alone[one]), selected(alone[less]), strict=True):
-        assert ids == expected and scores == pytest.approx(wanted, abs=1e-5)
+    for (ids, scores), (expected_ids, expected_scores) in zip(selected(alone[one]), selected(alone[less]), strict=True):
+        assert ids == expected_ids and scores == pytest.approx(expected_scores, abs=1e-5)
 
 
 def test_members_share_a_score_and_clusters_survive_a_restart(folder, alone):
@@ -82,16 +82,18 @@ def test_members_share_a_score_and_clusters_survive_a_restart(folder, alone):
 
 def test_the_same_choice_on_two_and_four_processes(folder, alone):
     for world, sharded in ((2, True), (4, False)):
-        made = [
+        configs = [
             {**alone[name], "output_dir": str(folder / f"{name}-{world}"), "per_device_train_batch_size": 8 // world,
              **({"fsdp": "full_shard"} if sharded else {})}
             for name in ("mean", "direction")
         ]  # fmt: skip
-        finished = runs.train_many(world, made)
-        for name, config, (status, heard) in zip(("mean", "direction"), made, finished, strict=True):
-            assert status == 0, heard
-            for (ids, scores), (expected, wanted) in zip(selected(config), selected(alone[name]), strict=True):
-                assert ids == expected and scores == pytest.approx(wanted, abs=1e-4)
+        finished = runs.train_many(world, configs)
+        for name, config, (status, stderr) in zip(("mean", "direction"), configs, finished, strict=True):
+            assert status == 0, stderr
+            for (ids, scores), (expected_ids, expected_scores) in zip(
+                selected(config), selected(alone[name]), strict=True
+            ):
+                assert ids == expected_ids and scores == pytest.approx(expected_scores, abs=1e-4)
 
 
 @pytest.mark.parametrize("combine", ["mean", "direction"])
@@ -103,5 +105,5 @@ def test_it_takes_the_clusters_that_are_like_the_targets(held_out, combine):
     config = config_of(held_out, f"like-{combine}", {**CLUSTERED, "combine": combine}, **keys)
     assert runs.train_many(1, [config])[0][0] == 0
     log = runs.rows(config)
-    pool, chosen = (log[step]["proportions"]["tables"] for step in (0, -1))
-    assert pool < 0.45 and chosen > 0.6, (pool, chosen)
+    pool_share, selected_share = (log[step]["proportions"]["tables"] for step in (0, -1))
+    assert pool_share < 0.45 and selected_share > 0.6, (pool_share, selected_share)

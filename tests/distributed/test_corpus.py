@@ -1,4 +1,4 @@
-"""Whole runs on .bin/.idx files: the same losses on one and two processes, and the same as LLaMA-Factory's own rows."""
+"""Whole runs on .bin/.idx files: equal losses on 1 and 2 processes, and LLaMA-Factory's own rows."""
 
 import json
 from pathlib import Path
@@ -16,33 +16,33 @@ EVAL = {"eval_strategy": "steps", "eval_steps": 3}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The three domains as datasets and as a corpus, and two of them as an evaluation corpus."""
-    made = corpus.write(tmp_path_factory.mktemp("corpus-runs"))
-    common = ["--dataset-dir", str(made / "data"), "--tokenizer", str(made / "model")]
+    root = corpus.write(tmp_path_factory.mktemp("corpus-runs"))
+    common = ["--dataset-dir", str(root / "data"), "--tokenizer", str(root / "model")]
     for name, domains in (("train", "code,prose,tables"), ("held", "prose,tables")):
-        assert command.main(["--dataset", domains, *common, "--output", str(made / name)]) == 0
-    return made
+        assert command.main(["--dataset", domains, *common, "--output", str(root / name)]) == 0
+    return root
 
 
 def config(folder, name, **keys):
     """A run on the corpus."""
-    own = {"dataset": None, "dataset_dir": None, "corpus_dir": str(folder / "train"), **MIX}
-    return runs.base(folder, output_dir=str(folder / name), **{**own, **keys})
+    corpus_keys = {"dataset": None, "dataset_dir": None, "corpus_dir": str(folder / "train"), **MIX}
+    return runs.base(folder, output_dir=str(folder / name), **{**corpus_keys, **keys})
 
 
 @pytest.fixture(scope="module")
 def finished(folder):
-    held = {"eval_corpus_dir": str(folder / "held"), **EVAL}
+    evaluation = {"eval_corpus_dir": str(folder / "held"), **EVAL}
     natural = {"mixer": "static", "mixture_sample_rule": "stratified", "warmup_step": None, "update_times": None}
     alone = {
-        "one": config(folder, "one", **held),
+        "one": config(folder, "one", **evaluation),
         "natural": config(folder, "natural", **natural, update_step=None, max_steps=40),
         "datasets": runs.base(folder, output_dir=str(folder / "datasets"), **MIX),
-        "other order": config(folder, "other", dataset="tables,code", eval_dataset="prose", **held),
+        "other order": config(folder, "other", dataset="tables,code", eval_dataset="prose", **evaluation),
     }
-    both = {"two": config(folder, "two", per_device_train_batch_size=4, **held)}
-    for world, made in ((1, alone), (2, both)):
-        for name, (status, heard) in zip(made, runs.train_many(world, list(made.values())), strict=True):
-            assert status == 0, f"{name}: {heard}"
+    both = {"two": config(folder, "two", per_device_train_batch_size=4, **evaluation)}
+    for world, configs in ((1, alone), (2, both)):
+        for name, (status, stderr) in zip(configs, runs.train_many(world, list(configs.values())), strict=True):
+            assert status == 0, f"{name}: {stderr}"
     return {**alone, **both}
 
 
@@ -53,8 +53,8 @@ def losses(config):
 def evaluations(config):
     """The losses of each evaluation."""
     history = json.loads((Path(config["output_dir"]) / "trainer_state.json").read_text())["log_history"]
-    found = [{key: value for key, value in row.items() if key.startswith("eval_")} for row in history]
-    return [{k: v for k, v in row.items() if k.endswith("_loss")} for row in found if row]
+    losses_of_rows = [{key: value for key, value in row.items() if key.startswith("eval_")} for row in history]
+    return [{k: v for k, v in row.items() if k.endswith("_loss")} for row in losses_of_rows if row]
 
 
 def test_one_and_two_processes_have_the_same_losses_mixtures_and_draws(finished):
@@ -68,7 +68,7 @@ def test_one_and_two_processes_have_the_same_losses_mixtures_and_draws(finished)
 
 
 def test_the_rows_are_those_of_llamafactorys_packed_pre_training(finished):
-    """Each domain has fewer documents than the batch in which LLaMA-Factory joins texts, so its rows are these windows."""
+    """Each domain has fewer documents than the batch in which LLaMA-Factory joins texts, so its rows are the same."""
     assert losses(finished["one"]) == pytest.approx(losses(finished["datasets"]), rel=1e-6)
 
 
@@ -92,8 +92,8 @@ def test_a_corpus_of_another_tokenizer_and_a_window_too_long_are_refused(folder,
     other = corpus.write(tmp_path / "other", vocab=300)
     cases = {
         "was tokenized with another tokenizer": config(folder, "bad", model_name_or_path=str(other / "model")),
-        "a window of cutoff_len has 10000000": config(folder, "bad", cutoff_len=10_000_000),
+        "a row of cutoff_len has 10000000": config(folder, "bad", cutoff_len=10_000_000),
     }
-    found = runs.train_many(1, list(cases.values()), plain=True)
-    for words, (status, heard) in zip(cases, found, strict=True):
-        assert status == 2 and words in heard
+    finished = runs.train_many(1, list(cases.values()), plain=True)
+    for words, (status, stderr) in zip(cases, finished, strict=True):
+        assert status == 2 and words in stderr

@@ -1,4 +1,4 @@
-"""DoReMi in whole runs: one answer however a batch is cut, bit-equal after a kill, and a reference that is checked."""
+"""DoReMi in whole runs: equal for every batch partition, bit-equal after a kill, and its reference is checked."""
 
 import json
 import shutil
@@ -25,8 +25,8 @@ def folder(tmp_path_factory):
 
 
 def config_of(folder, name, **keys):
-    given = {"reference_model": str(folder / "model"), **MIX, **keys}
-    return runs.base(folder, output_dir=str(folder / name), **given)
+    options = {"reference_model": str(folder / "model"), **MIX, **keys}
+    return runs.base(folder, output_dir=str(folder / name), **options)
 
 
 def averages(config):
@@ -53,23 +53,23 @@ def whole(folder):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_the_same_weights_losses_and_cache_however_a_batch_is_cut(folder, whole, world):
-    made = []
+    cases = []
     for expected in whole[:2]:
         for number, (micro, accumulation, sharded) in enumerate(SPLITS[world]):
             name = f"{Path(expected['output_dir']).name}-{world}-{number}"
-            made.append((expected, {
+            cases.append((expected, {
                 **expected, "output_dir": str(folder / name), "per_device_train_batch_size": micro,
                 "gradient_accumulation_steps": accumulation, **({"fsdp": "full_shard"} if sharded else {}),
             }))  # fmt: skip
-    finished = runs.train_many(world, [config for _, config in made])
-    for (expected, config), (status, heard) in zip(made, finished, strict=True):
-        assert status == 0, heard
+    finished = runs.train_many(world, [config for _, config in cases])
+    for (expected, config), (status, stderr) in zip(cases, finished, strict=True):
+        assert status == 0, stderr
         for row, row0 in zip(runs.rows(config), runs.rows(expected), strict=True):
             assert row["drawn"] == row0["drawn"]
             for key in ("loss", "objective", "grad_norm"):
                 assert row[key] == pytest.approx(row0[key], rel=1e-5), (config["output_dir"], row["step"], key)
-        found = averages(config)["average_weights"]
-        assert found == pytest.approx(averages(expected)["average_weights"], rel=1e-5)
+        weights = averages(config)["average_weights"]
+        assert weights == pytest.approx(averages(expected)["average_weights"], rel=1e-5)
         if "reference_cache" not in config and "fsdp" not in config:
             assert blocks(config) == blocks(expected), "whoever computed them"
 
@@ -106,8 +106,8 @@ def test_killed_and_started_again_every_later_step_is_bit_equal(folder):
     wait_for_step(killed, 7)
     runs.kill(processes)
     assert runs.finish(runs.start(killed, 2)) == [0, 0]
-    found = [{key: value for key, value in row.items() if key != "seconds"} for row in runs.rows(killed)]
-    assert found == expected and averages(killed) == averages(config)
+    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in runs.rows(killed)]
+    assert rows == expected and averages(killed) == averages(config)
     weights = [(row["step"], row["domain_weights"]) for row in runs.rows(killed, "doremi_weights.jsonl")]
     assert weights == [(row["step"], row["domain_weights"]) for row in runs.rows(config, "doremi_weights.jsonl")]
 
@@ -128,12 +128,14 @@ def test_a_build_that_was_killed_goes_on_and_ends_in_the_same_bytes(folder, whol
     while not list(cache.glob("block-*.bin")) and time.monotonic() < deadline:
         time.sleep(0.005)
     runs.kill(processes)
-    kept = {p.name: p.stat().st_mtime_ns for p in cache.glob("block-*.bin")}
-    assert kept
+    written_before = {p.name: p.stat().st_mtime_ns for p in cache.glob("block-*.bin")}
+    assert written_before
     assert runs.finish(runs.start(config, 1)) == [0]
     assert blocks(config) == blocks(whole[0])
-    again = {p.name: p.stat().st_mtime_ns for p in cache.glob("block-*.bin")}
-    assert {name: again[name] for name in kept} == kept, "whole blocks are not computed anew"
+    written_after = {p.name: p.stat().st_mtime_ns for p in cache.glob("block-*.bin")}
+    assert {name: written_after[name] for name in written_before} == written_before, (
+        "whole blocks are not computed anew"
+    )
 
 
 def test_references_that_do_not_fit_are_refused_in_one_line(folder, whole):
@@ -157,6 +159,6 @@ def test_references_that_do_not_fit_are_refused_in_one_line(folder, whole):
     configs = [config_of(folder, f"refused-{n}", **keys) for n, (keys, _) in enumerate(cases)]
     good = config_of(folder, "cache-alone", reference_model=None, reference_cache=str(cache), max_steps=1)
     finished = runs.train_many(2, [*configs, good])
-    for (_, message), (status, heard) in zip(cases, finished, strict=False):
-        assert status == 2 and message in heard and heard.strip().count("\n") == 0, heard
+    for (_, message), (status, stderr) in zip(cases, finished, strict=False):
+        assert status == 2 and message in stderr and stderr.strip().count("\n") == 0, stderr
     assert finished[-1][0] == 0, finished[-1][1]

@@ -1,4 +1,4 @@
-"""Every registered algorithm through whole runs on one and on two processes, with the same outcome."""
+"""Every registered algorithm in whole runs, with equal results on one and two processes."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataflex_mega.registry import CONTRACTS, available
+from dataflex_mega.registry import CONTRACTS, list_builtin_names
 from tests.support import corpus, runs
 
 SELECT = {"warmup_step": 1, "update_step": 1, "update_times": 3, "max_steps": 4, "max_samples": 6}
@@ -33,8 +33,8 @@ REFERENCE = {("selector", "rho_loss"), ("mixer", "doremi"), ("weighter", "rho1")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    made = corpus.write_experts(corpus.write(tmp_path_factory.mktemp("algorithms")))
-    return corpus.write_reference(made)
+    root = corpus.write_experts(corpus.write(tmp_path_factory.mktemp("algorithms")))
+    return corpus.write_reference(root)
 
 
 def pool_size(folder):
@@ -57,26 +57,28 @@ def configs(folder):
     np.save(folder / "near.npy", rng.permutation(size)[: size // 2 * 2].reshape(2, -1))
     np.save(folder / "tsds.npy", rng.dirichlet(np.ones(size)))
     files = {"NEAR": str(folder / "near.npy"), "TSDS": str(folder / "tsds.npy")}
-    made = {}
+    configs_by_name = {}
     for kind in CONTRACTS:
-        for name in available(kind):
+        for name in list_builtin_names(kind):
             if kind == "reorder" and name not in PATTERNS:
                 continue
-            given = PARAMETERS.get((kind, name), {})
-            spec = {"name": name, **{key: files.get(str(value), value) for key, value in given.items()}}
+            parameters = PARAMETERS.get((kind, name), {})
+            spec = {"name": name, **{key: files.get(str(value), value) for key, value in parameters.items()}}
             keys = {"selector": SELECT, "mixer": MIX, "reorder": ORDER, "weighter": {"max_samples": 12}}[kind]
             if (kind, name) in REFERENCE:
                 keys = {**keys, "reference_model": str(folder / "reference")}
             if (kind, name) in EXPERTS:
                 keys = {**keys, "model_name_or_path": str(folder / "moe")}
             keys = {"eval_dataset": "tables", **keys, **(SFT if (kind, name) in PROMPTS else {})}
-            made[kind, name] = runs.base(folder, output_dir=str(folder / f"{kind}-{name}"), **keys, **{kind: spec})
-    return made
+            configs_by_name[kind, name] = runs.base(
+                folder, output_dir=str(folder / f"{kind}-{name}"), **keys, **{kind: spec}
+            )
+    return configs_by_name
 
 
 def outcome(config):
-    found = sorted((Path(config["output_dir"]) / "selections").glob("step_*.json"))
-    return runs.rows(config), [json.loads(path.read_text())["indices"] for path in found]
+    paths = sorted((Path(config["output_dir"]) / "selections").glob("step_*.json"))
+    return runs.rows(config), [json.loads(path.read_text())["indices"] for path in paths]
 
 
 def agree(key, config, other):
@@ -92,8 +94,8 @@ def agree(key, config, other):
 @pytest.fixture(scope="module")
 def alone(configs):
     """Every algorithm on one process."""
-    for key, (status, heard) in zip(configs, runs.train_many(1, list(configs.values())), strict=True):
-        assert status == 0, f"{key}: {heard}"
+    for key, (status, stderr) in zip(configs, runs.train_many(1, list(configs.values())), strict=True):
+        assert status == 0, f"{key}: {stderr}"
     return configs
 
 
@@ -101,31 +103,34 @@ def test_one_and_two_processes_agree_for_every_algorithm(alone):
     halves = {
         key: {**c, "per_device_train_batch_size": 4, "output_dir": c["output_dir"] + "-two"} for key, c in alone.items()
     }
-    for key, (status, heard) in zip(halves, runs.train_many(2, list(halves.values())), strict=True):
-        assert status == 0, f"{key}: {heard}"
+    for key, (status, stderr) in zip(halves, runs.train_many(2, list(halves.values())), strict=True):
+        assert status == 0, f"{key}: {stderr}"
         agree(key, alone[key], halves[key])
 
 
 def test_the_megatron_engine_agrees_for_every_algorithm_or_refuses_it_by_name(alone):
-    """Two tensor-parallel processes against one process of the FSDP engine, and what README says of either engine."""
+    """Two tensor-parallel processes against one process of the FSDP engine, and the two columns of docs/status.md."""
     tensor = {"engine": "megatron", "tensor_model_parallel_size": 2, "sequence_parallel": True}
     halves = {key: {**c, **tensor, "output_dir": c["output_dir"] + "-tp2"} for key, c in alone.items()}
     ran = set()
-    for key, (status, heard) in zip(halves, runs.train_many(2, list(halves.values())), strict=True):
+    for key, (status, stderr) in zip(halves, runs.train_many(2, list(halves.values())), strict=True):
         if status == 0:
             ran.add(key)
             if key == ("selector", "coincide"):  # which of two like samples stands for both, rounding may decide
-                (_, chosen), (_, chosen2) = outcome(alone[key]), outcome(halves[key])
-                assert chosen[0] == chosen2[0] and len(set(chosen[-1]) & set(chosen2[-1])) > len(chosen[-1]) / 2
+                (_, selections), (_, selections2) = outcome(alone[key]), outcome(halves[key])
+                assert (
+                    selections[0] == selections2[0]
+                    and len(set(selections[-1]) & set(selections2[-1])) > len(selections[-1]) / 2
+                )
             else:
                 agree(key, alone[key], halves[key])
         else:
-            lines = [line for line in heard.splitlines() if line.startswith("error: ")]
-            assert status == 2 and len(lines) == 1 and key[1] in lines[0] and "megatron" in lines[0], f"{key}: {heard}"
-    assert {key for key in alone if key not in ran} == set(refused_in_the_readme())
+            lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+            assert status == 2 and len(lines) == 1 and key[1] in lines[0] and "megatron" in lines[0], f"{key}: {stderr}"
+    assert {key for key in alone if key not in ran} == set(refused_in_the_docs())
 
 
-def refused_in_the_readme():
+def refused_in_the_docs():
     """(role, algorithm) of the lines whose Megatron column says `refused`."""
-    text = (corpus.ROOT / "README.md").read_text()
-    return [tuple(found) for found in re.findall(r"^\| (\w+) \| `(\w+)` \|.*\| refused \|$", text, re.MULTILINE)]
+    text = (corpus.ROOT / "docs" / "status.md").read_text()
+    return [tuple(row) for row in re.findall(r"^\| (\w+) \| `(\w+)` \|.*\| refused \|$", text, re.MULTILINE)]

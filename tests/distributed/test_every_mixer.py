@@ -1,11 +1,11 @@
-"""Every mixer draws in the same proportions at every step on 1, 2 and 4 processes, however a batch is cut, on both engines;
-and one that goes on from a checkpoint does so bit by bit."""
+"""Every mixer: equal proportions at every step on 1, 2 and 4 processes, for every batch partition, on both engines,
+and bit-equal when continued from a checkpoint."""
 
 import importlib.util
 
 import pytest
 
-from dataflex_mega.registry import available
+from dataflex_mega.registry import list_builtin_names
 from tests.support import corpus, runs
 
 STEPS, SAVED = 6, 3
@@ -22,7 +22,7 @@ PARAMETERS = {
     "group_dro sampling": {"eta": 1.0, "act_on": "sampling"},
     "odm": {"reward_scale": 20.0},
 }
-MIXERS = [*available("mixer"), "group_dro sampling"]
+MIXERS = [*list_builtin_names("mixer"), "group_dro sampling"]
 MOVING = {"random", "odm", "dynamic_moe", "group_dro sampling", "doge"}
 TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "fsdp": "full_shard"}
 FOUR = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
@@ -38,32 +38,32 @@ def folder(tmp_path_factory):
     return corpus.write_experts(corpus.write(tmp_path_factory.mktemp("mixers")))
 
 
-def config_of(folder, mixer, place, **keys):
+def config_of(folder, mixer, variant, **keys):
     name = mixer.split()[0]
-    own, model = {}, "moe" if name == "dynamic_moe" else "model"
+    extra, model = {}, "moe" if name == "dynamic_moe" else "model"
     if name == "doremi":
-        own = {"reference_model": str(folder / "model"), "reference_cache": str(folder / "cache")}
+        extra = {"reference_model": str(folder / "model"), "reference_cache": str(folder / "cache")}
     return runs.base(
         folder,
-        output_dir=str(folder / f"{mixer.replace(' ', '-')}-{place}"),
+        output_dir=str(folder / f"{mixer.replace(' ', '-')}-{variant}"),
         mixer={"name": name, **PARAMETERS.get(mixer, {})},
-        **{"model_name_or_path": str(folder / model), **MIX, **own, **keys},
+        **{"model_name_or_path": str(folder / model), **MIX, **extra, **keys},
     )
 
 
 def train(world, configs):
     """Run all of them; each must succeed."""
-    for name, (status, heard) in zip(configs, runs.train_many(world, list(configs.values())), strict=True):
-        assert status == 0, f"{name}: {heard}"
+    for name, (status, stderr) in zip(configs, runs.train_many(world, list(configs.values())), strict=True):
+        assert status == 0, f"{name}: {stderr}"
 
 
 @pytest.fixture(scope="module")
 def whole(folder):
     """One process, one micro-batch a step, a checkpoint in the middle; and from there on once more."""
-    made = {mixer: config_of(folder, mixer, "whole", save_strategy="steps", save_steps=SAVED) for mixer in MIXERS}
+    configs = {mixer: config_of(folder, mixer, "whole", save_strategy="steps", save_steps=SAVED) for mixer in MIXERS}
     rest = {f"{mixer} again": resumed(folder, mixer) for mixer in MIXERS}
-    train(1, made | rest)
-    return made
+    train(1, configs | rest)
+    return configs
 
 
 def resumed(folder, mixer, **keys):
@@ -71,9 +71,9 @@ def resumed(folder, mixer, **keys):
     return config_of(folder, mixer, "again", resume_from_checkpoint=str(checkpoint), **keys)
 
 
-def compare(found, expected, name):
+def compare(config, expected_config, name):
     """Draws and proportions of every step; loss and gradient too."""
-    rows, rows0 = runs.rows(found), runs.rows(expected)
+    rows, rows0 = runs.rows(config), runs.rows(expected_config)
     assert [row["step"] for row in rows] == [row["step"] for row in rows0] == list(range(1, STEPS + 1)), name
     for row, row0 in zip(rows, rows0, strict=True):
         assert row["drawn"] == row0["drawn"], f"{name}, step {row['step']}"
@@ -83,19 +83,19 @@ def compare(found, expected, name):
 
 
 def test_two_processes_with_accumulation_and_shards(folder, whole):
-    made = {mixer: config_of(folder, mixer, "two", **TWO) for mixer in MIXERS}
-    train(2, made)
-    for mixer, config in made.items():
+    configs = {mixer: config_of(folder, mixer, "two", **TWO) for mixer in MIXERS}
+    train(2, configs)
+    for mixer, config in configs.items():
         compare(config, whole[mixer], mixer)
 
 
 def test_four_processes_and_four_of_megatron(folder, whole):
-    made = {(mixer, "four"): config_of(folder, mixer, "four", **FOUR) for mixer in MIXERS}
+    configs = {(mixer, "four"): config_of(folder, mixer, "four", **FOUR) for mixer in MIXERS}
     if importlib.util.find_spec("megatron") is not None:
-        made |= {(mixer, "megatron"): config_of(folder, mixer, "megatron", **MEGATRON) for mixer in MIXERS}
-    train(4, made)
-    for (mixer, place), config in made.items():
-        compare(config, whole[mixer], f"{mixer}, {place}")
+        configs |= {(mixer, "megatron"): config_of(folder, mixer, "megatron", **MEGATRON) for mixer in MIXERS}
+    train(4, configs)
+    for (mixer, variant), config in configs.items():
+        compare(config, whole[mixer], f"{mixer}, {variant}")
 
 
 def test_mixers_did_something(whole):
@@ -116,8 +116,10 @@ def test_every_mixer_goes_on_from_a_checkpoint_bit_by_bit(folder, whole):
             }, mixer
         for file in (folder / f"{mixer.replace(' ', '-')}-again").glob("*_weights.jsonl"):
             later = [row for row in runs.rows(config, file.name) if row["step"] >= SAVED]
-            found = runs.rows(resumed(folder, mixer), file.name)
-            assert [{**row, "timestamp": 0} for row in found] == [{**row, "timestamp": 0} for row in later], mixer
+            resumed_rows = runs.rows(resumed(folder, mixer), file.name)
+            assert [{**row, "timestamp": 0} for row in resumed_rows] == [{**row, "timestamp": 0} for row in later], (
+                mixer
+            )
 
 
 def test_a_mixer_with_other_domains_is_refused_with_the_difference_named(folder, whole):
@@ -131,5 +133,5 @@ def test_a_mixer_with_other_domains_is_refused_with_the_difference_named(folder,
         'dataset: "code,prose,tables" there, "code,prose" here',
         'dataset: "code,prose,tables" there, "prose,code,tables" here',
     )
-    for message, (status, heard) in zip((*expected, "mixer: ", "needs a mixture of experts"), finished, strict=True):
-        assert status == 2 and message in heard and heard.strip().count("\n") == 0, heard
+    for message, (status, stderr) in zip((*expected, "mixer: ", "needs a mixture of experts"), finished, strict=True):
+        assert status == 2 and message in stderr and stderr.strip().count("\n") == 0, stderr

@@ -1,4 +1,4 @@
-"""Gradient scores and products of gradients are the same on both engines, in every layout and on 1, 2 and 4 processes."""
+"""Gradient scores and Gram matrices are equal on both engines, in every layout, on 1, 2 and 4 processes."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def found():
+def results():
     """Case -> what each rank found."""
     results = {}
     for world in (1, 2, 4):
@@ -48,28 +48,28 @@ def found():
 
 
 @pytest.mark.parametrize("key", CASES, ids=lambda key: f"{key[0]} {key[2]} on {key[1]}")
-def test_every_layout_gives_the_scores_of_one_process(found, key):
-    dot, norm2 = map(torch.tensor, found[key[0], 1, "one process"][0][:2])
+def test_every_layout_gives_the_scores_of_one_process(results, key):
+    dot, norm2 = map(torch.tensor, results[key[0], 1, "one process"][0][:2])
     assert norm2.min() > 0 and (dot[:, 0] - dot[:, 1]).abs().max() > 0.1 * dot.abs().max(), "two unlike directions"
-    for rank_dot, rank_norm2, *_ in found[key]:
+    for rank_dot, rank_norm2, *_ in results[key]:
         torch.testing.assert_close(torch.tensor(rank_norm2), norm2, rtol=2e-5, atol=0)
         torch.testing.assert_close(torch.tensor(rank_dot), dot, rtol=0, atol=1e-4 * float(dot.abs().max()))
 
 
 @pytest.mark.parametrize("key", CASES, ids=lambda key: f"{key[0]} {key[2]} on {key[1]}")
-def test_every_layout_gives_the_products_of_gradients_of_one_process(found, key):
+def test_every_layout_gives_the_products_of_gradients_of_one_process(results, key):
     """Of all parameters, embeddings and norms too, each counted once."""
-    gram = torch.tensor(found[key[0], 1, "one process"][0][4], dtype=torch.float64)
+    gram = torch.tensor(results[key[0], 1, "one process"][0][4], dtype=torch.float64)
     lengths = gram.diagonal().sqrt()
     assert 1e-3 < gram[0, 1].abs() / lengths.prod() < 0.9, "two unlike gradients"
-    for *_, other in found[key]:
+    for *_, other in results[key]:
         apart = (torch.tensor(other, dtype=torch.float64) - gram).abs() / torch.outer(lengths, lengths)
         assert apart.max() < 2e-5
 
 
 @pytest.mark.parametrize("key", CASES, ids=lambda key: f"{key[0]} {key[2]} on {key[1]}")
-def test_scoring_changes_no_bit_and_training_goes_on_as_before(found, key):
-    expected = found[key[0], 1, "one process"][0][3]
-    for _, _, changed, later, _ in found[key]:
+def test_scoring_changes_no_bit_and_training_goes_on_as_before(results, key):
+    expected = results[key[0], 1, "one process"][0][3]
+    for _, _, changed, later, _ in results[key]:
         assert changed == []
         assert later == pytest.approx(expected, rel=1e-4)

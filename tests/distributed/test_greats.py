@@ -1,4 +1,4 @@
-"""GREATS in whole runs: one choice however a batch is cut, equal to one made from autograd's gradients, and an effect."""
+"""GREATS in whole runs: equal for every batch partition, equal to a choice from autograd's gradients, with effect."""
 
 import copy
 
@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dataflex_mega.algorithms.weighters.greats import pick
+from dataflex_mega.algorithms.weighters.greats import greedy_select
 from dataflex_mega.types import TrainState
 from tests.support import corpus, runs
-from tests.support.opened import Trial, opened
+from tests.support.built_run import Trial, build_run
 
 EXACT = {"name": "greats", "side": 512, "target_batch": 0}  # nothing is projected away
 KEYS = {"eval_dataset": "tables", "max_samples": 2, "max_steps": 3}
@@ -31,16 +31,16 @@ def losses(config):
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    made = {
+    configs = {
         "exact": config_of(folder, "exact"),
         "split": config_of(folder, "split", per_device_train_batch_size=2, gradient_accumulation_steps=4),
         "adam": config_of(folder, "adam", weighter={"name": "greats", "gradient_type": "adam", "target_batch": 5}),
-        "all": config_of(folder, "all", weighter={**EXACT, "keep": 1.0}),
+        "all": config_of(folder, "all", weighter={**EXACT, "keep_ratio": 1.0}),
         "plain": config_of(folder, "plain", weighter={"name": "loss", "strategy": "uniform"}),
     }
-    finished = runs.train_many(1, list(made.values()))
-    assert [status for status, _ in finished] == [0] * len(made), finished
-    return made
+    finished = runs.train_many(1, list(configs.values()))
+    assert [status for status, _ in finished] == [0] * len(configs), finished
+    return configs
 
 
 def test_accumulation_changes_nothing_and_keeping_all_is_plain_training(alone):
@@ -51,22 +51,22 @@ def test_accumulation_changes_nothing_and_keeping_all_is_plain_training(alone):
 
 @pytest.mark.parametrize(("world", "sharded"), [(2, True), (4, False)])
 def test_every_number_of_processes_trains_the_same(folder, alone, world, sharded):
-    made = [
+    configs = [
         {**alone[name], "output_dir": str(folder / f"{name}-{world}"), "per_device_train_batch_size": 8 // world,
          **({"fsdp": "full_shard"} if sharded else {})}
         for name in ("exact", "adam")
     ]  # fmt: skip
-    for name, config, (status, heard) in zip(("exact", "adam"), made, runs.train_many(world, made), strict=True):
-        assert status == 0, heard
+    for name, config, (status, stderr) in zip(("exact", "adam"), configs, runs.train_many(world, configs), strict=True):
+        assert status == 0, stderr
         np.testing.assert_allclose(losses(config), losses(alone[name]), rtol=1e-4)
 
 
 def test_products_are_those_of_autograds_gradients(folder):
     from dataflex_mega.providers.batch_gradients import batch_gradients
 
-    run, trainer = opened(config_of(folder, "here"))
+    run, trainer = build_run(config_of(folder, "here"))
     engine = trainer.engine
-    ids = run.sampler.global_batch(trainer.controller.first_plan(), 0)
+    ids = run.sampler.global_batch(trainer.controller.initial_plan(), 0)
     before = copy.deepcopy(engine.model.state_dict())
     dot, gram = batch_gradients(run, engine)(ids, 0)
     assert all(torch.equal(before[name], value) for name, value in engine.model.state_dict().items())
@@ -83,7 +83,7 @@ def test_products_are_those_of_autograds_gradients(folder):
     target = torch.stack([gradient(sample) for sample in group.fetch(np.arange(len(group)))]).mean(0)
     torch.testing.assert_close(dot.double(), rows @ target, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(gram.double(), rows @ rows.t(), rtol=1e-3, atol=1e-6)
-    assert pick(dot, gram, 4, 1.0).tolist() == pick(rows @ target, rows @ rows.t(), 4, 1.0).tolist()
+    assert greedy_select(dot, gram, 4, 1.0).tolist() == greedy_select(rows @ target, rows @ rows.t(), 4, 1.0).tolist()
     trainer.loader.close()
 
 
@@ -91,19 +91,19 @@ def test_products_are_those_of_autograds_gradients(folder):
 def test_a_step_on_what_it_keeps_helps_the_targets_more_than_one_on_what_it_drops(folder, kind):
     weighter = {**EXACT, "gradient_type": kind}
     keys = {"weighter": weighter, "lr_scheduler_type": "constant", "max_samples": 6}
-    _, trainer = opened(config_of(folder, f"effect-{kind}", **keys))
-    engine, plan = trainer.engine, trainer.controller.first_plan()
+    _, trainer = build_run(config_of(folder, f"effect-{kind}", **keys))
+    engine, plan = trainer.engine, trainer.controller.initial_plan()
     trial, start = Trial(engine), trainer.evaluate()["eval_loss"]
     after = []
     for step in range(3):  # three batches, each trained from the start
-        weigh = trainer.controller.weigher(TrainState(step, plan))
-        micros = trainer.loader.micro_batches(plan, step)
-        kept = []
-        for chosen in (weigh, lambda obs, weigh=weigh: 2 - weigh(obs)):
-            engine.train_step(micros, chosen)
-            kept.append(trainer.evaluate()["eval_loss"])
+        weigh = trainer.controller.weight_fn(TrainState(step, plan))
+        micro_batches = trainer.loader.micro_batches(plan, step)
+        losses_after = []
+        for weight_fn in (weigh, lambda samples, weigh=weigh: 2 - weigh(samples)):
+            engine.train_step(micro_batches, weight_fn)
+            losses_after.append(trainer.evaluate()["eval_loss"])
             trial.undo()
-        after.append(kept)
+        after.append(losses_after)
     trainer.loader.close()
-    for kept, dropped in after:
-        assert kept < start and kept < dropped - 0.005, after
+    for losses_after, dropped in after:
+        assert losses_after < start and losses_after < dropped - 0.005, after

@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron -> Hugging Face in real processes: every kind of model under every way of cutting one."""
+"""Hugging Face -> Megatron -> Hugging Face in real processes: every kind of model in every layout."""
 
 import json
 
@@ -42,22 +42,22 @@ def tokens():
     return torch.randint(3, 53, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-def convert_all(mesh, folder, world):
+def convert_all(parallel_info, folder, world):
     """In every process: load each model, compute its logits, write it whole and in pieces, and once from names."""
-    found = {}
+    converted = {}
     for layout_name, (sizes, names) in LAYOUTS[world].items():
-        layout = small.start(mesh, **sizes)
+        layout = small.start(parallel_info, **sizes)
         for name in names:
-            found[layout_name, name] = convert(layout, small.configs()[name], folder, f"{layout_name}/{name}")
-    return found
+            converted[layout_name, name] = convert(layout, small.configs()[name], folder, f"{layout_name}/{name}")
+    return converted
 
 
 def convert(layout, config, folder, case):
     from dataflex_mega.engines.megatron.export import ExportOptions, export
-    from dataflex_mega.engines.megatron.weights import HFFolder, load
+    from dataflex_mega.engines.megatron.weights import HFCheckpointReader, load
 
     chunks = small.build(config, layout)
-    source = HFFolder(folder / "source" / case.partition("/")[2], config)
+    source = HFCheckpointReader(folder / "source" / case.partition("/")[2], config)
     load(chunks, config, source)
     logits = logits_of(chunks, layout, tokens())
     export(chunks, config, folder / "whole" / case, torch.float32)
@@ -78,7 +78,7 @@ def logits_of(chunks, layout, ids):
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     width = layout.tensor if layout.sequence_parallel else 1
     values = None
-    with cpu.redirected():
+    with cpu.cuda_calls_on_cpu():
         for number in range(layout.pipeline * layout.interleaved):
             owner = number % layout.pipeline
             last = number == layout.pipeline * layout.interleaved - 1
@@ -90,32 +90,32 @@ def logits_of(chunks, layout, ids):
                 out = chunk(ids, torch.arange(12).expand(2, 12), None).contiguous()
             dist.broadcast(out, group=pipeline, group_src=owner)
             values = out
-    parts = [torch.empty_like(values) for _ in range(layout.tensor)]
-    dist.all_gather(parts, values, group=parallel_state.get_tensor_model_parallel_group())
-    return torch.cat(parts, dim=-1)
+    shards = [torch.empty_like(values) for _ in range(layout.tensor)]
+    dist.all_gather(shards, values, group=parallel_state.get_tensor_model_parallel_group())
+    return torch.cat(shards, dim=-1)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Every model as transformers writes it, and the same model with weights from names."""
-    made = tmp_path_factory.mktemp("conversion")
+    root = tmp_path_factory.mktemp("conversion")
     for name, config in small.configs().items():
         model = small.hf_model(config)
-        model.save_pretrained(made / "source" / name)
+        model.save_pretrained(root / "source" / name)
         reinitialise(model, SEED)
-        model.save_pretrained(made / "source-named" / name)
-    return made
+        model.save_pretrained(root / "source-named" / name)
+    return root
 
 
 @pytest.fixture(scope="module")
 def results(folder):
     """(processes, layout, model) -> what each rank found."""
-    found = {}
+    by_case = {}
     for world in LAYOUTS:
-        ranks = runs.forked(convert_all, world, folder, world)
+        ranks = runs.run_forked(convert_all, world, folder, world)
         for layout, name in ranks[0]:
-            found[world, layout, name] = [rank[layout, name] for rank in ranks]
-    return found
+            by_case[world, layout, name] = [rank[layout, name] for rank in ranks]
+    return by_case
 
 
 def tensors_in(folder):
@@ -125,15 +125,15 @@ def tensors_in(folder):
         return load_file(folder / "model.safetensors")
     listed = json.loads(index.read_text())["weight_map"]
     files = {file: load_file(folder / file) for file in sorted(set(listed.values()))}
-    assert {key for held in files.values() for key in held} == set(listed)
+    assert {key for tensors in files.values() for key in tensors} == set(listed)
     return {key: files[file][key] for key, file in listed.items()}
 
 
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
     for key in expected:
-        assert found[key].dtype == expected[key].dtype, key
-        assert torch.equal(found[key], expected[key]), key
+        assert actual[key].dtype == expected[key].dtype, key
+        assert torch.equal(actual[key], expected[key]), key
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[1]}-{case[2]}")
@@ -182,12 +182,12 @@ def test_transformers_loads_the_export(results, folder, case, kind):
 def test_each_tensor_parallel_rank_reads_only_its_share(results, folder):
     tensors = tensors_in(folder / "source" / "llama")
     total = sum(t.nbytes for t in tensors.values())
-    whole = sum(t.nbytes for t in tensors.values() if t.dim() == 1)  # norms, which every rank needs
+    unsplit = sum(t.nbytes for t in tensors.values() if t.dim() == 1)  # norms, which every rank needs
     vocabulary = 2 * 32 * 4  # bytes of one token in the embedding and the output layer
-    inner = total - whole - 53 * vocabulary
+    inner = total - unsplit - 53 * vocabulary
     read = [count for _, count in results[2, "TP2", "llama"]]
     # The vocabulary of 53 is padded to 64: 32 tokens on the first rank and 21 on the second.
-    assert read == [inner // 2 + whole + 32 * vocabulary, inner // 2 + whole + 21 * vocabulary]
+    assert read == [inner // 2 + unsplit + 32 * vocabulary, inner // 2 + unsplit + 21 * vocabulary]
     assert [count for _, count in results[1, "TP1", "llama"]] == [total]
 
 
@@ -211,17 +211,17 @@ def test_files_are_shared_out_over_writers_and_no_larger_than_asked(results, fol
     ], "one file a stage"
     assert [f.name for f in (folder / "whole" / "TP2" / "llama").glob("model*")] == ["model.safetensors"]
     pieces = sorted((folder / "pieces" / "TP2 PP2" / "llama").glob("*.safetensors"))
-    held = [load_file(file) for file in pieces]
-    assert len(held) > 4
-    assert all(sum(t.nbytes for t in tensors.values()) <= FILE_BYTES for tensors in held)
+    contents = [load_file(file) for file in pieces]
+    assert len(contents) > 4
+    assert all(sum(t.nbytes for t in tensors.values()) <= FILE_BYTES for tensors in contents)
     index = json.loads((folder / "pieces" / "TP2 PP2" / "llama" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in held for t in tensors.values())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in contents for t in tensors.values())
 
 
 @pytest.fixture
 def run_tool(monkeypatch):
     """tools/convert.py with its arguments -> the exit status. Its processes are forked, which is quicker."""
-    monkeypatch.setattr("dataflex_mega.distributed.testing.run_processes", runs.forked)
+    monkeypatch.setattr("dataflex_mega.distributed.testing.run_distributed_test", runs.run_forked)
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(variable, raising=False)
     return lambda *arguments: tool("convert").main([str(a) for a in arguments])
@@ -244,7 +244,7 @@ def test_the_tool_checks_and_refuses_in_one_line(run_tool, folder, tmp_path, cap
     source = folder / "source" / "qwen2-tied"
     assert run_tool("check", "--model", source, "--tensor", 2) == 0
     assert capsys.readouterr().out == "all tensors are bit-equal\n"
-    for arguments, wanted in (
+    for arguments, message in (
         (("check", "--model", source, "--tensor", 3), "tensor_model_parallel_size: 3 does not divide"),
         (("check", "--model", source, "--pipeline", 3), "pipeline_model_parallel_size: 3 stages"),
         (("check", "--model", source, "--expert", 2), "expert_model_parallel_size: 2, but a qwen2 has no experts"),
@@ -255,4 +255,4 @@ def test_the_tool_checks_and_refuses_in_one_line(run_tool, folder, tmp_path, cap
     ):
         assert run_tool(*arguments) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("convert: ") and wanted in error
+        assert error.startswith("convert: ") and message in error

@@ -1,4 +1,4 @@
-"""A Megatron run that was killed goes on bit-equal; a checkpoint of one layout is read by others."""
+"""A killed Megatron run continues bit-equal, and other layouts read its checkpoints."""
 
 import time
 from pathlib import Path
@@ -10,8 +10,8 @@ from tests.support import corpus, runs
 pytest.importorskip("megatron.core")
 ROLES = {
     "selector": {"name": "loss"}, "mixer": {"name": "odm", "reward_scale": 5.0}, "weighter": {"name": "loss"},
-    "candidates": 0.3, "rescore": "incremental",  # so that scores of earlier updates are part of a checkpoint
-    "warmup_step": 2, "update_step": 4, "update_times": 2, "lookahead": "exact", "max_samples": 16,
+    "candidate_fraction": 0.3, "score_reuse": "latest",  # so that scores of earlier updates are part of a checkpoint
+    "warmup_step": 2, "update_step": 4, "update_times": 2, "weight_scope": "step", "max_samples": 16,
     "init_mixture_proportions": [0.5, 0.3, 0.2],
 }  # fmt: skip
 STEPS, SAVED = 10, 6
@@ -41,7 +41,7 @@ def moved(folder, name, source, **keys):
 @pytest.fixture(scope="module")
 def finished(folder):
     """Name -> configuration of whole and of moved runs, all on two processes."""
-    made = {
+    configs = {
         "TP2": config_of(folder, "TP2", **TENSOR),
         "PP2": config_of(folder, "PP2", **PIPELINE, **{"use_distributed_optimizer": False}),
         "TP2 on PP2": moved(folder, "TP2-on-PP2", "TP2", **PIPELINE),
@@ -50,9 +50,9 @@ def finished(folder):
             folder, "PP2-on-TP2", "PP2", **{**TENSOR, "sequence_parallel": True, "use_distributed_optimizer": False}
         ),
     }
-    for name, (status, heard) in zip(made, runs.train_many(2, list(made.values())), strict=True):
-        assert status == 0, f"{name}: {heard}"
-    return made
+    for name, (status, stderr) in zip(configs, runs.train_many(2, list(configs.values())), strict=True):
+        assert status == 0, f"{name}: {stderr}"
+    return configs
 
 
 def numbers(row):
@@ -62,10 +62,10 @@ def numbers(row):
 @pytest.mark.parametrize("name", ["TP2 on PP2", "TP2 on DP2", "PP2 on TP2"])
 def test_a_checkpoint_of_one_layout_goes_on_in_another(finished, name):
     expected = runs.rows(finished[name.split()[0]])
-    found = runs.rows(finished[name])
+    rows = runs.rows(finished[name])
     assert [row["step"] for row in expected] == list(range(1, STEPS + 1))
-    assert [row["step"] for row in found][-(STEPS - SAVED) :] == list(range(SAVED + 1, STEPS + 1))
-    for row, row0 in zip(found[-(STEPS - SAVED) :], expected[SAVED:], strict=True):
+    assert [row["step"] for row in rows][-(STEPS - SAVED) :] == list(range(SAVED + 1, STEPS + 1))
+    for row, row0 in zip(rows[-(STEPS - SAVED) :], expected[SAVED:], strict=True):
         assert row["drawn"] == row0["drawn"]
         for key in ("loss", "objective", "grad_norm", "learning_rate"):
             assert row[key] == pytest.approx(row0[key], rel=1e-5), (row["step"], key)

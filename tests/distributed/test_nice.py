@@ -1,4 +1,4 @@
-"""NICE in whole runs: one choice on 1, 2 and 4 processes, DDP and FSDP2, full and LoRA; prompts and rewards matter."""
+"""NICE in whole runs: equal on 1, 2 and 4 processes, with DDP and FSDP2, full and LoRA; prompts and rewards matter."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 
 from dataflex_mega.providers.policy_gradients import split
 from tests.support import corpus, runs
-from tests.support.opened import Trial, opened
+from tests.support.built_run import Trial, build_run
 
 KEYS = {
     "stage": "sft", "template": "default", "dataset": "sft", "eval_dataset": "sft", "max_samples": 16, "cutoff_len": 96,
@@ -40,21 +40,21 @@ def config_of(folder, name, **keys):
 
 def selected(config):
     (path,) = (Path(config["output_dir"]) / "selections").glob("step_*.json")
-    found = json.loads(path.read_text())
-    return found["indices"], next(iter(found["metric"].values()))
+    selection = json.loads(path.read_text())
+    return selection["indices"], next(iter(selection["metric"].values()))
 
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    made = {
+    configs = {
         "full": config_of(folder, "full"),
         "lora": config_of(folder, "lora", **LORA),
         "other": config_of(folder, "other", selector={**NICE, "seed": 5}),
         "none": config_of(folder, "none", selector={**NICE, "reward": "tests.distributed.test_nice:none"}),
     }
-    finished = runs.train_many(1, list(made.values()))
-    assert [status for status, _ in finished] == [0] * len(made), finished
-    return made
+    finished = runs.train_many(1, list(configs.values()))
+    assert [status for status, _ in finished] == [0] * len(configs), finished
+    return configs
 
 
 def test_answers_decide_and_no_reward_is_score_zero(alone):
@@ -65,15 +65,15 @@ def test_answers_decide_and_no_reward_is_score_zero(alone):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_number_of_processes_chooses_the_same(folder, alone, world):
-    made = {
+    configs = {
         name: {**alone[name], "output_dir": str(folder / f"{name}-{world}"), "per_device_train_batch_size": 8 // world,
                **({"fsdp": "full_shard"} if name == "full" else {})}
         for name in ("full", "lora")
     }  # fmt: skip
-    for name, (status, heard) in zip(made, runs.train_many(world, list(made.values())), strict=True):
-        assert status == 0, heard
+    for name, (status, stderr) in zip(configs, runs.train_many(world, list(configs.values())), strict=True):
+        assert status == 0, stderr
         ids, scores = selected(alone[name])
-        assert selected(made[name])[0] == ids and selected(made[name])[1] == pytest.approx(scores, abs=1e-4)
+        assert selected(configs[name])[0] == ids and selected(configs[name])[1] == pytest.approx(scores, abs=1e-4)
 
 
 def test_what_cannot_be_is_one_line_before_the_model_is_built(folder):
@@ -84,8 +84,8 @@ def test_what_cannot_be_is_one_line_before_the_model_is_built(folder):
         ({"engine": "megatron"}, "engine: megatron does not have"),
     ]
     configs = [config_of(folder, f"refused-{n}", **keys) for n, (keys, _) in enumerate(cases)]
-    for (_, message), (status, heard) in zip(cases, runs.train_many(1, configs), strict=True):
-        assert status == 2 and message in heard, heard
+    for (_, message), (status, stderr) in zip(cases, runs.train_many(1, configs), strict=True):
+        assert status == 2 and message in stderr, stderr
 
 
 def often(prompts, answers, references):
@@ -99,7 +99,7 @@ def test_a_step_on_the_best_raises_the_expected_reward_more_than_one_on_the_wors
         **NICE, "reward": "tests.distributed.test_nice:often", "mc_samples": 32, "max_new_tokens": 1, "top_k": 0,
         "top_p": 1.0, "generation_temperature": 1.0, "baseline": "mean",
     }  # fmt: skip
-    run, trainer = opened(config_of(folder, "effect", selector=selector, lr_scheduler_type="constant"))
+    run, trainer = build_run(config_of(folder, "effect", selector=selector, lr_scheduler_type="constant"))
     engine, tokenizer = trainer.engine, run.tokenizer_module["tokenizer"]
     tokens = [tokenizer.decode([token], skip_special_tokens=True) for token in range(512)]
     rewards = torch.tensor(often(tokens, tokens, tokens)).double()
@@ -111,13 +111,13 @@ def test_a_step_on_the_best_raises_the_expected_reward_more_than_one_on_the_wors
             rows = [engine.model(input_ids=torch.from_numpy(p).unsqueeze(0)).logits[0, -1, :512] for p in prompts]
         return float((torch.softmax(torch.stack(rows).double(), 1) @ rewards).mean())
 
-    scores = run.roles.selector.score(trainer.controller.scores.table(run.roles.selector.needs))
-    order = run.roles.selector.choose(scores, len(scores), None, None).numpy()
-    trial, found = Trial(engine), [expected()]
+    scores = run.roles.selector.score(trainer.controller.signal_source.table(run.roles.selector.signals))
+    order = run.roles.selector.select(scores, len(scores), None, None).numpy()
+    trial, expectations = Trial(engine), [expected()]
     for ids in (order[:8], order[-8:]):
         engine.train_step([run.collate(run.pool.fetch(np.sort(ids)))], None)
-        found.append(expected())
+        expectations.append(expected())
         trial.undo()
     trainer.loader.close()
-    before, best, worst = found
-    assert best > before * 1.003 and best > worst * 1.01, found
+    before, best, worst = expectations
+    assert best > before * 1.003 and best > worst * 1.01, expectations

@@ -1,7 +1,5 @@
-"""From a training configuration to embeddings, neighbours and chances, and back into training; one and two processes.
-
-Chances, and what is drawn by them, also on four.
-"""
+"""From a training configuration to embeddings, neighbours and TSDS probabilities and back into training, on 1 and 2
+processes; probabilities and draws also on 4."""
 
 import contextlib
 import io
@@ -23,10 +21,10 @@ def do(job):
         return runs.train_here(job)
     from dataflex_mega.commands import offline
 
-    heard = io.StringIO()
-    with contextlib.redirect_stderr(heard):
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
         status = offline.main(job)
-    return status, heard.getvalue()
+    return status, stderr.getvalue()
 
 
 def example(folder, name, world, **keys):
@@ -71,11 +69,11 @@ def jobs_of(folder, world):
 
 def drawing_of(folder, world):
     """Transport and a training that draws by it, from the embeddings of one process."""
-    chances = str(folder / str(world) / "probs.npy")
+    probabilities = str(folder / str(world) / "probs.npy")
     pair = ["--candidates", str(folder / "1" / "train"), "--queries", str(folder / "1" / "eval")]
     return [
-        ["tsds", *pair, "--k", "20", "--kde-k", "5", "--output", chances],
-        example(folder, "tsds", world, selector={"name": "tsds", "probs_path": chances}),
+        ["tsds", *pair, "--k", "20", "--kde-k", "5", "--output", probabilities],
+        example(folder, "tsds", world, selector={"name": "tsds", "probs_path": probabilities}),
     ]
 
 
@@ -92,9 +90,9 @@ def on_four(finished):
 
 
 def test_every_job_ends_as_it_should(finished):
-    for world, found in finished[1].items():
-        assert [status for status, _ in found] == [0] * 6 + [2, 2], (world, found)
-        other, folder = found[6][1], found[7][1]
+    for world, results in finished[1].items():
+        assert [status for status, _ in results] == [0] * 6 + [2, 2], (world, results)
+        other, folder = results[6][1], results[7][1]
         assert "selector.near.indices_path" in other and "was made of other data: their order" in other
         assert "belongs to something else (encoder: model there, encoder here)" in folder
 
@@ -109,22 +107,22 @@ def test_two_processes_make_the_same_files(finished):
 
 def test_training_draws_what_the_files_say(finished):
     folder, _ = finished
-    chosen = {}
+    selected = {}
     for world in (1, 2):
         for name in ("near", "tsds"):
             steps = sorted((folder / str(world) / name / "selections").glob("step_*.json"))
-            chosen[world, name] = [json.loads(path.read_text())["indices"] for path in steps]
-    assert chosen[1, "near"] == chosen[2, "near"] and chosen[1, "tsds"] == chosen[2, "tsds"]
-    assert len(chosen[1, "near"]) == 2 and chosen[1, "tsds"][0] != chosen[1, "tsds"][1], "drawn anew"
+            selected[world, name] = [json.loads(path.read_text())["indices"] for path in steps]
+    assert selected[1, "near"] == selected[2, "near"] and selected[1, "tsds"] == selected[2, "tsds"]
+    assert len(selected[1, "near"]) == 2 and selected[1, "tsds"][0] != selected[1, "tsds"][1], "drawn anew"
     top = np.load(folder / "1" / "top.npy")
-    assert set(chosen[1, "near"][0]) <= set(top[:, :8].ravel().tolist())
-    chances = np.load(folder / "1" / "probs.npy")
-    assert all((chances[np.array(ids)] > 0).all() for ids in chosen[1, "tsds"])
+    assert set(selected[1, "near"][0]) <= set(top[:, :8].ravel().tolist())
+    probabilities = np.load(folder / "1" / "probs.npy")
+    assert all((probabilities[np.array(ids)] > 0).all() for ids in selected[1, "tsds"])
 
 
 def test_four_processes_draw_what_one_draws(on_four):
-    folder, found = on_four
-    assert [status for status, _ in found] == [0, 0], found
+    folder, results = on_four
+    assert [status for status, _ in results] == [0, 0], results
     assert np.array_equal(np.load(folder / "4" / "probs.npy"), np.load(folder / "1" / "probs.npy"))
     one, four = (sorted((folder / str(world) / "tsds" / "selections").glob("step_*.json")) for world in (1, 4))
     assert len(one) == len(four) == 2

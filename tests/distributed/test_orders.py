@@ -1,4 +1,4 @@
-"""Whole runs that order their samples: the same on 1, 2 and 4 processes, bit-equal when continued, on both engines."""
+"""Runs that order their samples: equal on 1, 2 and 4 processes, bit-equal when continued, on both engines."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataflex_mega.config import components, orders
-from dataflex_mega.control.passes import Direction, arrange
+from dataflex_mega.config import components, reorder_arguments
+from dataflex_mega.control.passes import OrderOptions, arrange_remaining
 from dataflex_mega.registry import build
 from tests.support import corpus, runs
 
@@ -28,11 +28,11 @@ CASES = {
     },
     "selected": {
         "selector": "loss", "reorder": {"name": "zigzag", "layers": 2, **DYNAMIC, "window_size": 3}, "weighter": "loss",
-        "lookahead": "exact", **WINDOWS,
+        "weight_scope": "step", **WINDOWS,
     },
 }  # fmt: skip
 LEGO = {
-    "train_type": "dynamic_lego", "lookahead": "exact", "max_steps": 7, "max_samples": 4,
+    "train_type": "dynamic_lego", "weight_scope": "step", "max_steps": 7, "max_samples": 4,
     "init_mixture_proportions": [0.5, 0.3, 0.2], "eval_dataset": "tables", "eval_strategy": "steps", "eval_steps": 7,
     "pipeline": {"save_plans": True, "stages": [
         {"family": "selector", "component": "loss_low", "keep_ratio": 0.5, "warmup_step": 1, "every": 4},
@@ -67,13 +67,13 @@ def cases_of(folder, world):
 
 @pytest.fixture(scope="module")
 def finished(folder):
-    found = {}
+    configs = {}
     for world in SPLITS:
         cases = cases_of(folder, world)
-        for key, (status, heard) in zip(cases, runs.train_many(world, list(cases.values())), strict=True):
-            assert status == 0, f"{key} on {world}: {heard}"
-            found[(key[0], world, key[1])] = cases[key]
-    return found
+        for key, (status, stderr) in zip(cases, runs.train_many(world, list(cases.values())), strict=True):
+            assert status == 0, f"{key} on {world}: {stderr}"
+            configs[(key[0], world, key[1])] = cases[key]
+    return configs
 
 
 def test_the_same_plans_draws_and_losses_however_a_batch_is_cut(finished):
@@ -101,17 +101,17 @@ def test_what_was_scored(finished):
 def test_every_stage_of_a_pipeline_does_its_part(finished):
     config = finished["lego", 2, 0]
     log, output = runs.rows(config), Path(config["output_dir"])
-    kept = [json.loads(path.read_text())["indices"] for path in sorted(output.glob("selections/step_*.json"))]
+    filtered = [json.loads(path.read_text())["indices"] for path in sorted(output.glob("selections/step_*.json"))]
     plans = {
         int(path.stem.rpartition("_")[2]): json.loads(path.read_text())
         for path in output.glob("scoreboard_step_*.json")
     }
-    assert len(kept) == 2 and sorted(plans) == list(range(7))
+    assert len(filtered) == 2 and sorted(plans) == list(range(7))
     served = [sample for step in sorted(plans) for sample in plans[step]["indices"][:8]]
     assert len(set(served)) == len(served) == 7 * 8, "no sample twice"
     for step, plan in plans.items():
-        chosen = set(kept[0] if step < 5 else kept[1]) if step >= 1 else None
-        assert chosen is None or set(plan["indices"]) <= chosen, f"step {step} trains on what the filter kept"
+        allowed = set(filtered[0] if step < 5 else filtered[1]) if step >= 1 else None
+        assert allowed is None or set(plan["indices"]) <= allowed, f"step {step} trains on what the filter kept"
         assert len(plan["metric"]["loss"]) == len(plan["indices"])
     assert len({tuple(row["weights"].values()) for row in log[1:]}) == 6, "weights differ from step to step"
     assert "weights" in log[1] and log[-1]["weights"]["max"] > 1.01
@@ -122,11 +122,11 @@ def test_the_loss_of_an_evaluation_is_not_weighted(folder):
     keys = {**LEGO, "learning_rate": 0.0, "max_steps": 2, "eval_steps": 2, "reference_model": str(folder / "model")}
     lego = runs.base(folder, output_dir=str(folder / "weighted"), **keys)
     plain = runs.base(folder, output_dir=str(folder / "plain"), mixer="static", **{
-        key: value for key, value in keys.items() if key not in ("train_type", "pipeline", "reference_model", "lookahead")
+        key: value for key, value in keys.items() if key not in ("train_type", "pipeline", "reference_model", "weight_scope")
     })  # fmt: skip
     assert [status for status, _ in runs.train_many(1, [lego, plain])] == [0, 0]
-    found = [[row["eval_loss"] for row in history(config) if "eval_loss" in row] for config in (lego, plain)]
-    assert found[0] == found[1] != []
+    eval_losses = [[row["eval_loss"] for row in history(config) if "eval_loss" in row] for config in (lego, plain)]
+    assert eval_losses[0] == eval_losses[1] != []
 
 
 def history(config):
@@ -149,7 +149,7 @@ def test_a_run_goes_on_bit_equal(folder):
         checkpoint = str(folder / f"{name}-whole" / "checkpoint-4")
         moved = {**whole, "output_dir": str(folder / f"{name}-moved"), "resume_from_checkpoint": checkpoint}
         configs += [whole, {**moved, "save_strategy": "no"}]
-    assert [heard for status, heard in runs.train_many(2, configs) if status] == []
+    assert [stderr for status, stderr in runs.train_many(2, configs) if status] == []
     for whole, moved in (configs[:2], configs[2:]):
         for name in ("metrics.jsonl", "orders.jsonl"):
             log, log2 = runs.rows(whole, name), runs.rows(moved, name)
@@ -163,7 +163,7 @@ def test_both_engines_serve_the_same_order(folder):
     keys["eval_strategy"], keys["learning_rate"] = "no", 3.0e-3
     fsdp = runs.base(folder, output_dir=str(folder / "fsdp"), **keys)
     megatron = {**fsdp, "engine": "megatron", "output_dir": str(folder / "megatron")}
-    assert [heard for status, heard in runs.train_many(2, [fsdp, megatron]) if status] == []
+    assert [stderr for status, stderr in runs.train_many(2, [fsdp, megatron]) if status] == []
     for row, row2 in zip(runs.rows(fsdp), runs.rows(megatron), strict=True):
         assert row["plan"] == row2["plan"]
         for key in ("loss", "objective", "grad_norm"):
@@ -184,11 +184,11 @@ def test_static_presets_of_dataflex_by_a_number_of_each_row(folder):
                   train_type="dynamic_reorder", component_name=name)
         for name in names
     ]  # fmt: skip
-    assert [heard for status, heard in runs.train_many(1, configs) if status] == []
+    assert [stderr for status, stderr in runs.train_many(1, configs) if status] == []
     for name, config in zip(names, configs, strict=True):
-        spec, order = orders.read(components.pick(None, "reorder", name))
-        direction = Direction(order.low_first, order.window_size, order.seed)
-        ids = arrange(build("reorder", spec), torch.arange(40), torch.tensor(scores), 0, direction)[:24]
+        spec, order = reorder_arguments.read_reorder(components.read_component(None, "reorder", name).spec)
+        direction = OrderOptions(order.low_first, order.window_size, order.seed)
+        ids = arrange_remaining(build("reorder", spec), torch.arange(40), torch.tensor(scores), 0, direction)[:24]
         (window,) = runs.rows(config, "orders.jsonl")
         expected = None if name == "shuffle" else pytest.approx(sum(scores[i] for i in ids.tolist()) / 24)
         assert (window["step"], window["end"], window["mean_score"]) == (0, 3, expected), name

@@ -1,4 +1,4 @@
-"""What a run leaves: models that others load, logs, plots. And the ways of tuning and packing, each through a whole run."""
+"""A run's output: models that other libraries load, logs, plots; each way of tuning and packing in a whole run."""
 
 import json
 import math
@@ -56,9 +56,9 @@ def finished(tmp_path_factory):
         name: runs.base(folder, **{"output_dir": str(folder / name.replace(" ", "-")), **keys})
         for name, keys in CASES.items()
     }
-    found = runs.train_many(1, list(configs.values()), plain=True)
-    for name, (status, heard) in zip(configs, found, strict=True):
-        assert status == 0, f"{name}: {heard}"
+    results = runs.train_many(1, list(configs.values()), plain=True)
+    for name, (status, stderr) in zip(configs, results, strict=True):
+        assert status == 0, f"{name}: {stderr}"
     return configs
 
 
@@ -92,18 +92,18 @@ def merged(finished, tmp_path_factory):
     return folder / "merged"
 
 
-def cli(*arguments, heard=None):
+def cli(*arguments, stdin=None):
     """`dataflex-cli` with these arguments and this standard input."""
     command = [str(Path(sys.executable).parent / "dataflex-cli"), *arguments]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, input=heard, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, input=stdin, timeout=300)
 
 
 def test_chat_answers_from_the_merged_model(merged):
     keys = {"model_name_or_path": str(merged), "template": "default", "max_new_tokens": 5, "do_sample": False}
     path = merged.parent / "chat.yaml"
     path.write_text(yaml.safe_dump({**keys, "infer_dtype": "float32"}))
-    done = cli("chat", str(path), heard="Explain assert in Python.\nexit\n")
+    done = cli("chat", str(path), stdin="Explain assert in Python.\nexit\n")
     assert done.returncode == 0, done.stderr[-2000:]
     answer = done.stdout.split("Assistant: ", 1)[1].split("\nUser:")[0]
     assert len(answer) > 1, done.stdout  # five tokens, which a model this small may well spend on line ends
@@ -159,12 +159,12 @@ def test_tensorboard_has_every_scalar(finished):
     events = EventAccumulator(str(output(finished, "mix") / "runs"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    wanted = {"train/loss", "train/grad_norm", "train/learning_rate", "train/tokens_per_second", "seconds/train"}
+    expected = {"train/loss", "train/grad_norm", "train/learning_rate", "train/tokens_per_second", "seconds/train"}
     for domain in ("code", "prose", "tables"):
-        wanted |= {f"{kind}/{domain}" for kind in ("mix/proportion", "mix/drawn", "domain/loss", "domain/perplexity")}
-    assert wanted <= tags
-    shares = [events.Scalars(f"mix/drawn/{d}")[-1].value for d in ("code", "prose", "tables")]
-    assert sum(shares) == pytest.approx(1)
+        expected |= {f"{kind}/{domain}" for kind in ("mix/proportion", "mix/drawn", "domain/loss", "domain/perplexity")}
+    assert expected <= tags
+    proportions = [events.Scalars(f"mix/drawn/{d}")[-1].value for d in ("code", "prose", "tables")]
+    assert sum(proportions) == pytest.approx(1)
 
 
 def test_evaluation_is_the_token_mean_of_the_final_model(finished):
@@ -197,8 +197,8 @@ def test_other_tunings_train(finished):
     assert runs.rows(finished["lora"])[-1]["loss"] != runs.rows(finished["lora+"])[-1]["loss"]
     before = load_file(Path(finished["freeze"]["model_name_or_path"]) / "model.safetensors")
     after = load_file(output(finished, "freeze") / "model.safetensors")
-    moved = {name for name in before if not torch.equal(before[name].to(after[name].dtype), after[name])}
-    assert moved and all(".layers.1." in name for name in moved)
+    changed = {name for name in before if not torch.equal(before[name].to(after[name].dtype), after[name])}
+    assert changed and all(".layers.1." in name for name in changed)
 
 
 def test_the_schedule_is_the_one_asked_for(finished):
@@ -215,8 +215,8 @@ def test_evaluation_and_saving_by_epoch(finished):
     """80 samples in batches of 8: an epoch is 10 steps; the end counts as one."""
     state = json.loads((output(finished, "by epoch") / "trainer_state.json").read_text())
     assert [row["step"] for row in state["log_history"] if "eval_loss" in row] == [10, 20, 25]
-    found = sorted(int(p.name.split("-")[1]) for p in output(finished, "by epoch").glob("checkpoint-*"))
-    assert found == [10, 20, 25]
+    steps = sorted(int(p.name.split("-")[1]) for p in output(finished, "by epoch").glob("checkpoint-*"))
+    assert steps == [10, 20, 25]
 
 
 def test_callbacks_can_stop_a_run(finished):
@@ -244,8 +244,8 @@ def test_sharded_variants(tmp_path_factory):
         )
         for name, keys in SHARDED_CASES.items()
     }
-    for name, (status, heard) in zip(configs, runs.train_many(2, list(configs.values())), strict=True):
-        assert status == 0, f"{name}: {heard}"
+    for name, (status, stderr) in zip(configs, runs.train_many(2, list(configs.values())), strict=True):
+        assert status == 0, f"{name}: {stderr}"
     logs = {name: runs.rows(config) for name, config in configs.items()}
     for name in ("checkpointed", "kept", "layers"):
         for row, expected in zip(logs[name], logs["plain"], strict=True):

@@ -1,4 +1,4 @@
-"""A package of its own, installed by pip, brings a selector, a mixer and a weighter; none of our files is touched."""
+"""A pip-installed package adds a selector, a mixer and a weighter without a change to dataflex_mega."""
 
 import json
 import os
@@ -33,12 +33,12 @@ from dataflex_mega.plugins import register_mixer, register_selector, register_we
 @register_selector("shortest_ids")
 @dataclass
 class ShortestIds(Selector):
-    needs = frozenset({"loss"})
+    signals = frozenset({"loss"})
 
     def score(self, table):
-        return -table.sample_id.float()
+        return -table.sample_ids.float()
 
-    def choose(self, scores, count, clock, rng):
+    def select(self, scores, count, context, rng):
         return torch.topk(scores, count).indices
 
 
@@ -50,7 +50,7 @@ class LastOnly(Mixer):
     def setup(self, domains):
         self._k = len(domains)
 
-    def proportions(self, clock, rng):
+    def proportions(self, context, rng):
         rest = torch.full((self._k,), (1 - self.share) / (self._k - 1), dtype=torch.float64)
         rest[-1] = self.share
         return rest
@@ -59,10 +59,10 @@ class LastOnly(Mixer):
 @register_weighter("first_only")
 @dataclass
 class FirstOnly(Weighter):
-    def weights(self, obs, step, total_steps):
-        n = len(obs.sample_id)
+    def weights(self, samples, step, total_steps):
+        n = len(samples.sample_ids)
         weights = torch.zeros(n)
-        weights[obs.sample_id.argmin()] = n
+        weights[samples.sample_ids.argmin()] = n
         return weights
 '''
 
@@ -94,7 +94,7 @@ def test_all_three_act_in_a_run_on_two_processes(installed, tmp_path):
     folder = corpus.write(tmp_path)
     config = runs.base(
         folder, selector="shortest_ids", mixer={"name": "last_only", "share": 0.75}, weighter="first_only",
-        update_step=2, update_times=-1, per_device_train_batch_size=4, max_steps=4, lookahead="exact",
+        update_step=2, update_times=-1, per_device_train_batch_size=4, max_steps=4, weight_scope="step",
     )  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
@@ -104,5 +104,5 @@ def test_all_three_act_in_a_run_on_two_processes(installed, tmp_path):
     rows = runs.rows(config)
     assert all(row["drawn"] == {"code": 1, "prose": 1, "tables": 6} for row in rows), rows[0]["drawn"]
     assert all(row["weights"]["max"] == 8 and row["weights"]["min"] == 0 for row in rows), rows[0]["weights"]
-    chosen = json.loads((Path(config["output_dir"]) / "selections" / "step_0.json").read_text())["indices"]
-    assert len(chosen) == 16 and min(chosen) == 0
+    selected_ids = json.loads((Path(config["output_dir"]) / "selections" / "step_0.json").read_text())["indices"]
+    assert len(selected_ids) == 16 and min(selected_ids) == 0

@@ -1,4 +1,4 @@
-"""Killed anywhere and started again, on the same and on another number of processes: the same training."""
+"""A run killed anywhere continues with the same training, on the same and on another number of processes."""
 
 import random
 import shutil
@@ -64,10 +64,10 @@ def test_resumed_on_another_number_of_processes(folder, whole, world):
         if checkpoint.name != "checkpoint-9":
             shutil.rmtree(checkpoint)
     assert runs.finish(runs.start(config, world)) == [0] * world
-    found = runs.rows(config)
-    assert [row["step"] for row in found] == list(range(1, 21))
-    assert [numbers(row) for row in found[:9]] == [numbers(row) for row in rows[:9]], "finished steps are kept"
-    for row, expected in zip(found[9:], rows[9:], strict=True):
+    resumed_rows = runs.rows(config)
+    assert [row["step"] for row in resumed_rows] == list(range(1, 21))
+    assert [numbers(row) for row in resumed_rows[:9]] == [numbers(row) for row in rows[:9]], "finished steps are kept"
+    for row, expected in zip(resumed_rows[9:], rows[9:], strict=True):
         assert row["drawn"] == expected["drawn"]
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
@@ -80,10 +80,10 @@ def test_another_global_batch_is_refused_with_both_numbers_unless_asked_for(fold
     shutil.rmtree(outputs / "checkpoint-20")
     wider = config_of(folder, "batch", per_device_train_batch_size=16)
     more = {"update_step": 2, "update_times": 10}  # so that a selection still fits the data
-    (status, heard), (accepted, _) = runs.train_many(
+    (status, stderr), (accepted, _) = runs.train_many(
         1, [wider, {**wider, **more, "resume_ignore": ["global_batch_size", "update_step", "update_times"]}]
     )
-    assert status == 2 and "global_batch_size: 8 there, 16 here" in heard and heard.count("\n") == 1
+    assert status == 2 and "global_batch_size: 8 there, 16 here" in stderr and stderr.count("\n") == 1
     assert accepted == 0 and runs.rows(wider)[-1]["step"] == 20
 
 
@@ -94,9 +94,9 @@ def test_an_older_checkpoint_can_be_named_and_the_newer_ones_go(folder, whole):
     named = Path(config["output_dir"]) / "checkpoint-9"
     shorter = {**config, "resume_from_checkpoint": str(named), "max_steps": 10, "save_strategy": "no"}
     refused = {**config, "resume_from_checkpoint": False}
-    (status, heard), (first, _) = runs.train_many(1, [{**refused, "per_device_train_batch_size": 8},
+    (status, stderr), (first, _) = runs.train_many(1, [{**refused, "per_device_train_batch_size": 8},
                                                       {**shorter, "per_device_train_batch_size": 8}])  # fmt: skip
-    assert status == 2 and "resume_from_checkpoint: false" in heard and first == 0
+    assert status == 2 and "resume_from_checkpoint: false" in stderr and first == 0
     assert [row["step"] for row in runs.rows(config)] == list(range(1, 11))
     assert runs.rows(config)[-1]["drawn"] == rows[9]["drawn"]
     assert sorted(int(p.name.split("-")[1]) for p in Path(config["output_dir"]).glob("checkpoint-*")) == [3, 6, 9]

@@ -1,7 +1,5 @@
-"""Every role, and all at once: 1, 2 and 4 processes, every accumulation split, DDP and FSDP2, full and LoRA, one answer.
-
-These are whole runs through `train.main` on real text, several in one set of processes.
-"""
+"""Every role, and all at once, in whole runs through `train.main` on real text: equal on 1, 2 and 4 processes,
+for every accumulation, with DDP and FSDP2, full and LoRA."""
 
 import json
 from pathlib import Path
@@ -13,7 +11,7 @@ from tests.support import corpus, runs
 ROLES = {
     "select": {
         "selector": {"name": "loss"}, "warmup_step": 2, "update_step": 2, "update_times": 2,
-        "candidates": 0.7, "rescore": "incremental",
+        "candidate_fraction": 0.7, "score_reuse": "latest",
     },
     "less": {
         "selector": {"name": "less", "checkpoints": 2}, "eval_dataset": "tables,prose", "eval_on_each_dataset": True,
@@ -24,17 +22,17 @@ ROLES = {
         "mixer": {"name": "odm", "reward_scale": 5.0}, "warmup_step": 1, "update_step": 1, "update_times": 5,
         "init_mixture_proportions": [0.5, 0.3, 0.2],
     },
-    "weight": {"weighter": {"name": "loss"}, "lookahead": "exact", "warmup_step": 1},
+    "weight": {"weighter": {"name": "loss"}, "weight_scope": "step", "warmup_step": 1},
     "joint": {
-        "weighter": {"name": "joint_update_aware", "tau": 0.2, "target_update_step": 2}, "lookahead": "exact",
+        "weighter": {"name": "joint_update_aware", "tau": 0.2, "target_update_step": 2}, "weight_scope": "step",
         "eval_dataset": "tables", "warmup_step": 1,
     },
     "adapt": {
-        "weighter": {"name": "adapt", "tau": 0.1, "refresh_interval": 2}, "lookahead": "exact", "eval_dataset": "tables",
+        "weighter": {"name": "adapt", "tau": 0.1, "refresh_interval": 2}, "weight_scope": "step", "eval_dataset": "tables",
     },
     "all": {
         "selector": {"name": "loss"}, "mixer": {"name": "odm", "reward_scale": 5.0}, "weighter": {"name": "loss"},
-        "lookahead": "exact", "warmup_step": 2, "update_step": 2, "update_times": 2,
+        "weight_scope": "step", "warmup_step": 2, "update_step": 2, "update_times": 2,
         "init_mixture_proportions": [0.5, 0.3, 0.2],
     },
 }  # fmt: skip
@@ -53,7 +51,7 @@ def folder(tmp_path_factory):
 
 
 def cases_of(folder, world):
-    made = []
+    cases = []
     for role, keys in ROLES.items():
         for number, (micro, accumulation, sharded) in enumerate(SPLITS[world]):
             for tuning in ("full", "lora"):
@@ -68,8 +66,8 @@ def cases_of(folder, world):
                     **{"max_samples": 12, **keys},
                     **(LORA if tuning == "lora" else {}),
                 )
-                made.append(((role, tuning), config))
-    return made
+                cases.append(((role, tuning), config))
+    return cases
 
 
 def outcome(config):
@@ -81,8 +79,8 @@ def outcome(config):
     return log, selections
 
 
-def compare(name, found, expected):
-    (log, selections), (log0, selections0) = found, expected
+def compare(name, actual, expected):
+    (log, selections), (log0, selections0) = actual, expected
     assert selections == selections0, f"{name}: other samples were selected"
     assert len(log) == len(log0) == 6
     for row, row0 in zip(log, log0, strict=True):
@@ -107,8 +105,8 @@ def expected(folder):
 def test_the_same_losses_plans_draws_and_selections(folder, expected, world):
     cases = cases_of(folder, world)
     finished = runs.train_many(world, [config for _, config in cases])
-    for (key, config), (status, heard) in zip(cases, finished, strict=True):
-        assert status == 0, heard
+    for (key, config), (status, stderr) in zip(cases, finished, strict=True):
+        assert status == 0, stderr
         compare(f"{key} {config['output_dir']}", outcome(config), expected[key])
 
 

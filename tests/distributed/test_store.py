@@ -1,5 +1,5 @@
-"""LESS from a gradient store in whole runs: one answer on 1, 2 and 4 processes, builds that survive kill -9, and stores
-that do not fit refused by name."""
+"""LESS from a gradient store in whole runs: equal on 1, 2 and 4 processes, builds that survive kill -9, and stores that
+do not fit are refused by name."""
 
 import json
 import multiprocessing as mp
@@ -37,8 +37,8 @@ def config_of(folder, name, selector, **keys):
 
 
 def selected(config):
-    found = sorted((Path(config["output_dir"]) / "selections").glob("step_*.json"))
-    return [json.loads(path.read_text()) for path in found]
+    paths = sorted((Path(config["output_dir"]) / "selections").glob("step_*.json"))
+    return [json.loads(path.read_text()) for path in paths]
 
 
 def scores(config):
@@ -53,15 +53,15 @@ def content(folder):
 def alone(folder):
     """One process: streamed, stored with nothing lost, stored with Adam, full and LoRA."""
     streamed = {"name": "less", "gradient_type": "sgd"}
-    made = {
+    configs = {
         "streamed": config_of(folder, "streamed", streamed),
         "exact": config_of(folder, "exact", EXACT),
         "full": config_of(folder, "full", STORED),
         "lora": config_of(folder, "lora", STORED, **LORA),
     }
-    finished = runs.train_many(1, list(made.values()))
+    finished = runs.train_many(1, list(configs.values()))
     assert [status for status, _ in finished] == [0] * 4, finished
-    return made
+    return configs
 
 
 def test_a_store_that_loses_nothing_gives_the_streamed_scores(alone):
@@ -72,21 +72,21 @@ def test_a_store_that_loses_nothing_gives_the_streamed_scores(alone):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_same_choice_on_every_number_of_processes(folder, alone, world):
-    made = []
+    cases = []
     for tuning in ("full", "lora"):
         for sharded in (False, True):
-            made.append((alone[tuning], {
+            cases.append((alone[tuning], {
                 **alone[tuning], "output_dir": str(folder / f"{tuning}-{world}-{sharded}"),
                 "per_device_train_batch_size": 8 // world, **({"fsdp": "full_shard"} if sharded else {}),
             }))  # fmt: skip
-    finished = runs.train_many(world, [config for _, config in made])
-    for (expected, config), (status, heard) in zip(made, finished, strict=True):
-        assert status == 0, heard
+    finished = runs.train_many(world, [config for _, config in cases])
+    for (expected, config), (status, stderr) in zip(cases, finished, strict=True):
+        assert status == 0, stderr
         assert [r["indices"] for r in selected(config)] == [r["indices"] for r in selected(expected)]
         np.testing.assert_allclose(scores(config), scores(expected), atol=2e-3)
         stores = list((Path(config["output_dir"]) / "gradient_store").iterdir())
         assert len(stores) == 1, "the store of the first update is gone"
-        assert GradientStore(stores[0]).layout.shards == world
+        assert GradientStore(stores[0]).layout.num_shards == world
 
 
 # -- kill -9 and damage ----------------------------------------------------------------------------------------------------
@@ -103,10 +103,10 @@ def ours_of(argv):
 
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
-    heard = io.StringIO()
-    with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(heard):
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
         status = main(argv)
-    return status, heard.getvalue()
+    return status, output.getvalue()
 
 
 def written(config, name):
@@ -129,9 +129,9 @@ def start(argv, world):
 def _forked(rank, world, port, argv):
     torch.set_num_threads(1)
     runs.as_torchrun(rank, world, port)
-    status, heard = ours_of(argv)
+    status, output = ours_of(argv)
     if status:
-        print(heard)
+        print(output)
     os._exit(status)
 
 
@@ -150,39 +150,39 @@ def config(folder):
 
 @pytest.fixture(scope="module")
 def built(folder, config):
-    place = folder / "whole"
-    assert runs.finish(start(["build", written(config, "build"), "--folder", str(place)], 2)) == [0, 0]
-    return place
+    target = folder / "whole"
+    assert runs.finish(start(["build", written(config, "build"), "--folder", str(target)], 2)) == [0, 0]
+    return target
 
 
 def test_killed_while_building_less_than_a_block_a_rank_is_computed_again(folder, config, built):
-    place = folder / "killed"
-    argv = ["build", written(config, "killed"), "--folder", str(place)]
-    kills, kept = 0, {}
+    target = folder / "killed"
+    argv = ["build", written(config, "killed"), "--folder", str(target)]
+    kills, whole_blocks = 0, {}
     for _ in range(2):
         processes = start(argv, 2)
-        before = sizes(place)
+        before = sizes(target)
         deadline = time.monotonic() + 90
-        while not grown(before, sizes(place)) and any(p.is_alive() for p in processes):
+        while not grown(before, sizes(target)) and any(p.is_alive() for p in processes):
             assert time.monotonic() < deadline
             time.sleep(0.002)
         runs.kill(processes)
         kills += any(p.exitcode == -9 for p in processes)
-        now = sizes(place)
-        assert all(now[name] >= size for name, size in kept.items()), "a whole block was thrown away"
-        kept = now
-    assert kills == 2 and not (place / "manifest.json").read_text().count('"sums": ["')
+        now = sizes(target)
+        assert all(now[name] >= size for name, size in whole_blocks.items()), "a whole block was thrown away"
+        whole_blocks = now
+    assert kills == 2 and not (target / "manifest.json").read_text().count('"sums": ["')
     assert runs.finish(start(argv, 2)) == [0, 0]
-    assert content(place) == content(built)
+    assert content(target) == content(built)
 
 
-def sizes(place):
+def sizes(target):
     """Bytes of whole blocks in each shard, whether finished or not."""
-    found = {}
+    num_blocks = {}
     for shard in (0, 1):
-        for path in place.glob(f"shard-{shard:05d}-of-00002.sums*"):
-            found[shard] = max(found.get(shard, 0), path.stat().st_size // 16)
-    return found
+        for path in target.glob(f"shard-{shard:05d}-of-00002.sums*"):
+            num_blocks[shard] = max(num_blocks.get(shard, 0), path.stat().st_size // 16)
+    return num_blocks
 
 
 def grown(before, now):
@@ -191,8 +191,8 @@ def grown(before, now):
 
 def test_scores_and_refusals_by_name(folder, config, built, capsys):
     flipped, cut = folder / "flipped", folder / "cut"
-    for place in (flipped, cut):
-        shutil.copytree(built, place)
+    for target in (flipped, cut):
+        shutil.copytree(built, target)
     shard = "shard-00001-of-00002.bin"
     raw = bytearray((flipped / shard).read_bytes())
     raw[len(raw) // 2] ^= 4
@@ -212,22 +212,22 @@ def test_scores_and_refusals_by_name(folder, config, built, capsys):
         (["score", path, "--folder", str(folder / "nothing")], 2, "has no manifest.json"),
         (["build", written({**other, "selector": "loss"}, "none")], 2, "uses no store here"),
     ]
-    said = {}
+    printed = {}
     for world in (1, 2, 4):
-        given = [[word.replace("-W.", f"-{world}.") for word in argv] for argv, _, _ in calls]
-        given = given if world == 2 else given[:1]
-        finished = runs.train_many(world, given, ours_of)
-        for (argv, status, message), (found, heard) in zip(calls, finished, strict=False):
-            assert found == status and message in heard, (argv, heard)
-            assert status == 0 or heard.strip().splitlines()[-1].startswith("error: "), heard
-        said[world] = [line for line in finished[0][1].splitlines() if line[:1] in "+-"]
+        arguments = [[word.replace("-W.", f"-{world}.") for word in argv] for argv, _, _ in calls]
+        arguments = arguments if world == 2 else arguments[:1]
+        finished = runs.train_many(world, arguments, ours_of)
+        for (argv, status, message), (actual, stderr) in zip(calls, finished, strict=False):
+            assert actual == status and message in stderr, (argv, stderr)
+            assert status == 0 or stderr.strip().splitlines()[-1].startswith("error: "), stderr
+        printed[world] = [line for line in finished[0][1].splitlines() if line[:1] in "+-"]
     scores_of = [np.load(folder / f"scores-{world}.npy") for world in (1, 2, 4)]
-    for found in scores_of[1:]:
-        np.testing.assert_allclose(found, scores_of[0], atol=1e-6)
-    assert said[1] == said[2] == said[4] and len(said[1]) == 5
-    assert int(said[1][0].split()[1]) == int(scores_of[0].argmax())
+    for other in scores_of[1:]:
+        np.testing.assert_allclose(other, scores_of[0], atol=1e-6)
+    assert printed[1] == printed[2] == printed[4] and len(printed[1]) == 5
+    assert int(printed[1][0].split()[1]) == int(scores_of[0].argmax())
     assert store_command.main(["verify", str(built)]) == 0 and store_command.main(["info", str(built)]) == 0
     assert "all as they were written" in capsys.readouterr().out
     assert store_command.main(["verify", str(flipped)]) == 1 and store_command.main(["verify", str(cut)]) == 2
-    heard = capsys.readouterr()
-    assert f"{shard} is damaged in the rows of samples" in heard.out and f"{shard} has" in heard.err
+    captured = capsys.readouterr()
+    assert f"{shard} is damaged in the rows of samples" in captured.out and f"{shard} has" in captured.err

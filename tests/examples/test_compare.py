@@ -1,4 +1,4 @@
-"""`dataflex-cli compare`, `dataflex-cli regmix` and tools/eval_perplexity.py as a user types them, at tiny sizes."""
+"""`dataflex-cli compare`, `dataflex-cli regmix` and tools/eval_perplexity.py on the command line, at tiny sizes."""
 
 import json
 import math
@@ -24,12 +24,12 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Data under the names of the demo's, so that the example runs as it is without a network."""
-    made = corpus.write(tmp_path_factory.mktemp("compare"))
-    info = json.loads((made / "data" / "dataset_info.json").read_text())
+    root = corpus.write(tmp_path_factory.mktemp("compare"))
+    info = json.loads((root / "data" / "dataset_info.json").read_text())
     for name, real in {"c4": "prose", "wiki": "code", "alpaca_text": "tables", "python": "code"}.items():
         info[f"demo_{name}"] = info[f"demo_{name}_validation"] = info[real]
-    (made / "data" / "dataset_info.json").write_text(json.dumps(info))
-    return made
+    (root / "data" / "dataset_info.json").write_text(json.dumps(info))
+    return root
 
 
 def places(folder):
@@ -48,18 +48,18 @@ def two_methods(folder, name, **changes):
         {"phase": "first", "mixer": "static", "max_steps": 2},
         {"phase": "second", "mixer": "static", "model_name_or_path": "${first.output_dir}"},
     ]
-    given = {
+    suite = {
         "base": base, "methods": {"plain": {"mixer": "static"}, "twice": phases}, "seeds": [1],
         "output_dir": str(folder / name),
     }  # fmt: skip
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(given | changes, sort_keys=False))
+    path.write_text(yaml.safe_dump(suite | changes, sort_keys=False))
     return path
 
 
 def identity(path):
-    found = path.stat()
-    return found.st_ino, found.st_mtime_ns
+    stat = path.stat()
+    return stat.st_ino, stat.st_mtime_ns
 
 
 @pytest.mark.slow
@@ -69,23 +69,23 @@ def test_the_example_compares_all_its_methods(folder):
     out = folder / "example"
     done = cli("compare", SUITE, *overrides, "seeds=[1]", f"output_dir={out}")
     assert done.returncode == 0, done.stderr[-3000:]
-    whole = json.loads((out / "results.json").read_text())
-    assert list(whole["methods"]) == methods and len(methods) >= 5 and whole["missing"] == {}
-    assert [run["final"]["steps"] for run in whole["runs"]] == [4] * len(methods)
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["methods"]) == methods and len(methods) >= 5 and results["missing"] == {}
+    assert [run["final"]["steps"] for run in results["runs"]] == [4] * len(methods)
     tokens = 4 * 4 * (32 - 1)  # of a row's positions all but the last have a target
-    assert {run["final"]["tokens"] for run in whole["runs"]} in ({tokens}, {4 * 4 * 32})
+    assert {run["final"]["tokens"] for run in results["runs"]} in ({tokens}, {4 * 4 * 32})
     for name in ("report.md", "results.csv", "proportions.png", "domain_loss.png", "perplexity.png"):
         assert (out / name).stat().st_size > 200
 
 
 @pytest.mark.slow
 def test_killed_and_given_again_it_leaves_finished_runs_alone_and_ends_as_if_it_had_not_been(folder):
-    whole, cut = two_methods(folder, "whole"), two_methods(folder, "cut")
+    whole, interrupted = two_methods(folder, "whole"), two_methods(folder, "cut")
     assert cli("compare", whole).returncode == 0
     first = folder / "cut" / "plain" / "seed-1"
     started = folder / "cut" / "twice" / "seed-1" / "first.log"
     with subprocess.Popen(
-        [sys.executable, "-m", "dataflex_mega", "compare", str(cut)], env=ENVIRONMENT, start_new_session=True,
+        [sys.executable, "-m", "dataflex_mega", "compare", str(interrupted)], env=ENVIRONMENT, start_new_session=True,
         stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     ) as process:  # fmt: skip
         until = time.monotonic() + 120
@@ -93,12 +93,12 @@ def test_killed_and_given_again_it_leaves_finished_runs_alone_and_ends_as_if_it_
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
     before = identity(first / "model.safetensors")
-    assert cli("compare", cut).returncode == 0
+    assert cli("compare", interrupted).returncode == 0
     assert identity(first / "model.safetensors") == before
     for name in ("plain/seed-1", "twice/seed-1/second"):
         ours, theirs = (json.loads((folder / f / name / "perplexity.json").read_text()) for f in ("cut", "whole"))
         assert ours == theirs
-    again = cli("compare", cut, "base.learning_rate=0.5")
+    again = cli("compare", interrupted, "base.learning_rate=0.5")
     assert again.returncode == 2 and "error: plain/seed-1: learning_rate was 0.01, is 0.5" in again.stderr
     summary = json.loads((folder / "cut" / "results.json").read_text())["methods"]["twice"]
     assert summary["tokens"] == 2 * summary["extra_tokens"] > 0
@@ -126,23 +126,23 @@ def test_perplexity_of_a_run_is_that_of_its_own_last_evaluation_and_of_the_tool(
         folder, mixer="static", eval_dataset="prose,tables", eval_on_each_dataset=True, eval_strategy="steps",
         eval_steps=4, output_dir=str(folder / "evaluated"), **{**TINY, "max_samples": None},
     )  # fmt: skip
-    ((status, heard),) = runs.train_many(1, [config], plain=True)
-    assert status == 0, heard
+    ((status, stderr),) = runs.train_many(1, [config], plain=True)
+    assert status == 0, stderr
     history = json.loads((folder / "evaluated" / "trainer_state.json").read_text())["log_history"]
-    theirs = {key: value for row in history for key, value in row.items() if key.startswith("eval_")}
+    logged = {key: value for row in history for key, value in row.items() if key.startswith("eval_")}
     (folder / "evaluated.yaml").write_text(yaml.safe_dump(config))
     tool, out = corpus.ROOT / "tools" / "eval_perplexity.py", folder / "perplexity.json"
     typed = ["--model", folder / "evaluated", "--dataset-dir", folder / "data", "--dataset", "prose,tables"]
-    found = []
+    results = []
     for options in (["--config", folder / "evaluated.yaml"], [*typed, "--cutoff-len", "32", "--batch-size", "3"]):
         command = [sys.executable, tool, *options, "--output", out]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT)
         assert done.returncode == 0, done.stderr[-3000:]
-        found.append(json.loads(out.read_text()))
+        results.append(json.loads(out.read_text()))
     for name in ("prose", "tables"):
-        assert found[0]["domains"][name]["loss"] == pytest.approx(theirs[f"eval_{name}_loss"], rel=1e-6)
-        assert found[1]["domains"][name]["loss"] == pytest.approx(found[0]["domains"][name]["loss"], rel=1e-6)
-        assert found[0]["domains"][name]["perplexity"] == math.exp(found[0]["domains"][name]["loss"])
+        assert results[0]["domains"][name]["loss"] == pytest.approx(logged[f"eval_{name}_loss"], rel=1e-6)
+        assert results[1]["domains"][name]["loss"] == pytest.approx(results[0]["domains"][name]["loss"], rel=1e-6)
+        assert results[0]["domains"][name]["perplexity"] == math.exp(results[0]["domains"][name]["loss"])
     wrong = subprocess.run([sys.executable, tool, "--dataset", "prose"], capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].startswith("eval_perplexity: --model is missing")
 
@@ -156,15 +156,15 @@ def test_regmix_proposes_proportions_that_a_run_can_start_from(folder):
     path.write_text(yaml.safe_dump({"base": base, "output_dir": str(out), "runs": 5, "target": "tables"}))
     done = cli("regmix", path)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((out / "proportions.json").read_text())
-    assert found["domain_names"] == ["code", "prose", "tables"]
-    assert sum(found["average_weights"]) == pytest.approx(1) and sum(found["natural"]) == pytest.approx(1)
-    assert found["natural"][2] < found["natural"][0]  # there are fewer tables than source files
+    study = json.loads((out / "proportions.json").read_text())
+    assert study["domain_names"] == ["code", "prose", "tables"]
+    assert sum(study["average_weights"]) == pytest.approx(1) and sum(study["natural"]) == pytest.approx(1)
+    assert study["natural"][2] < study["natural"][0]  # there are fewer tables than source files
     assert "init_mixture_proportions: [" in done.stderr and (out / "regmix.png").stat().st_size > 5000
     next_run = runs.base(
         folder, mixer="static", init_mixture_proportions_file=str(out / "proportions.json"), max_steps=1,
         output_dir=str(folder / "next"),
     )  # fmt: skip
-    ((status, heard),) = runs.train_many(1, [next_run], plain=True)
-    assert status == 0, heard
-    assert list(runs.rows(next_run)[0]["proportions"].values()) == pytest.approx(found["average_weights"])
+    ((status, stderr),) = runs.train_many(1, [next_run], plain=True)
+    assert status == 0, stderr
+    assert list(runs.rows(next_run)[0]["proportions"].values()) == pytest.approx(study["average_weights"])

@@ -1,4 +1,4 @@
-"""Every component of DataFlex 1.1, from README's table: its example trains on either engine, or is refused by name."""
+"""Every component of DataFlex 1.1, from the table of docs/status.md: its example trains or is refused."""
 
 import json
 import re
@@ -21,8 +21,8 @@ SMALL = {"cutoff_len": 32, "per_device_train_batch_size": 4, "gradient_accumulat
 
 
 def rows():
-    """(role, component, example, what the FSDP and the Megatron column say) of README's table."""
-    text = (corpus.ROOT / "README.md").read_text()
+    """(role, component, example, what the FSDP and the Megatron column say) of the table of docs/status.md."""
+    text = (corpus.ROOT / "docs" / "status.md").read_text()
     line = r"^\| (\w+) \| `(\w+)` \| `(examples/dataflex/\w+\.yaml)`[^|]* \| (\w+) \| (\w+) \|$"
     return re.findall(line, text, re.MULTILINE)
 
@@ -40,19 +40,19 @@ def test_the_table_has_every_component():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Data and models under the names that the examples use; every row carries a score."""
-    made = corpus.write_experts(corpus.write(tmp_path_factory.mktemp("dataflex")))
-    data = made / "data"
+    root = corpus.write_experts(corpus.write(tmp_path_factory.mktemp("dataflex")))
+    data = root / "data"
     scored = [{**row, "score": (7 * number) % 23} for number, row in enumerate(corpus.instructions())]
     (data / "scored.json").write_text(json.dumps(scored))
     info = json.loads((data / "dataset_info.json").read_text())
     alpaca = {"demo_alpaca": {"file_name": "scored.json"}, "demo_alpaca_validation": info["sft"]}
     texts = {f"demo_{new}": info[old] for new, old in (("c4", "prose"), ("wiki", "tables"), ("python", "code"))}
     (data / "dataset_info.json").write_text(json.dumps({**info, **alpaca, **texts}))
-    corpus.write_reference(made)
-    np.save(made / "near.npy", np.arange(24).reshape(2, -1))
-    np.save(made / "tsds.npy", np.full(24, 1 / 24))
-    (made / "step_10.json").write_text(json.dumps({"indices": list(range(12)), "metric": {"loss": [1.0] * 12}}))
-    return made
+    corpus.write_reference(root)
+    np.save(root / "near.npy", np.arange(24).reshape(2, -1))
+    np.save(root / "tsds.npy", np.full(24, 1 / 24))
+    (root / "step_10.json").write_text(json.dumps({"indices": list(range(12)), "metric": {"loss": [1.0] * 12}}))
+    return root
 
 
 def further(folder, name):
@@ -87,15 +87,15 @@ def config_of(folder, row, engine):
 
 
 def check(folder, engine, world, column):
-    found = {(row[0], row[1]): (config_of(folder, row, engine), row[column]) for row in rows()}
-    finished = runs.train_many(world, [config for config, _ in found.values()], plain=world == 1)
-    for (key, (config, said)), (status, heard) in zip(found.items(), finished, strict=True):
-        if said == "yes":
-            assert status == 0, f"{key}: {heard}"
+    cases = {(row[0], row[1]): (config_of(folder, row, engine), row[column]) for row in rows()}
+    finished = runs.train_many(world, [config for config, _ in cases.values()], plain=world == 1)
+    for (key, (config, expected)), (status, stderr) in zip(cases.items(), finished, strict=True):
+        if expected == "yes":
+            assert status == 0, f"{key}: {stderr}"
             assert [row["step"] for row in runs.rows(config)] == list(range(1, STEPS + 1)), key
         else:
-            lines = [line for line in heard.splitlines() if line.startswith("error: ")]
-            assert status == 2 and len(lines) == 1 and key[1] in lines[0] and engine in lines[0], f"{key}: {heard}"
+            lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+            assert status == 2 and len(lines) == 1 and key[1] in lines[0] and engine in lines[0], f"{key}: {stderr}"
 
 
 def test_every_example_trains_on_the_fsdp_engine(folder):

@@ -1,4 +1,4 @@
-"""Every YAML in examples/ trains, on one process and on two, with its own keys; only sizes and paths are overridden."""
+"""Every YAML in examples/ trains on one and two processes with its own keys; only sizes and paths are overridden."""
 
 import json
 import os
@@ -19,13 +19,13 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Data under the names of the demo's, so that the examples run as they are without a network."""
-    made = corpus.write(tmp_path_factory.mktemp("examples"))
-    info = json.loads((made / "data" / "dataset_info.json").read_text())
+    root = corpus.write(tmp_path_factory.mktemp("examples"))
+    info = json.loads((root / "data" / "dataset_info.json").read_text())
     domains = {"c4": "prose", "wiki": "code", "alpaca_text": "tables", "python": "code", "alpaca": "sft"}
     for name, real in domains.items():
         info[f"demo_{name}"] = info[f"demo_{name}_validation"] = info[real]
-    (made / "data" / "dataset_info.json").write_text(json.dumps(info))
-    return made
+    (root / "data" / "dataset_info.json").write_text(json.dumps(info))
+    return root
 
 
 def shrunk(path, folder, world):
@@ -56,8 +56,8 @@ def test_every_dynamic_example_trains(folder, world):
     configs = [shrunk(path, folder, world) for path in EXAMPLES]
     dynamic = [config for config in configs if config.get("train_type") != "static"]
     assert len(dynamic) >= 5
-    for config, (status, heard) in zip(dynamic, runs.train_many(world, dynamic), strict=True):
-        assert status == 0, heard
+    for config, (status, stderr) in zip(dynamic, runs.train_many(world, dynamic), strict=True):
+        assert status == 0, stderr
         assert [row["step"] for row in runs.rows(config)] == list(range(1, STEPS + 1))
 
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from dataflex_mega.config.parse import split
+from dataflex_mega.config.parse import parse_config
 from dataflex_mega.corpus import command
 from dataflex_mega.engines.megatron import layout
 from tests.support import corpus, runs
@@ -57,15 +57,15 @@ SMALL = {"cutoff_len": 64, "preprocessing_num_workers": None, "max_steps": STEPS
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What `make demo-corpus` makes, small and without a network: data, corpora, a Llama and a Mixtral."""
-    made = corpus.write(tmp_path_factory.mktemp("megatron-examples"))
-    info = json.loads((made / "data" / "dataset_info.json").read_text())
+    root = corpus.write(tmp_path_factory.mktemp("megatron-examples"))
+    info = json.loads((root / "data" / "dataset_info.json").read_text())
     info["demo_alpaca"] = info["demo_alpaca_validation"] = info["sft"]
-    (made / "data" / "dataset_info.json").write_text(json.dumps(info))
-    common = ["--dataset-dir", str(made / "data"), "--tokenizer", str(made / "model")]
+    (root / "data" / "dataset_info.json").write_text(json.dumps(info))
+    common = ["--dataset-dir", str(root / "data"), "--tokenizer", str(root / "model")]
     for name, domains in (("corpus", "code,prose,tables"), ("corpus_validation", "prose,tables")):
-        assert command.main(["--dataset", domains, *common, "--output", str(made / name)]) == 0
-    other_models(made)
-    return made
+        assert command.main(["--dataset", domains, *common, "--output", str(root / name)]) == 0
+    other_models(root)
+    return root
 
 
 def other_models(folder):
@@ -115,37 +115,37 @@ def shrunk(folder, name):
 
 def theirs(folder, name, keys, model, **sizes):
     """A YAML with LLaMA-Factory's published keys and a role beside them."""
-    own = {
+    our_keys = {
         "model_name_or_path": str(folder / model), "dataset_dir": str(folder / "data"), "dataset": "sft",
         "template": "default", "output_dir": str(folder / "out" / name), "weighter": "loss",
     }  # fmt: skip
-    return {key: value for key, value in {**keys, **own, **SMALL, **sizes}.items() if value is not None}
+    return {key: value for key, value in {**keys, **our_keys, **SMALL, **sizes}.items() if value is not None}
 
 
 @pytest.fixture(scope="module")
 def finished(folder):
     """Name -> configuration."""
-    made = {name: shrunk(folder, name) for name in EXAMPLES}
+    configs = {name: shrunk(folder, name) for name in EXAMPLES}
     worlds = {**WORLDS, "qwen2_vl_full": 4, "qwen3_moe_full": 4, "llama3_sft": 2}
-    made["qwen2_vl_full"] = theirs(folder, "qwen2_vl_full", QWEN2_VL, "qwen2", tensor_model_parallel_size=2)
-    made["llama3_sft"] = theirs(folder, "llama3_sft", LLAMA3_BRIDGE, "model")
-    made["qwen3_moe_full"] = theirs(folder, "qwen3_moe_full", QWEN3_MOE, "qwen3_moe", pipeline_model_parallel_size=2)
-    heard = {}
+    configs["qwen2_vl_full"] = theirs(folder, "qwen2_vl_full", QWEN2_VL, "qwen2", tensor_model_parallel_size=2)
+    configs["llama3_sft"] = theirs(folder, "llama3_sft", LLAMA3_BRIDGE, "model")
+    configs["qwen3_moe_full"] = theirs(folder, "qwen3_moe_full", QWEN3_MOE, "qwen3_moe", pipeline_model_parallel_size=2)
+    stderr_of = {}
     for world in (2, 4):
-        mine = [name for name in made if worlds[name] == world]
-        for name, (status, said) in zip(mine, runs.train_many(world, [made[n] for n in mine]), strict=True):
-            assert status == 0, f"{name}: {said}"
-            heard[name] = said
-    return made, heard
+        names = [name for name in configs if worlds[name] == world]
+        for name, (status, stderr) in zip(names, runs.train_many(world, [configs[n] for n in names]), strict=True):
+            assert status == 0, f"{name}: {stderr}"
+            stderr_of[name] = stderr
+    return configs, stderr_of
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_example_trains_on_its_layout(finished, name):
-    made, _ = finished
-    assert [row["step"] for row in runs.rows(made[name])] == list(range(1, STEPS + 1))
-    output = Path(made[name]["output_dir"])
+    configs, _ = finished
+    assert [row["step"] for row in runs.rows(configs[name])] == list(range(1, STEPS + 1))
+    output = Path(configs[name]["output_dir"])
     assert (output / "config.json").is_file() and list(output.glob("*.safetensors"))
-    if "eval_corpus_dir" in made[name]:
+    if "eval_corpus_dir" in configs[name]:
         history = json.loads((output / "trainer_state.json").read_text())["log_history"]
         assert {"eval_prose_loss", "eval_tables_loss"} <= {key for row in history for key in row}
 
@@ -160,25 +160,25 @@ NOTES = {
 
 @pytest.mark.parametrize("name", NOTES)
 def test_the_keys_of_llamafactorys_examples_train(finished, name):
-    made, heard = finished
-    assert [row["step"] for row in runs.rows(made[name])] == list(range(1, STEPS + 1))
-    assert "engine: megatron" in heard[name]
-    assert torch.cuda.is_available() or f"note: {NOTES[name]}" in heard[name]
+    configs, stderr_of = finished
+    assert [row["step"] for row in runs.rows(configs[name])] == list(range(1, STEPS + 1))
+    assert "engine: megatron" in stderr_of[name]
+    assert torch.cuda.is_available() or f"note: {NOTES[name]}" in stderr_of[name]
 
 
 @pytest.mark.parametrize("name", ["pretrain_odm_tp2_pp2", "moe_ep2", "qwen3_moe_full"])
 def test_the_export_command_of_llamafactory_takes_what_was_trained(finished, tmp_path, name):
-    made, _ = finished
+    configs, _ = finished
     keys = {
-        "model_name_or_path": made[name]["output_dir"], "template": "default", "export_dir": str(tmp_path / "exported"),
-        "infer_dtype": "bfloat16" if made[name].get("bf16") else "float32", "trust_remote_code": False,
+        "model_name_or_path": configs[name]["output_dir"], "template": "default", "export_dir": str(tmp_path / "exported"),
+        "infer_dtype": "bfloat16" if configs[name].get("bf16") else "float32", "trust_remote_code": False,
     }  # fmt: skip
-    runs.forked(export_command, 1, keys, tmp_path / "export.yaml")
+    runs.run_forked(export_command, 1, keys, tmp_path / "export.yaml")
     loaded, trained = (
-        AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "exported", made[name]["output_dir"])
+        AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "exported", configs[name]["output_dir"])
     )
-    for (key, found), (_, expected) in zip(loaded.named_parameters(), trained.named_parameters(), strict=True):
-        assert torch.equal(found, expected), key
+    for (key, actual), (_, expected) in zip(loaded.named_parameters(), trained.named_parameters(), strict=True):
+        assert torch.equal(actual, expected), key
 
 
 def export_command(_mesh, keys, path):
@@ -192,16 +192,16 @@ def export_command(_mesh, keys, path):
 
 def test_the_recipe_is_of_the_size_it_says(folder):
     """64 ranks, 4.19M tokens a step, 627B in all, natural proportions."""
-    from dataflex_mega.llamafactory.args import keys
+    from dataflex_mega.llamafactory.args import argument_types
 
-    given = yaml.safe_load(EXAMPLES[RECIPE].read_text())
-    config = split(given, keys())
+    keys = yaml.safe_load(EXAMPLES[RECIPE].read_text())
+    config = parse_config(keys, argument_types())
     plan = layout.read_layout(config.megatron, 64)
-    windows = plan.data * given["per_device_train_batch_size"] * given["gradient_accumulation_steps"]
+    windows = plan.data * keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"]
     assert (config.engine, plan.data, windows) == ("megatron", 64, 1024)
-    assert windows * given["cutoff_len"] * given["max_steps"] == pytest.approx(627e9, rel=1e-3)
-    assert sum(given["init_mixture_proportions"]) == pytest.approx(1)
-    assert len(given["init_mixture_proportions"]) == len(given["dataset"].split(","))
+    assert windows * keys["cutoff_len"] * keys["max_steps"] == pytest.approx(627e9, rel=1e-3)
+    assert sum(keys["init_mixture_proportions"]) == pytest.approx(1)
+    assert len(keys["init_mixture_proportions"]) == len(keys["dataset"].split(","))
     hidden, kv, mlp, layers, vocabulary = 1536, 256, 8960, 28, 151936  # Qwen2.5-1.5B
     size = layers * (hidden * (2 * hidden + 2 * kv) + 3 * hidden * mlp) + vocabulary * hidden
     assert size == pytest.approx(1.54e9, rel=5e-3)

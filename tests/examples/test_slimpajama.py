@@ -25,13 +25,13 @@ NAMES = ("CommonCrawl", "C4", "Github", "Book", "ArXiv", "Wikipedia", "StackExch
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Text in SlimPajama's schema under its seven names, and a corpus of it."""
-    made = corpus.write(tmp_path_factory.mktemp("slimpajama"))
+    root = corpus.write(tmp_path_factory.mktemp("slimpajama"))
     texts = [text for documents in corpus.domains(28).values() for text in documents]
     rows = [{"text": t, "meta": {"redpajama_set_name": f"RedPajama{NAMES[i % 7]}"}} for i, t in enumerate(texts)]
-    (made / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["--domain-field", "meta.redpajama_set_name", "--tokenizer", str(made / "model")]
-    assert command.main([str(made / "rows.jsonl"), *options, "--output", str(made / "corpus")]) == 0
-    return made
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--domain-field", "meta.redpajama_set_name", "--tokenizer", str(root / "model")]
+    assert command.main([str(root / "rows.jsonl"), *options, "--output", str(root / "corpus")]) == 0
+    return root
 
 
 def shrunk(path, folder, **more):
@@ -52,17 +52,17 @@ def shrunk(path, folder, **more):
     "path", [*SINGLE, *sorted(PLACE.glob("doremi_*/*.yaml"))], ids=lambda p: f"{p.parent.name}/{p.stem}"
 )
 def test_the_arithmetic_of_a_file_is_what_its_readme_says(path):
-    ours = load(str(path))
+    keys = load(str(path))
     large = "30b" in str(path.relative_to(PLACE))
     ranks, steps = (32, 14300) if large else (8, 5720)
-    windows = ranks * ours["per_device_train_batch_size"] * ours["gradient_accumulation_steps"]
-    assert windows == (512 if large else 256) and ours["max_steps"] == steps
-    assert windows * ours["cutoff_len"] * steps == pytest.approx(30e9 if large else 6e9, rel=1e-3)
-    assert len(ours["dataset"].split(",")) == 7
+    windows = ranks * keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"]
+    assert windows == (512 if large else 256) and keys["max_steps"] == steps
+    assert windows * keys["cutoff_len"] * steps == pytest.approx(30e9 if large else 6e9, rel=1e-3)
+    assert len(keys["dataset"].split(",")) == 7
 
 
 def test_every_file_trains_and_doremi_hands_its_files_on(folder):
-    made = {path.stem: shrunk(path, folder) for path in SINGLE}
+    configs = {path.stem: shrunk(path, folder) for path in SINGLE}
     for size in ("doremi_6b", "doremi_30b"):
         out = [folder / size / f"step{n}" for n in (1, 2, 3)]
         more = (
@@ -71,19 +71,21 @@ def test_every_file_trains_and_doremi_hands_its_files_on(folder):
             {"init_mixture_proportions_file": str(out[1] / "doremi_average_weights.json")},
         )
         for n, handed in enumerate(more, 1):
-            made[f"{size} {n}"] = shrunk(PLACE / size / f"step{n}.yaml", folder, **handed)
-    for name, (status, heard) in zip(made, runs.train_many(1, list(made.values())), strict=True):
-        assert status == 0, f"{name}: {heard}"
+            configs[f"{size} {n}"] = shrunk(PLACE / size / f"step{n}.yaml", folder, **handed)
+    for name, (status, stderr) in zip(configs, runs.train_many(1, list(configs.values())), strict=True):
+        assert status == 0, f"{name}: {stderr}"
     tokens = {
         d["name"]: d["proportion"] for d in json.loads((folder / "corpus" / "manifest.json").read_text())["domains"]
     }
     for name in ("static_6b", "odm_30b", "ado_6b", "doremi_30b 1"):
-        assert runs.rows(made[name])[0]["proportions"] == pytest.approx(tokens), name
+        assert runs.rows(configs[name])[0]["proportions"] == pytest.approx(tokens), name
     for size in ("doremi_6b", "doremi_30b"):
         averages = json.loads((folder / size / "step2" / "doremi_average_weights.json").read_text())
-        found = runs.rows(made[f"{size} 3"])[0]["proportions"]
-        assert found == pytest.approx(dict(zip(averages["domain_names"], averages["average_weights"], strict=True)))
-    measured_alike(folder, made["odm_6b"])
+        proportions = runs.rows(configs[f"{size} 3"])[0]["proportions"]
+        assert proportions == pytest.approx(
+            dict(zip(averages["domain_names"], averages["average_weights"], strict=True))
+        )
+    measured_alike(folder, configs["odm_6b"])
 
 
 def measured_alike(folder, config):
@@ -91,7 +93,7 @@ def measured_alike(folder, config):
     history = json.loads((Path(config["output_dir"]) / "trainer_state.json").read_text())["log_history"]
     logged = [row["eval_RedPajamaBook_perplexity"] for row in history if "eval_RedPajamaBook_perplexity" in row][-1]
     tool, out = corpus.ROOT / "tools" / "eval_perplexity.py", folder / "perplexity.json"
-    given = [
+    arguments = [
         "--model",
         config["output_dir"],
         "--corpus",
@@ -101,7 +103,9 @@ def measured_alike(folder, config):
         "--bf16",
     ]
     done = subprocess.run(
-        [sys.executable, str(tool), *given, "--cutoff-len", "32", "--output", str(out)], capture_output=True, text=True
+        [sys.executable, str(tool), *arguments, "--cutoff-len", "32", "--output", str(out)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(out.read_text())["domains"]["RedPajamaBook"]["perplexity"] == pytest.approx(logged, rel=5e-3)

@@ -18,7 +18,7 @@ from tests.support import corpus, runs
 STEPS = 20
 ROLES = {
     "selector": {"name": "loss"}, "mixer": {"name": "odm", "reward_scale": 5.0}, "weighter": {"name": "loss"},
-    "lookahead": "exact", "init_mixture_proportions": [0.5, 0.3, 0.2],
+    "weight_scope": "step", "init_mixture_proportions": [0.5, 0.3, 0.2],
 }  # fmt: skip
 TENSOR, PIPELINE = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 VIRTUAL, EXPERT = "virtual_pipeline_model_parallel_size", "expert_model_parallel_size"
@@ -93,19 +93,19 @@ def run_all(folder, layouts=LAYOUTS):
     """Run every layout, those of one number of processes together -> [(layout, log, selections)]."""
     configs = [config_of(folder, layout) for layout in layouts]
     for world in sorted({layout[2] for layout in layouts}):
-        mine = [config for config, layout in zip(configs, layouts, strict=True) if layout[2] == world]
-        for config, (status, heard) in zip(mine, runs.train_many(world, mine), strict=True):
-            assert status == 0, f"{config['output_dir']}: {heard}"
+        same_world = [config for config, layout in zip(configs, layouts, strict=True) if layout[2] == world]
+        for config, (status, stderr) in zip(same_world, runs.train_many(world, same_world), strict=True):
+            assert status == 0, f"{config['output_dir']}: {stderr}"
     return [(layout, *outcome(config)) for layout, config in zip(layouts, configs, strict=True)]
 
 
 def outcome(config):
     """(lines of the log, chosen ids by update)."""
-    chosen = {
+    selections = {
         path.name: json.loads(path.read_text())["indices"]
         for path in sorted((Path(config["output_dir"]) / "selections").glob("step_*.json"))
     }
-    return runs.rows(config), chosen
+    return runs.rows(config), selections
 
 
 def differences(log, expected):
@@ -113,9 +113,9 @@ def differences(log, expected):
     return {key: max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(log, expected, strict=True)) for key in TITLES}
 
 
-def same_data(found, expected):
+def same_data(actual, expected):
     """Whether draws and selections are those of the first run, and mixtures and weights too, to rounding."""
-    (log, chosen), (log0, chosen0) = found, expected
+    (log, selections), (log0, selections0) = actual, expected
     for row, row0 in zip(log, log0, strict=True):
         for key in ("proportions", "weights"):
             pairs = [(row[key][name], value) for name, value in (row0.get(key) or {}).items()]
@@ -123,7 +123,7 @@ def same_data(found, expected):
                 return False
         if row["drawn"] != row0["drawn"]:
             return False
-    return chosen == chosen0
+    return selections == selections0
 
 
 def main():
@@ -134,12 +134,12 @@ def main():
     good = True
     print(f"{STEPS} steps, select + mix + weight; largest relative difference to the first line of each model")
     print(f"{'model':9}{'layout':36}{'processes':>10}{'loss':>10}{'objective':>11}{'grad norm':>11}  same data")
-    for layout, log, chosen in results:
-        expected = first.setdefault(layout[1], (log, chosen))
-        found = differences(log, expected[0])
-        same = same_data((log, chosen), expected)
-        good &= same and max(found.values()) < 1e-5
-        numbers = "".join(f"{found[key]:{width}.1e}" for key, width in zip(TITLES, (10, 11, 11), strict=True))
+    for layout, log, selections in results:
+        expected = first.setdefault(layout[1], (log, selections))
+        relative = differences(log, expected[0])
+        same = same_data((log, selections), expected)
+        good &= same and max(relative.values()) < 1e-5
+        numbers = "".join(f"{relative[key]:{width}.1e}" for key, width in zip(TITLES, (10, 11, 11), strict=True))
         print(f"{layout[1]:9}{layout[0]:36}{layout[2]:>10}{numbers}  {'yes' if same else 'NO'}")
     return 0 if good else 1
 

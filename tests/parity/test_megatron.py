@@ -23,10 +23,10 @@ NAMES = [
 ]  # fmt: skip
 NO_ROLES = {
     "selector": None, "mixer": None, "weighter": None, "warmup_step": None, "update_step": None, "update_times": None,
-    "lookahead": None,
+    "weight_scope": None,
 }  # fmt: skip
 DOREMI = {**NO_ROLES, "mixer": {"name": "doremi"}, "update_step": 2, "update_times": -1}
-RHO1 = {**NO_ROLES, "weighter": {"name": "rho1", "keep": 0.6}, "init_mixture_proportions": None}
+RHO1 = {**NO_ROLES, "weighter": {"name": "rho1", "keep_ratio": 0.6}, "init_mixture_proportions": None}
 EVALUATES = {
     "eval_dataset": "prose,tables", "eval_on_each_dataset": True, "eval_strategy": "steps", "eval_steps": 10,
 }  # fmt: skip
@@ -37,16 +37,19 @@ REFERENCES = {
         {**DOREMI, "mixer": {"name": "doremi", "loss_norm": "per_domain"}}, BY_NAME["dense", "PP2 x VPP2"],
     ),
     "rho1": (RHO1, BY_NAME["dense", "PP2"]),
-    "rho1, whole step": ({**RHO1, "lookahead": "exact"}, BY_NAME["dense", "TP2 x PP2"]),
+    "rho1, whole step": ({**RHO1, "weight_scope": "step"}, BY_NAME["dense", "TP2 x PP2"]),
 }  # fmt: skip
 # Weights by hidden states, with the layout in which each is compared with the FSDP engine.
 HIDDEN = {
     "adapt": (
-        {**NO_ROLES, "weighter": {"name": "adapt", "tau": 0.1, "refresh_interval": 2}, "lookahead": "exact"},
+        {**NO_ROLES, "weighter": {"name": "adapt", "tau": 0.1, "refresh_interval": 2}, "weight_scope": "step"},
         BY_NAME["dense", "TP2 x PP2"],
     ),
     "joint": (
-        {**NO_ROLES, "weighter": {"name": "joint_update_aware", "tau": 0.2, "target_num_batches": 5}, "lookahead": "exact"},
+        {
+            **NO_ROLES, "weighter": {"name": "joint_update_aware", "tau": 0.2, "target_num_batches": 5},
+            "weight_scope": "step",
+        },
         BY_NAME["dense", "PP2 x VPP2"],
     ),
     "joint, micro-batch by micro-batch": (
@@ -73,38 +76,42 @@ def folder(tmp_path_factory):
 
 def jobs_of(folder):
     """(what it is, layout, configuration) of every run; those of one number of processes share them."""
-    made = [(name, BY_NAME[name], config(folder, BY_NAME[name], **EVALUATES)) for name in NAMES]
-    made += [((model, "FSDP engine"), layout, config(folder, layout, **EVALUATES)) for model, layout in FIRST.items()]
+    jobs = [(name, BY_NAME[name], config_of(folder, BY_NAME[name], **EVALUATES)) for name in NAMES]
+    jobs += [
+        ((model, "FSDP engine"), layout, config_of(folder, layout, **EVALUATES)) for model, layout in FIRST.items()
+    ]
     for name, (keys, layout) in REFERENCES.items():
-        for where in (FIRST["dense"], layout):
+        for other in (FIRST["dense"], layout):
             # The FSDP engine compares over a whole step, as rho1 does with micro-batches only where they are the same.
             split = {} if name != "rho1" else {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
             more = {**keys, **split, "max_steps": FEW, "reference_model": str(folder / "model")}
-            made.append(((name, where[0]), where, config(folder, where, name, **more)))
+            jobs.append(((name, other[0]), other, config_of(folder, other, name, **more)))
     for name, (keys, layout) in HIDDEN.items():
-        for where in (FIRST["dense"], layout):
+        for other in (FIRST["dense"], layout):
             # Where micro-batches are compared one by one they have to be the same.
             split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2} if "micro" in name else {}
             more = {**keys, **split, "max_steps": FEW, "eval_dataset": "tables", "max_samples": 4}
-            made.append(((name, where[0]), where, config(folder, where, name, **more)))
+            jobs.append(((name, other[0]), other, config_of(folder, other, name, **more)))
     layout = BY_NAME["dense", "TP2 x PP2"]
-    made += [(("less", where[0]), where, config(folder, where, "less", **LESS)) for where in (FIRST["dense"], layout)]
+    jobs += [
+        (("less", other[0]), other, config_of(folder, other, "less", **LESS)) for other in (FIRST["dense"], layout)
+    ]
     for kind in ("engine", "bare loop", "bare loop, megatron-core's own layers"):
         keys = {**EVEN, "sequence_parallel": False}
-        made.append((("even", kind), layout, config(folder, layout, kind, **keys) | {"run": kind}))
-    return made
+        jobs.append((("even", kind), layout, config_of(folder, layout, kind, **keys) | {"run": kind}))
+    return jobs
 
 
-def config(folder, layout, name="", **keys):
-    made = megatron.config_of(folder, layout, **{**TWICE, **keys})
-    return {**made, "output_dir": f"{made['output_dir']}-{name}".replace(" ", "-").replace("'", "")}
+def config_of(folder, layout, name="", **keys):
+    config = megatron.config_of(folder, layout, **{**TWICE, **keys})
+    return {**config, "output_dir": f"{config['output_dir']}-{name}".replace(" ", "-").replace("'", "")}
 
 
 def evaluations(config):
     """Step -> what evaluation found, by name."""
     state = json.loads((Path(config["output_dir"]) / "trainer_state.json").read_text())
-    found = [(row["step"], {k: v for k, v in row.items() if k.startswith("eval_")}) for row in state["log_history"]]
-    return {step: values for step, values in found if values}
+    rows = [(row["step"], {k: v for k, v in row.items() if k.startswith("eval_")}) for row in state["log_history"]]
+    return {step: values for step, values in rows if values}
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +119,11 @@ def finished(folder):
     """What it is -> its configuration."""
     jobs = jobs_of(folder)
     for world in (1, 2, 4):
-        mine = [(name, made) for name, layout, made in jobs if layout[2] == world]
-        for (name, _), (status, heard) in zip(mine, runs.train_many(world, [m for _, m in mine], run), strict=True):
-            assert status == 0, f"{name}: {heard}"
-    return {name: made for name, _, made in jobs}
+        same_world = [(name, config) for name, layout, config in jobs if layout[2] == world]
+        ended = runs.train_many(world, [config for _, config in same_world], run)
+        for (name, _), (status, stderr) in zip(same_world, ended, strict=True):
+            assert status == 0, f"{name}: {stderr}"
+    return {name: config for name, _, config in jobs}
 
 
 def run(config):
@@ -128,25 +136,25 @@ def run(config):
 
 def bare_run(keys, own_layers):
     """Write losses and norms as a run does -> (0, nothing said)."""
-    from dataflex_mega.config.parse import split
+    from dataflex_mega.config.parse import parse_config
     from dataflex_mega.engines.megatron import cpu, weights
-    from dataflex_mega.engines.megatron.build import chunks_of
-    from dataflex_mega.llamafactory.args import keys as lf_keys
+    from dataflex_mega.engines.megatron.build import build_chunks
+    from dataflex_mega.llamafactory.args import argument_types
     from dataflex_mega.run.build import Build
 
-    built = Build(split(keys, lf_keys()))
+    built = Build(parse_config(keys, argument_types()))
     backend = built.backend
-    with cpu.redirected():
+    with cpu.cuda_calls_on_cpu():
         if own_layers:
             chunks = core_chunks()
             hf = backend.shape.hf
-            weights.load(chunks, hf, weights.HFFolder(Path(keys["model_name_or_path"]), hf))
+            weights.load(chunks, hf, weights.HFCheckpointReader(Path(keys["model_name_or_path"]), hf))
         else:
-            chunks = chunks_of(backend.shape, backend.settings, built.args.training.seed)
+            chunks = build_chunks(backend.shape, backend.settings, built.args.training.seed)
             backend.fill(chunks)
         loop = corpus.tool("bench/megatron_overhead").BareLoop(chunks, *configs_of_bare(keys))
-        trained = [loop.step([batch.tensors() for batch in micros]) for micros in batches_of(built)]
-    if built.mesh.is_main:
+        trained = [loop.step([batch.tensors() for batch in micro_batches]) for micro_batches in batches_of(built)]
+    if built.parallel_info.is_main:
         lines = [json.dumps({"loss": loss, "grad_norm": norm}) + "\n" for loss, norm in trained]
         (Path(keys["output_dir"]) / "metrics.jsonl").write_text("".join(lines))
     return 0, ""
@@ -154,9 +162,9 @@ def bare_run(keys, own_layers):
 
 def batches_of(built):
     """The micro-batches of every step, as the run with that configuration has them."""
-    plan = built.sampler.next_plan(None, 0, built.domains.initial)
+    plan = built.sampler.next_plan(None, 0, built.domains.initial_proportions)
     for step in range(STEPS):
-        ids = built.split.share(built.sampler.global_batch(plan, step))
+        ids = built.batch_partition.local_micro_batches(built.sampler.global_batch(plan, step))
         yield [built.collate(built.pool.fetch(part)) for part in ids]
 
 
@@ -202,23 +210,23 @@ def configs_of_bare(keys):
 
 @pytest.mark.parametrize("name", NAMES, ids=" ".join)
 def test_losses_norms_mixtures_draws_selections_and_weights_are_those_of_the_fsdp_engine(finished, name):
-    found, expected = (megatron.outcome(finished[key]) for key in (name, (name[0], "FSDP engine")))
-    assert len(found[0]) == len(expected[0]) == STEPS
-    assert list(found[1]) == ["step_13.json", "step_6.json"]
-    for key, difference in megatron.differences(found[0], expected[0]).items():
+    actual, expected = (megatron.outcome(finished[key]) for key in (name, (name[0], "FSDP engine")))
+    assert len(actual[0]) == len(expected[0]) == STEPS
+    assert list(actual[1]) == ["step_13.json", "step_6.json"]
+    for key, difference in megatron.differences(actual[0], expected[0]).items():
         assert difference < 1e-5, key
-    assert megatron.same_data(found, expected)
+    assert megatron.same_data(actual, expected)
 
 
 @pytest.mark.parametrize("name", NAMES, ids=" ".join)
 def test_evaluations_of_each_dataset_are_those_of_the_fsdp_engine(finished, name):
-    found, expected = (evaluations(finished[key]) for key in (name, (name[0], "FSDP engine")))
-    assert list(found) == list(expected) == [10, 20]
+    actual, expected = (evaluations(finished[key]) for key in (name, (name[0], "FSDP engine")))
+    assert list(actual) == list(expected) == [10, 20]
     for step, values in expected.items():
         assert {"eval_prose_loss", "eval_tables_loss"} <= set(values)
         for key, value in values.items():
             within = 1e-5 if key.endswith("_loss") else 1e-4  # a perplexity is the exponential of a loss
-            assert found[step][key] == pytest.approx(value, rel=within), (step, key)
+            assert actual[step][key] == pytest.approx(value, rel=within), (step, key)
 
 
 def test_the_roles_did_something(finished):
@@ -229,26 +237,28 @@ def test_the_roles_did_something(finished):
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_runs_against_a_reference_model_are_those_of_the_fsdp_engine(finished, name):
-    found, expected = (finished[name, key] for key in (REFERENCES[name][1][0], "FSDP engine"))
-    for row, row0 in zip(runs.rows(found), runs.rows(expected), strict=True):
+    actual, expected = (finished[name, key] for key in (REFERENCES[name][1][0], "FSDP engine"))
+    for row, row0 in zip(runs.rows(actual), runs.rows(expected), strict=True):
         assert row["drawn"] == row0["drawn"]
         for key in ("loss", "objective", "grad_norm"):
             assert row[key] == pytest.approx(row0[key], rel=1e-5), (row["step"], key)
         assert row["weights"] == pytest.approx(row0["weights"], rel=1e-5)
     if name.startswith("doremi"):
-        mine, theirs = (runs.rows(made, "doremi_weights.jsonl") for made in (found, expected))
-        assert len(mine) == FEW // 2 and mine[0]["domain_weights"] != mine[-1]["domain_weights"]
-        for row, row0 in zip(mine, theirs, strict=True):
+        log, expected_log = (runs.rows(run_config, "doremi_weights.jsonl") for run_config in (actual, expected))
+        assert len(log) == FEW // 2 and log[0]["domain_weights"] != log[-1]["domain_weights"]
+        for row, row0 in zip(log, expected_log, strict=True):
             assert row["domain_weights"] == pytest.approx(row0["domain_weights"], rel=1e-5)
-    blocks = [sorted((Path(made["output_dir"]) / "reference").glob("block-*.bin")) for made in (found, expected)]
+    blocks = [
+        sorted((Path(run_config["output_dir"]) / "reference").glob("block-*.bin")) for run_config in (actual, expected)
+    ]
     assert len(blocks[0]) > 0 and [b.read_bytes() for b in blocks[0]] == [b.read_bytes() for b in blocks[1]]
 
 
 @pytest.mark.parametrize("name", HIDDEN)
 def test_weights_by_hidden_states_are_those_of_the_fsdp_engine(finished, name):
-    found, expected = (runs.rows(finished[name, key]) for key in (HIDDEN[name][1][0], "FSDP engine"))
-    assert len(found) == FEW
-    for row, row0 in zip(found, expected, strict=True):
+    actual, expected = (runs.rows(finished[name, key]) for key in (HIDDEN[name][1][0], "FSDP engine"))
+    assert len(actual) == FEW
+    for row, row0 in zip(actual, expected, strict=True):
         for key in ("loss", "objective", "grad_norm"):
             assert row[key] == pytest.approx(row0[key], rel=2e-5), (row["step"], key)
         assert row["weights"] == pytest.approx(row0["weights"], rel=1e-3)
@@ -256,9 +266,9 @@ def test_weights_by_hidden_states_are_those_of_the_fsdp_engine(finished, name):
 
 
 def test_selections_by_gradients_are_those_of_the_fsdp_engine(finished):
-    found, expected = (megatron.outcome(finished["less", key]) for key in ("TP2 x PP2", "FSDP engine"))
-    assert list(found[1]) == ["step_2.json", "step_4.json"] and megatron.same_data(found, expected)
-    for key, difference in megatron.differences(found[0], expected[0]).items():
+    actual, expected = (megatron.outcome(finished["less", key]) for key in ("TP2 x PP2", "FSDP engine"))
+    assert list(actual[1]) == ["step_2.json", "step_4.json"] and megatron.same_data(actual, expected)
+    for key, difference in megatron.differences(actual[0], expected[0]).items():
         assert difference < 1e-5, key
 
 

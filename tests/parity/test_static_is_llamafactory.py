@@ -1,4 +1,4 @@
-"""`train_type: static` through us and `llamafactory-cli train` write the same bytes; a plain YAML needs no key of ours."""
+"""`train_type: static` and `llamafactory-cli train` write equal bytes; a plain YAML needs no key of dataflex_mega."""
 
 import hashlib
 import os
@@ -19,12 +19,12 @@ def folder(tmp_path_factory):
 
 
 def launch(arguments, world):
-    here = str(Path(sys.executable).parent)  # LLaMA-Factory's launcher calls `torchrun` by its bare name
+    bin_folder = str(Path(sys.executable).parent)  # LLaMA-Factory's launcher calls `torchrun` by its bare name
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "PATH": f"{here}:{os.environ['PATH']}",
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
     }
     if world > 1:
         environment.update(
@@ -52,12 +52,12 @@ def weights(config):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_identical_weights(folder, world):
-    made = []
-    here = Path(sys.executable).parent
+    digests = []
+    bin_folder = Path(sys.executable).parent
     for name, command in (("peer", "llamafactory-cli"), ("ours", "dataflex-cli")):
         config = config_of(folder, f"{name}-{world}", **({"train_type": "static"} if name == "ours" else {}))
         path = folder / f"{name}-{world}.yaml"
         path.write_text(yaml.safe_dump(config))
-        launch([str(here / command), "train", str(path)], world)
-        made.append(weights(config))
-    assert made[0] == made[1]
+        launch([str(bin_folder / command), "train", str(path)], world)
+        digests.append(weights(config))
+    assert digests[0] == digests[1]

@@ -1,4 +1,4 @@
-"""Every stage of LLaMA-Factory as a static run, by YAMLs with the keys of its own examples, in one process."""
+"""Every stage of LLaMA-Factory as a static run, from YAMLs with the keys of its own examples."""
 
 import importlib.util
 import json
@@ -54,7 +54,7 @@ def write_preferences(data):
     turns = [
         [{"role": "user", "content": r["instruction"]}, {"role": "assistant", "content": r["output"]}] for r in rows
     ]
-    made = {
+    contents = {
         "pairs": [
             {"instruction": r["instruction"], "chosen": r["output"], "rejected": r["output"][::-1]} for r in rows
         ],
@@ -67,7 +67,7 @@ def write_preferences(data):
     info["pairs"] = {"ranking": True, "columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}}
     info["liked"] = {**talk, "columns": {"messages": "messages", "kto_tag": "label"}}
     info["pictures"] = {**talk, "columns": {"messages": "messages", "images": "images"}}
-    for name, content in made.items():
+    for name, content in contents.items():
         (data / f"{name}.json").write_text(json.dumps(content))
         info[name]["file_name"] = f"{name}.json"
     (data / "dataset_info.json").write_text(json.dumps(info))
@@ -92,8 +92,8 @@ def finished(tmp_path_factory):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_it_trains(finished, name):
-    config, status, heard = finished[name]
-    assert status == 0, heard[-3000:]
+    config, status, stderr = finished[name]
+    assert status == 0, stderr[-3000:]
     output = Path(config["output_dir"])
     losses = [row["loss"] for row in runs.rows(config, "trainer_log.jsonl") if "loss" in row]
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
@@ -103,8 +103,8 @@ def test_it_trains(finished, name):
 
 
 def test_what_was_trained_generates(finished):
-    config, status, heard = finished["predict"]
-    assert status == 0, heard[-3000:]
+    config, status, stderr = finished["predict"]
+    assert status == 0, stderr[-3000:]
     assert len(runs.rows(config, "generated_predictions.jsonl")) == 2
 
 
@@ -112,11 +112,11 @@ def test_what_was_trained_generates(finished):
 def test_what_cannot_be_ends_in_one_line(finished, name):
     if name == "package" and importlib.util.find_spec("badam"):
         pytest.skip("badam is installed")
-    _, status, heard = finished[name]
-    assert status == 2 and SAID[name] in heard and "Traceback" not in heard, heard[-3000:]
+    _, status, stderr = finished[name]
+    assert status == 2 and SAID[name] in stderr and "Traceback" not in stderr, stderr[-3000:]
 
 
 def test_ppo_is_handed_on_to_llamafactory(finished):
     """It has a version check of its own, which none of the versions that it can be imported with passes."""
-    _, status, heard = finished["ppo"]
-    assert status == 2 and "trl" in heard.splitlines()[-1] and "Traceback" not in heard, heard[-3000:]
+    _, status, stderr = finished["ppo"]
+    assert status == 2 and "trl" in stderr.splitlines()[-1] and "Traceback" not in stderr, stderr[-3000:]

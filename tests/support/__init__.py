@@ -1,1 +1,1 @@
-"""Shared by tests: real text that every Python has, a tiny model, and whole runs inside one set of processes."""
+"""Shared by tests: real text from the Python installation, a tiny model, and whole runs in one set of processes."""

@@ -1,4 +1,4 @@
-"""A user's callback, named in a YAML."""
+"""A callback for runs that name one in their YAML."""
 
 from transformers import TrainerCallback
 

@@ -1,4 +1,4 @@
-"""Real text without a network: three domains and an instruction set from Python's own standard library."""
+"""Real text without a network: three domains and an instruction set from Python's standard library."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def domains(per_domain=60):
     code = [p.read_text() for p in sorted(stdlib.glob("[a-h]*.py"))][:per_domain]
     prose = [text for _, text in sorted(topics.topics.items())][:per_domain]
     tables = [p.read_text() for p in sorted(stdlib.glob("encodings/cp*.py"))][: per_domain // 2]
-    cut = {"code": code, "prose": prose, "tables": tables}
-    return {name: [text[:1500] for text in texts] for name, texts in cut.items()}
+    documents = {"code": code, "prose": prose, "tables": tables}
+    return {name: [text[:1500] for text in texts] for name, texts in documents.items()}
 
 
 def instructions(count=80):
@@ -81,6 +81,6 @@ def write_reference(folder):
     shutil.copytree(folder / "model", reference)
     weights = load_file(reference / "model.safetensors")
     noise = torch.Generator().manual_seed(7)
-    moved = {name: w + 0.02 * torch.randn(w.shape, generator=noise) for name, w in weights.items()}
-    save_file(moved, reference / "model.safetensors", metadata={"format": "pt"})
+    noisy = {name: w + 0.02 * torch.randn(w.shape, generator=noise) for name, w in weights.items()}
+    save_file(noisy, reference / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -1,4 +1,4 @@
-"""Imported by the fork server of `runs.start`, so that a process of a run starts in no time."""
+"""Imported by the fork server of `runs.start`, so that a process of a run starts without import time."""
 
 from dataflex_mega.llamafactory.compat import ensure_importable
 

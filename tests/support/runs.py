@@ -1,4 +1,4 @@
-"""Whole training runs, several in one set of processes: importing LLaMA-Factory costs more than a tiny run."""
+"""Whole training runs, several per set of processes, since importing LLaMA-Factory takes longer than a tiny run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 import yaml
 
 from dataflex_mega import plots
-from dataflex_mega.distributed.testing import free_port, run_processes
+from dataflex_mega.distributed.testing import free_port, run_distributed_test
 
 
 def base(folder, **keys):
@@ -58,10 +58,10 @@ def train_many(world, configs, run=None, plain=False):
     return queue.get()
 
 
-def forked(function, world, *arguments):
-    """`run_processes` in processes forked from a server that has imported everything."""
+def run_forked(function, world, *arguments):
+    """`run_distributed_test` in processes forked from a server that has imported everything."""
     _fork_server()
-    return run_processes(function, world, *arguments, start_method="forkserver")
+    return run_distributed_test(function, world, *arguments, start_method="forkserver")
 
 
 def _fork_server():
@@ -73,24 +73,24 @@ def _fork_server():
 def _process(rank, world, port, configs, plain, queue, run):
     torch.set_num_threads(1)
     if plain:
-        found = [run(config) for config in configs]
+        results = [run(config) for config in configs]
     else:
-        found = _joined(rank, world, port, configs, run)
+        results = _run_in_one_group(rank, world, port, configs, run)
     if rank == 0:
-        queue.put(found)
+        queue.put(results)
 
 
-def _joined(rank, world, port, configs, run):
+def _run_in_one_group(rank, world, port, configs, run):
     """All runs inside one process group: gloo can hang when a process leaves one and joins another."""
-    from dataflex_mega.distributed import mesh
+    from dataflex_mega.distributed import parallel_info
 
     as_torchrun(rank, world, port)
-    mesh.start()
-    leave = mesh.stop
-    with mock.patch.object(mesh, "stop", lambda orderly: dist.barrier() if orderly else None):
-        found = [run(config) for config in configs]
+    parallel_info.init_distributed()
+    leave = parallel_info.shutdown_distributed
+    with mock.patch.object(parallel_info, "shutdown_distributed", lambda orderly: dist.barrier() if orderly else None):
+        results = [run(config) for config in configs]
     leave(orderly=True)
-    return found
+    return results
 
 
 def as_torchrun(rank, world, port):
@@ -114,13 +114,13 @@ def train_here(config):
     output.mkdir(parents=True, exist_ok=True)
     path = output.parent / f"{output.name}.{os.environ.get('RANK', '0')}.yaml"
     path.write_text(yaml.safe_dump(config))
-    heard = io.StringIO()
+    stderr = io.StringIO()
     pictures = (
         contextlib.nullcontext() if config.get("plot_loss") else mock.patch.object(plots, "plot_run", lambda _: [])
     )
-    with contextlib.redirect_stderr(heard), pictures:
+    with contextlib.redirect_stderr(stderr), pictures:
         status = main([str(path)])
-    return status, heard.getvalue()
+    return status, stderr.getvalue()
 
 
 def rows(config, name="metrics.jsonl"):
@@ -132,18 +132,18 @@ def start(config, world):
     """Start a run in `world` processes forked from a server that has imported everything -> the processes."""
     context = _fork_server()
     port = free_port()
-    started = [context.Process(target=_forked, args=(rank, world, port, config)) for rank in range(world)]
-    for process in started:
+    processes = [context.Process(target=_forked, args=(rank, world, port, config)) for rank in range(world)]
+    for process in processes:
         process.start()
-    return started
+    return processes
 
 
 def _forked(rank, world, port, config):
     torch.set_num_threads(1)
     as_torchrun(rank, world, port)
-    status, heard = train_here(config)
+    status, stderr = train_here(config)
     if status:
-        print(heard)
+        print(stderr)
     os._exit(status)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints with a small fake engine: what survives, what is refused, what a kill leaves."""
+"""Checkpoints with a small fake engine: what is restored, what is refused, and the state after a kill."""
 
 import json
 from types import SimpleNamespace
@@ -7,23 +7,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dataflex_mega.checkpoint import Checkpointer, discard_after, truncate_log
+from dataflex_mega.checkpoint import Checkpointer, remove_later_than, truncate_log
 from dataflex_mega.errors import CheckpointError
-from dataflex_mega.types import Plan, TrainState
+from dataflex_mega.types import SamplingPlan, TrainState
 
 
 class Alone:
     """Collectives of one process."""
 
-    mesh = SimpleNamespace(rank=0, world=1)
+    parallel_info = SimpleNamespace(rank=0, world_size=1)
 
     def barrier(self):
         pass
 
-    def gather_objects(self, value):
+    def all_gather_objects(self, value):
         return [value]
 
-    def share_main(self, value):
+    def broadcast_object(self, value):
         return value
 
 
@@ -44,13 +44,21 @@ class FakeEngine:
         torch.set_rng_state(state["cpu"])
 
 
-def checkpointer(folder, keep=None, accept=(), **identity):
-    return Checkpointer(folder, Alone(), {"seed": 1, "global_batch_size": 8, **identity}, keep, accept)
+def checkpointer(folder, save_total_limit=None, ignored_differences=(), **identity):
+    return Checkpointer(
+        folder, Alone(), {"seed": 1, "global_batch_size": 8, **identity}, save_total_limit, ignored_differences
+    )
 
 
 def state(step, chosen=None):
-    plan = Plan(
-        step, (0.25, 0.75), (3, 9), (0.5, -0.5), chosen=chosen, pool_cursor=(1, 2), loss_weights=(0.1 + 0.2, 1.0)
+    plan = SamplingPlan(
+        step,
+        (0.25, 0.75),
+        (3, 9),
+        (0.5, -0.5),
+        selected_ids=chosen,
+        pool_cursors=(1, 2),
+        domain_loss_weights=(0.1 + 0.2, 1.0),
     )
     return TrainState(step, plan, tokens_seen=1000 * step, samples_seen=8 * step)
 
@@ -70,7 +78,10 @@ def test_state_plan_and_tensors_come_back_exactly(tmp_path):
     path, notes = checkpointer(tmp_path).latest()
     after, extra = checkpointer(tmp_path).restore(path, engine)
     assert notes == [] and path.name == "checkpoint-5"
-    assert after.plan.digest() == before.plan.digest() and after.plan.loss_weights == before.plan.loss_weights
+    assert (
+        after.plan.digest() == before.plan.digest()
+        and after.plan.domain_loss_weights == before.plan.domain_loss_weights
+    )
     assert (after.step, after.tokens_seen, after.samples_seen) == (5, 5000, 40)
     assert torch.equal(engine.value, torch.full((3,), 5.0))
     assert torch.equal(extra["controller"]["mixer"]["rewards"], EXTRA["controller"]["mixer"]["rewards"])
@@ -126,16 +137,16 @@ def test_another_run_is_refused_with_the_difference_unless_accepted(tmp_path):
         checkpointer(tmp_path, global_batch_size=16).read(path)
     with pytest.raises(CheckpointError, match="weighter: null there"):
         checkpointer(tmp_path, weighter={"name": "loss"}).read(path)
-    accepted = checkpointer(tmp_path, accept=("global_batch_size",), global_batch_size=16)
+    accepted = checkpointer(tmp_path, ignored_differences=("global_batch_size",), global_batch_size=16)
     assert accepted.read(path)["step"] == 5
 
 
 def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3, 10):
-        checkpointer(tmp_path, keep=2).save(state(step), FakeEngine(step), EXTRA)
+        checkpointer(tmp_path, save_total_limit=2).save(state(step), FakeEngine(step), EXTRA)
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-3"]
-    assert discard_after(tmp_path, 3) == 1 and checkpointer(tmp_path).latest()[0].name == "checkpoint-3"
-    assert discard_after(tmp_path, -1) == 1 and checkpointer(tmp_path).latest() == (None, [])
+    assert remove_later_than(tmp_path, 3) == 1 and checkpointer(tmp_path).latest()[0].name == "checkpoint-3"
+    assert remove_later_than(tmp_path, -1) == 1 and checkpointer(tmp_path).latest() == (None, [])
 
 
 def test_a_folder_of_another_program_is_refused(tmp_path):

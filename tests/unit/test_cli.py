@@ -1,9 +1,12 @@
+"""The command line: help, delegation to LLaMA-Factory, and when it starts further processes."""
+
 import subprocess
 import sys
 
 import pytest
 
 from dataflex_mega import cli
+from dataflex_mega.commands import _launcher
 from dataflex_mega.errors import UserError
 
 ARGUMENTS = ["run.yaml", "a b=c"]
@@ -25,7 +28,7 @@ def devices(count):
 
 def options(environment, count=0):
     """The torchrun options of an environment, as name -> value."""
-    command = cli.launcher(environment, ARGUMENTS, devices(count))
+    command = _launcher.torchrun_command(environment, ARGUMENTS, devices(count), "dataflex_mega.train")
     assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
     assert command[-4:] == ["-m", "dataflex_mega.train", *ARGUMENTS]
     return dict(option.removeprefix("--").split("=", 1) for option in command[3:-4])
@@ -38,9 +41,34 @@ def options(environment, count=0):
 def test_help_teaches_by_example(capsys, argv):
     assert cli.main(argv) == 0
     printed = capsys.readouterr().out
-    for name in ("train", "components", "env", "version", *cli.HANDED_ON):
+    for name in ("train", "components", "env", "version", *cli.DELEGATED):
         assert name in printed
     assert "dataflex-cli train run.yaml mixer=odm" in printed
+
+
+def test_every_command_has_a_file_and_a_place_in_the_help():
+    assert [name for name, _ in cli.load_commands()] == [
+        "train", "reference", "store", "doremi", "components", "compare", "regmix", "embed", "near", "tsds", "corpus",
+        "env", "version",
+    ]  # fmt: skip
+    for name, module in cli.load_commands():
+        assert callable(module.main), name
+        assert f"\n  {name}" in cli.help_text() or f"| {name} " in cli.help_text()
+
+
+def test_a_new_file_is_a_new_command(tmp_path, monkeypatch, capsys):
+    (tmp_path / "greet.py").write_text(
+        "SUMMARY = 'greet NAME   say hello'\n\n\ndef main(argv):\n    print('hello', *argv)\n    return 5\n"
+    )
+    monkeypatch.setattr(cli.commands, "__path__", [*cli.commands.__path__, str(tmp_path)])
+    assert cli.main(["greet", "you"]) == 5
+    assert capsys.readouterr().out == "hello you\n"
+    assert "  greet NAME   say hello\n  help " in cli.help_text()
+
+
+def test_only_what_is_run_is_imported():
+    code = "import sys; from dataflex_mega import cli; cli.main(['help']); assert not {'torch', 'numpy'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 def test_version_is_the_installed_one(capsys):
@@ -72,7 +100,7 @@ def test_train_help_is_that_of_training(capsys):
 
 
 def test_training_in_this_process_ends_with_one_line_for_a_mistake(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "device_count", devices(0))
+    monkeypatch.setattr(_launcher, "device_count", devices(0))
     assert cli.main(["train", str(tmp_path / "no.yaml")]) == 2
     heard = capsys.readouterr().err
     assert heard == f"error: config: {tmp_path / 'no.yaml'} not found\n"
@@ -96,15 +124,15 @@ def test_python_dash_m_is_the_same_command():
 
 
 def test_components_lists_every_algorithm_with_its_parameters(capsys):
-    from dataflex_mega.registry import CONTRACTS, available, parameters
+    from dataflex_mega.registry import CONTRACTS, get_parameters, list_builtin_names
 
     assert cli.main(["components"]) == 0
     sections = dict(zip(CONTRACTS, capsys.readouterr().out.split("\n\n"), strict=True))
     for role, section in sections.items():
         assert section.startswith(f"{role}:\n")
-        for name in available(role):
+        for name in list_builtin_names(role):
             assert f"\n  {name} " in section
-            for key, parameter in parameters(role, name).items():
+            for key, parameter in get_parameters(role, name).items():
                 assert f"    {key}: {parameter.type_text} " in section
 
 
@@ -142,7 +170,7 @@ def test_components_of_no_role(capsys):
     ],
 )
 def test_when_further_processes_are_started(environment, count, expected):
-    assert cli.needs_launcher(environment, devices(count)) is expected
+    assert _launcher.needs_launcher(environment, devices(count)) is expected
 
 
 def test_one_node_gets_a_free_port_and_a_process_for_each_device():
@@ -202,7 +230,7 @@ def test_an_elastic_run():
 )
 def test_a_variable_that_cannot_be_meant(environment, message):
     with pytest.raises(UserError) as caught:
-        cli.launcher(environment, ARGUMENTS, devices(1))
+        _launcher.torchrun_command(environment, ARGUMENTS, devices(1), "dataflex_mega.train")
     assert str(caught.value).startswith(message)
 
 
@@ -210,7 +238,7 @@ def test_a_mistake_is_found_once_before_any_process_starts(capsys, tmp_path, mon
     path = tmp_path / "run.yaml"
     path.write_text("stage: sft\nlaerning_rate: 1\n")
     monkeypatch.setenv("NPROC_PER_NODE", "2")
-    monkeypatch.setattr(cli, "launcher", lambda *_: pytest.fail("a process would have been started"))
+    monkeypatch.setattr(_launcher, "torchrun_command", lambda *_: pytest.fail("a process would have been started"))
     assert cli.main(["train", str(path)]) == 2
     assert capsys.readouterr().err == "error: unknown key 'laerning_rate' (did you mean 'learning_rate'?)\n"
 
@@ -219,7 +247,7 @@ def test_what_only_a_dynamic_run_refuses_is_found_before_any_process_starts(caps
     path = tmp_path / "run.yaml"
     path.write_text("stage: dpo\nmodel_name_or_path: gpt2\ndataset: a\noutput_dir: out\n")
     monkeypatch.setenv("NPROC_PER_NODE", "2")
-    monkeypatch.setattr(cli, "launcher", lambda *_: [sys.executable, "-c", "raise SystemExit(0)"])
+    monkeypatch.setattr(_launcher, "torchrun_command", lambda *_: [sys.executable, "-c", "raise SystemExit(0)"])
     assert cli.main(["train", str(path)]) == 0
     assert cli.main(["train", str(path), "weighter=loss"]) == 2
     assert "error: stage: dynamic training takes pt, sft, found 'dpo'" in capsys.readouterr().err
@@ -229,7 +257,7 @@ def test_the_status_of_the_processes_is_ours(tmp_path, monkeypatch):
     path = tmp_path / "run.yaml"
     path.write_text("stage: sft\n")
     monkeypatch.setenv("NPROC_PER_NODE", "2")
-    monkeypatch.setattr(cli, "launcher", lambda *_: [sys.executable, "-c", "raise SystemExit(7)"])
+    monkeypatch.setattr(_launcher, "torchrun_command", lambda *_: [sys.executable, "-c", "raise SystemExit(7)"])
     assert cli.main(["train", str(path)]) == 7
 
 
@@ -249,7 +277,7 @@ class Script:
         self.seen = list(sys.argv)
 
 
-@pytest.mark.parametrize("command", cli.HANDED_ON)
+@pytest.mark.parametrize("command", cli.DELEGATED)
 def test_other_commands_go_to_llamafactory_with_their_arguments(command, monkeypatch):
     script = Script()
     monkeypatch.setattr(sys, "argv", ["dataflex-cli", command])
@@ -274,4 +302,4 @@ def test_a_free_port_can_be_bound():
     import socket
 
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", cli.free_port()))
+        probe.bind(("127.0.0.1", _launcher.free_port()))

@@ -1,3 +1,5 @@
+"""`dataflex-cli env`: what each kind of machine can do, and which obstacles it names."""
+
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -50,7 +52,7 @@ class FakeProbe(Probe):
     def requirements(self) -> list[str]:
         return REQUIREMENTS
 
-    def load(self, module: str) -> Any:
+    def import_module(self, module: str) -> Any:
         distribution = module.split(".")[0].replace("_", "-")
         found = self.modules.get(module, SimpleNamespace() if distribution in self.versions else None)
         if isinstance(found, BaseException):
@@ -59,13 +61,13 @@ class FakeProbe(Probe):
             raise ModuleNotFoundError(f"No module named '{module}'", name=module.split(".")[0])
         return found
 
-    def hide(self, module: str) -> None:
+    def hide_module(self, module: str) -> None:
         self.hidden.append(module)
 
     def has_program(self, name: str) -> bool:
         return name in self.programs
 
-    def python(self) -> tuple[int, ...]:
+    def python_version(self) -> tuple[int, ...]:
         return self.interpreter
 
 
@@ -78,7 +80,7 @@ def ability(report: Report, name: str) -> doctor.Ability:
 
 
 def test_a_cpu_machine_can_train_with_fsdp_on_the_cpu_only() -> None:
-    report = doctor.find(FakeProbe())
+    report = doctor.inspect_machine(FakeProbe())
     assert report.obstacle is None
     assert ability(report, "FSDP engine on CPU").possible and not ability(report, "FSDP engine on GPU").possible
     assert not ability(report, "fp16").possible and not ability(report, "Megatron").possible
@@ -87,25 +89,25 @@ def test_a_cpu_machine_can_train_with_fsdp_on_the_cpu_only() -> None:
 
 
 def test_a_machine_with_gpus_shows_each_and_what_they_can_do_together() -> None:
-    report = doctor.find(FakeProbe(fake_torch(devices=2, cuda="12.8", nccl=True), torch="2.13.0"))
+    report = doctor.inspect_machine(FakeProbe(fake_torch(devices=2, cuda="12.8", nccl=True), torch="2.13.0"))
     assert finding(report, "torch").detail == "2.13.0 (CUDA 12.8 build)"
     assert finding(report, "cuda:1").detail == "H100, 80 GiB, sm_90"
-    assert ability(report, "FSDP engine on GPU").why == "2 devices: one process, DDP, FSDP2"
+    assert ability(report, "FSDP engine on GPU").reason == "2 devices: one process, DDP, FSDP2"
     assert ability(report, "fp16").possible
-    without = doctor.find(FakeProbe(fake_torch(devices=2, cuda="12.8", nccl=False)))
-    assert "only one process" in ability(without, "FSDP engine on GPU").why
+    without = doctor.inspect_machine(FakeProbe(fake_torch(devices=2, cuda="12.8", nccl=False)))
+    assert "only one process" in ability(without, "FSDP engine on GPU").reason
 
 
 def test_a_cpu_torch_beside_an_nvidia_driver_is_pointed_out() -> None:
     probe = FakeProbe()
     probe.programs.add("nvidia-smi")
-    cuda = finding(doctor.find(probe), "cuda")
-    assert cuda.state == UNFIT and "this torch is a CPU build" in cuda.detail and "DATAFLEX_TORCH" in cuda.follows
+    cuda = finding(doctor.inspect_machine(probe), "cuda")
+    assert cuda.state == UNFIT and "this torch is a CPU build" in cuda.detail and "DATAFLEX_TORCH" in cuda.consequence
 
 
 def test_without_gloo_the_cpu_runs_one_process() -> None:
-    report = doctor.find(FakeProbe(fake_torch(gloo=False)))
-    assert ability(report, "FSDP engine on CPU").why == "one process"
+    report = doctor.inspect_machine(FakeProbe(fake_torch(gloo=False)))
+    assert ability(report, "FSDP engine on CPU").reason == "one process"
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_without_gloo_the_cpu_runs_one_process() -> None:
     ],
 )
 def test_what_is_missing_or_out_of_range_is_the_obstacle(changes: dict[str, Any], obstacle: str) -> None:
-    report = doctor.find(FakeProbe(**changes))
+    report = doctor.inspect_machine(FakeProbe(**changes))
     assert report.obstacle == obstacle
     assert report.abilities == [doctor.Ability("training", False, obstacle)]
 
@@ -133,7 +135,7 @@ def test_what_is_missing_or_out_of_range_is_the_obstacle(changes: dict[str, Any]
 def test_a_needed_package_that_cannot_be_imported_is_the_obstacle(error: Exception) -> None:
     probe = FakeProbe()
     probe.modules["transformers.modeling_utils"] = error
-    report = doctor.find(probe)
+    report = doctor.inspect_machine(probe)
     first = str(error).splitlines()[0]
     assert report.obstacle == f"transformers is broken (5.0: {first})"
 
@@ -142,30 +144,30 @@ def test_an_error_that_no_import_should_raise_is_not_swallowed() -> None:
     probe = FakeProbe()
     probe.modules["datasets"] = ZeroDivisionError("a bug")
     with pytest.raises(ZeroDivisionError):
-        doctor.find(probe)
+        doctor.inspect_machine(probe)
 
 
 def test_a_missing_optional_package_is_no_obstacle() -> None:
-    report = doctor.find(FakeProbe(tensorboard=None))
+    report = doctor.inspect_machine(FakeProbe(tensorboard=None))
     assert report.obstacle is None and not ability(report, "TensorBoard").possible
-    assert finding(report, "tensorboard") == Finding("tensorboard", ABSENT, follows="no curves in TensorBoard")
+    assert finding(report, "tensorboard") == Finding("tensorboard", ABSENT, consequence="no curves in TensorBoard")
 
 
 def test_torchvision_working_broken_and_absent() -> None:
-    assert finding(doctor.find(FakeProbe()), "torchvision").state == ABSENT
-    working = doctor.find(FakeProbe(torchvision="0.28"))
+    assert finding(doctor.inspect_machine(FakeProbe()), "torchvision").state == ABSENT
+    working = doctor.inspect_machine(FakeProbe(torchvision="0.28"))
     assert finding(working, "torchvision").state == OK and ability(working, "images").possible
 
     probe = FakeProbe(torchvision="0.28")
     probe.modules["torchvision"] = RuntimeError("operator torchvision::nms does not exist")
-    broken = doctor.find(probe)
+    broken = doctor.inspect_machine(probe)
     assert finding(broken, "torchvision").detail == "0.28: operator torchvision::nms does not exist"
     assert broken.obstacle is None and not ability(broken, "images").possible
     assert probe.hidden == ["torchvision"], "a broken one must not spoil the import of transformers after it"
 
 
 def test_the_torchaudio_placeholder_is_not_taken_for_torchaudio() -> None:
-    report = doctor.find(FakeProbe(torchaudio="2.4.0+placeholder"))
+    report = doctor.inspect_machine(FakeProbe(torchaudio="2.4.0+placeholder"))
     assert finding(report, "torchaudio").state == ABSENT and "placeholder" in finding(report, "torchaudio").detail
     assert not ability(report, "audio").possible
 
@@ -185,30 +187,33 @@ def test_pypis_apex_is_named_as_the_wrong_package(optimizers: Any) -> None:
     probe.modules["apex.optimizers"] = optimizers
     found = doctor.check_apex(probe)
     assert found.state == UNFIT and "0.9.10 is not NVIDIA Apex" in found.detail
-    assert "PyPI's apex is the wrong package" in found.follows
+    assert "PyPI's apex is the wrong package" in found.consequence
 
 
 def test_an_apex_whose_import_fails_may_be_either() -> None:
     probe = FakeProbe(apex="0.1")
     probe.modules["apex.optimizers"] = ImportError("libcudart.so.12: cannot open shared object file")
     found = doctor.check_apex(probe)
-    assert found.state == BROKEN and "libcudart" in found.detail and "another project" in found.follows
+    assert found.state == BROKEN and "libcudart" in found.detail and "another project" in found.consequence
     probe.modules["apex.optimizers"] = ModuleNotFoundError("No module named 'pyramid'", name="pyramid")
     assert doctor.check_apex(probe).state == BROKEN
 
 
 def test_megatron_core_and_transformer_engine() -> None:
-    report = doctor.find(FakeProbe())
+    report = doctor.inspect_machine(FakeProbe())
     assert report.state("megatron-core") == report.state("transformer-engine") == ABSENT
     probe = FakeProbe(megatron_core="0.16.1", transformer_engine="2.1")
     probe.modules["megatron.core"] = SimpleNamespace()
     probe.modules["transformer_engine.pytorch"] = OSError("undefined symbol")
-    report = doctor.find(probe)
+    report = doctor.inspect_machine(probe)
     assert finding(report, "megatron-core") == Finding("megatron-core", OK, "0.16.1")
     assert finding(report, "transformer-engine").detail == "2.1: undefined symbol"
     engine = ability(report, "Megatron engine")
-    assert engine.possible and "on CPUs through gloo" in engine.why
-    assert ability(doctor.find(FakeProbe()), "Megatron").why == "megatron-core is absent; >=0.16.1,<0.20 is supported"
+    assert engine.possible and "on CPUs through gloo" in engine.reason
+    assert (
+        ability(doctor.inspect_machine(FakeProbe()), "Megatron").reason
+        == "megatron-core is absent; >=0.16.1,<0.20 is supported"
+    )
 
 
 @pytest.mark.parametrize("version", ["0.15.3", "0.20.0"])
@@ -217,16 +222,16 @@ def test_a_megatron_core_that_the_engine_refuses_is_unfit(version: str) -> None:
 
     probe = FakeProbe(megatron_core=version)
     probe.modules["megatron.core"] = SimpleNamespace()
-    report = doctor.find(probe)
+    report = doctor.inspect_machine(probe)
     assert finding(report, "megatron-core").detail == f"{version}; >=0.16.1,<0.20 is supported"
     assert not ability(report, "Megatron").possible
-    assert f">={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, NEWEST))}" == doctor.MEGATRON
+    assert f">={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, NEWEST))}" == doctor.MEGATRON_VERSIONS
 
 
 def test_megatron_on_gpus_says_whose_layers_and_optimizer() -> None:
     probe = FakeProbe(fake_torch(devices=2, cuda="12.8", nccl=True), torch="2.13.0", megatron_core="0.16.1")
     probe.modules["megatron.core"] = SimpleNamespace()
-    assert ability(doctor.find(probe), "Megatron").why.endswith("torch's attention, torch's Adam")
+    assert ability(doctor.inspect_machine(probe), "Megatron").reason.endswith("torch's attention, torch's Adam")
 
 
 @pytest.mark.parametrize(
@@ -244,13 +249,13 @@ def test_megatron_on_gpus_says_whose_layers_and_optimizer() -> None:
     ],
 )
 def test_versions_are_compared_as_numbers(version: str, bounds: str, expected: bool) -> None:
-    assert doctor.fits(version, bounds) is expected
+    assert doctor.version_fits(version, bounds) is expected
 
 
 def test_the_ranges_come_from_the_packages_own_metadata() -> None:
-    assert doctor.bounds_of(Probe(), "llamafactory") != ""
-    assert doctor.bounds_of(FakeProbe(), "torch") == ">=2.8"
-    assert doctor.bounds_of(FakeProbe(), "peft") == ""
+    assert doctor.supported_versions(Probe(), "llamafactory") != ""
+    assert doctor.supported_versions(FakeProbe(), "torch") == ">=2.8"
+    assert doctor.supported_versions(FakeProbe(), "peft") == ""
 
 
 def test_lines_are_aligned_and_name_every_finding_and_ability() -> None:
@@ -258,7 +263,7 @@ def test_lines_are_aligned_and_name_every_finding_and_ability() -> None:
         [Finding("a", OK, "1.0"), Finding("longer", ABSENT, "d", "f")],
         [doctor.Ability("x", True), doctor.Ability("yy", False, "w")],
     )
-    assert doctor.lines(report)[1:] == [
+    assert doctor.format_report(report)[1:] == [
         "",
         "found",
         "  ok      a       1.0",
@@ -289,6 +294,6 @@ def test_the_command_runs_on_this_machine() -> None:
 
 def test_a_hidden_module_is_not_found_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "colorsys", SimpleNamespace())
-    Probe().hide("colorsys")
+    Probe().hide_module("colorsys")
     with pytest.raises(ModuleNotFoundError):
-        Probe().load("colorsys")
+        Probe().import_module("colorsys")

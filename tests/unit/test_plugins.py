@@ -1,4 +1,4 @@
-"""Names that other packages register: found, refused when taken, and said in errors."""
+"""Names that other packages register are available, refused when already used, and listed in errors."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 
 from dataflex_mega import plugins
 from dataflex_mega.algorithms.base import Mixer
-from dataflex_mega.config.parse import split
+from dataflex_mega.config.parse import parse_config
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.registry import all_names, available, build
+from dataflex_mega.registry import build, list_builtin_names, list_names
 
 MODULE = """
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from dataflex_mega.plugins import register_mixer, register_weighter
 class Evenly(Mixer):
     sharpness: float = 2.0
 
-    def proportions(self, clock, rng):
+    def proportions(self, context, rng):
         return torch.ones(2).double() / 2
 
 @register_weighter("old")
@@ -51,11 +51,11 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_module_of_the_configuration_registers_names(module: str) -> None:
     with pytest.raises(ConfigError, match="no mixer is called 'evenly'"):
         build("mixer", "evenly")
-    run = split({"plugins": [module], "mixer": {"name": "evenly", "sharpness": 3}, "update_step": 1}, {})
-    assert run.ours.roles()["mixer"] == {"name": "evenly", "sharpness": 3}
+    run = parse_config({"plugins": [module], "mixer": {"name": "evenly", "sharpness": 3}, "update_step": 1}, {})
+    assert run.roles["mixer"] == {"name": "evenly", "sharpness": 3}
     built = build("mixer", {"name": "evenly", "sharpness": 3})
     assert isinstance(built, Mixer) and built.sharpness == 3.0
-    assert "evenly" in all_names("mixer") and "evenly" not in available("mixer")
+    assert "evenly" in list_names("mixer") and "evenly" not in list_builtin_names("mixer")
     with pytest.raises(ConfigError, match="did you mean 'evenly'"):
         build("mixer", "evenli")
     with pytest.raises(ConfigError, match="did you mean 'sharpness'"):
@@ -63,18 +63,18 @@ def test_a_module_of_the_configuration_registers_names(module: str) -> None:
 
 
 def test_a_class_written_for_dataflex_is_told_how_to_move(module: str) -> None:
-    plugins.load([module])
+    plugins.load_modules([module])
     with pytest.raises(ConfigError, match=r"weighter: old must be a subclass of .*Weighter; docs/coming-from.md"):
         build("weighter", "old")
 
 
 def test_a_module_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match="plugins: cannot import 'no_such_module_here'"):
-        split({"plugins": ["no_such_module_here"], "mixer": "odm", "update_step": 1}, {})
+        parse_config({"plugins": ["no_such_module_here"], "mixer": "odm", "update_step": 1}, {})
 
 
 def test_two_classes_cannot_have_one_name(module: str) -> None:
-    plugins.load([module])
+    plugins.load_modules([module])
 
     with pytest.raises(ConfigError, match="'evenly' is registered by"):
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import types
-import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
 from dataflex_mega import algorithms
 from dataflex_mega.algorithms.mixers.odm import Odm
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.registry import CONTRACTS, _fit, _MismatchError, available, build, load_class, parameters, validate
+from dataflex_mega.registry import (
+    CONTRACTS,
+    build,
+    get_parameters,
+    list_builtin_names,
+    load_class,
+    validate,
+)
 
 PLUG_IN = """
 from __future__ import annotations
@@ -31,21 +36,21 @@ class Evenly(Mixer):
         if self.sharpness < 0:
             raise ValueError("sharpness must not be negative")
 
-    def proportions(self, clock, rng):
+    def proportions(self, context, rng):
         return torch.ones(2).double() / 2
 
 @dataclass
 class Needs(Mixer):
     path: str
 
-    def proportions(self, clock, rng):
+    def proportions(self, context, rng):
         return torch.ones(2).double() / 2
 
 @dataclass
 class Vague(Mixer):
     value: Unknown = None
 
-    def proportions(self, clock, rng):
+    def proportions(self, context, rng):
         return torch.ones(2).double() / 2
 
 @dataclass
@@ -82,21 +87,21 @@ def failure(kind: str, spec: Any) -> str:
     return str(built.value)
 
 
-MIXERS = ", ".join(available("mixer"))
+MIXERS = ", ".join(list_builtin_names("mixer"))
 
 
 def test_available_are_the_files() -> None:
     root = Path(str(algorithms.__path__[0]))
     for kind in CONTRACTS:
         files = sorted(p.stem for p in (root / f"{kind}s").glob("*.py") if not p.stem.startswith("_"))
-        assert available(kind) == files and files
+        assert list_builtin_names(kind) == files and files
     with pytest.raises(ValueError, match="kind must be one of selector, mixer, reorder, weighter"):
-        available("sorter")
+        list_builtin_names("sorter")
 
 
 @pytest.mark.parametrize(("kind", "contract"), CONTRACTS.items())
 def test_every_name_loads_a_class_of_its_kind(kind: str, contract: type) -> None:
-    for name in available(kind):
+    for name in list_builtin_names(kind):
         assert issubclass(load_class(kind, name), contract)
         validate(kind, name)
 
@@ -137,18 +142,22 @@ def test_numbers_and_lists_become_what_the_field_says() -> None:
         ("mixer", {"name": "odm", "params": {"wramup_steps": 1}}, ["mixer.odm.wramup_steps", "'warmup_steps'"]),
         ("mixer", {"name": "odm", "_step": 3}, ["mixer.odm._step: unknown parameter", "odm has: alpha, "]),
         ("mixer", {"name": "static", "fixed": [1.0]}, ["mixer.static.fixed: unknown", "static has: proportions"]),
-        ("mixer", {"name": "odm", "alpha": "high"}, ["mixer.odm.alpha: expected float, found 'high' (str)"]),
-        ("mixer", {"name": "odm", "alpha": True}, ["expected float, found True (bool)"]),
-        ("mixer", {"name": "odm", "alpha": None}, ["expected float, found None (NoneType)"]),
-        ("mixer", {"name": "odm", "warmup_steps": 1.5}, ["expected int, found 1.5 (float)"]),
-        ("mixer", {"name": "odm", "warmup_steps": False}, ["expected int, found False (bool)"]),
-        ("mixer", {"name": "odm", "variant": "papers"}, ["'paper' | 'exp3' | 'smoothed_mean' | 'group'", "'papers'"]),
-        ("mixer", {"name": "odm", "initial_proportions": 0.5}, ["expected list[float] | None, found 0.5"]),
-        ("mixer", {"name": "odm", "initial_proportions": [0.5, "x"]}, ["expected list[float] | None"]),
-        ("selector", {"name": "loss", "quantiles": [0.1]}, ["expected tuple[float, float], found [0.1] (list)"]),
-        ("selector", {"name": "random", "replacement": "no"}, ["selector.random.replacement: expected bool"]),
-        ("selector", {"name": "random", "seed": 1.0}, ["expected int | None, found 1.0"]),
-        ("mixer", {"name": "odm", "alpha": 1.5}, ["mixer.odm.alpha: must be 0 <= alpha < 1, found 1.5"]),
+        ("mixer", {"name": "odm", "alpha": "high"}, ["mixer.odm.alpha: expected a number, found 'high'"]),
+        ("mixer", {"name": "odm", "alpha": True}, ["expected a number, found True"]),
+        ("mixer", {"name": "odm", "alpha": None}, ["expected a number, found nothing"]),
+        ("mixer", {"name": "odm", "warmup_steps": 1.5}, ["expected a whole number, found 1.5"]),
+        ("mixer", {"name": "odm", "warmup_steps": False}, ["expected a whole number, found False"]),
+        (
+            "mixer",
+            {"name": "odm", "variant": "papers"},
+            ["one of paper, exp3, smoothed_mean, group", "'papers' (did you mean 'paper'?)"],
+        ),
+        ("mixer", {"name": "odm", "initial_proportions": 0.5}, ["expected a list of numbers, or nothing, found 0.5"]),
+        ("mixer", {"name": "odm", "initial_proportions": [0.5, "x"]}, ["expected a list of numbers, or nothing"]),
+        ("selector", {"name": "loss", "quantiles": [0.1]}, ["expected a list of a number and a number, found [0.1]"]),
+        ("selector", {"name": "random", "replacement": "no"}, ["selector.random.replacement: expected true or false"]),
+        ("selector", {"name": "random", "seed": 1.5}, ["expected a whole number, or nothing, found 1.5"]),
+        ("mixer", {"name": "odm", "alpha": 1.5}, ["mixer.odm.alpha: must be >= 0 and < 1, found 1.5"]),
         ("mixer", {"name": "odm", "alpha": 0.8, "params": {"alpha": 0.9}}, ["alpha must stand under `params`"]),
         ("mixer", {"name": "odm", "params": [1]}, ["mixer.odm.params: expected a mapping, found [1]"]),
         ("mixer", {"alpha": 0.8}, [f"mixer.name: expected one of {MIXERS}, found None"]),
@@ -187,62 +196,13 @@ def test_mistakes_of_plug_ins_are_named(plug_in: str) -> None:
 
 
 def test_parameters_describe_themselves() -> None:
-    found = parameters("mixer", "odm")
+    found = get_parameters("mixer", "odm")
     assert list(found)[:2] == ["alpha", "warmup_steps"] and not any(name.startswith("_") for name in found)
     assert (found["alpha"].type_text, found["alpha"].default) == ("float", 0.9)
-    static = parameters("mixer", "static")["proportions"]
+    static = get_parameters("mixer", "static")["proportions"]
     assert (static.attribute, static.type_text, static.default) == ("fixed", "list[float] | None", None)
-    assert parameters("selector", "loss")["quantiles"].type_text == "tuple[float, float]"
+    assert get_parameters("selector", "loss")["quantiles"].type_text == "tuple[float, float]"
 
 
 def test_a_missing_default_is_marked(plug_in: str) -> None:
-    assert parameters("mixer", f"{plug_in}:Needs")["path"].default is dataclasses.MISSING
-
-
-@pytest.mark.parametrize(
-    ("value", "hint", "expected"),
-    [
-        (1, int, 1),
-        (1, float, 1.0),
-        ("x", str, "x"),
-        (True, bool, True),
-        (None, typing.Optional[int], None),  # noqa: UP045
-        (3, int | str, 3),
-        (True, int | bool, True),
-        ([1, 2], list, [1, 2]),
-        ((1, 2), list[int], [1, 2]),
-        ([1, 2, 3], tuple[int, ...], (1, 2, 3)),
-        ([1, "a"], tuple[int, str], (1, "a")),
-        ([[1], [2, 3]], list[list[float]], [[1.0], [2.0, 3.0]]),
-        ({"a": 1}, dict[str, float], {"a": 1.0}),
-        ({"a": [1]}, dict, {"a": [1]}),
-        (2, Literal[1, 2], 2),
-        (object, Any, object),
-    ],
-)
-def test_values_that_fit(value: Any, hint: Any, expected: Any) -> None:
-    found = _fit(value, hint)
-    assert found == expected and type(found) is type(expected)
-
-
-@pytest.mark.parametrize(
-    ("value", "hint"),
-    [
-        ("1", int),
-        (1, str),
-        (1, bool),
-        (0, bool),
-        (True, int),
-        (True, Literal[1, 2]),
-        (1.0, Literal[1, 2]),
-        ("ab", list[str]),
-        ([1, 2], tuple[int]),
-        ({"a": "x"}, dict[str, float]),
-        ([("a", 1)], dict[str, int]),
-        (1.5, int | None),
-        (types.SimpleNamespace(), str),
-    ],
-)
-def test_values_that_do_not_fit(value: Any, hint: Any) -> None:
-    with pytest.raises(_MismatchError):
-        _fit(value, hint)
+    assert get_parameters("mixer", f"{plug_in}:Needs")["path"].default is dataclasses.MISSING

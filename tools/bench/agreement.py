@@ -60,16 +60,18 @@ def batches(rows: Sequence[Sequence[int]], size: int) -> list[Any]:
 
 def trained(options: argparse.Namespace, tokenizer: Any, rows: list[list[int]]) -> Any:
     """An engine whose model has taken `steps` steps of Adam on the candidates."""
-    from dataflex_mega.distributed import mesh
-    from dataflex_mega.engines.fsdp.engine import FSDPEngine, Options
-    from dataflex_mega.engines.fsdp.parallel import Layout
+    from dataflex_mega.distributed.parallel_info import init_distributed
+    from dataflex_mega.engines.fsdp.engine import FSDPEngine
+    from dataflex_mega.engines.fsdp.parallel import FSDPLayout
+    from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
+    from dataflex_mega.engines.options import StepOptions
     from tools.tiny_model import ModelOptions, make_model
 
-    shape = ModelOptions(options.hidden, options.layers, 4, 2, len(tokenizer), context=options.length)
+    shape = ModelOptions(options.embedding_spec, options.layers, 4, 2, len(tokenizer), context=options.length)
     model = make_model(shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, eps=EPS)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    engine = FSDPEngine(model, optimizer, scheduler, mesh.start(), Layout("single"), Options(1))
+    engine = FSDPEngine(FSDPModelRunner(model, FSDPLayout("single"), init_distributed()), optimizer, scheduler, StepOptions(1))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     losses = []
     for step in range(options.steps):
@@ -116,10 +118,9 @@ def by_autograd(engine: Any, rows: list[list[int]], groups: list[list[list[int]]
 def streamed(engine: Any, rows: list[list[int]], groups: list[list[list[int]]], size: int) -> torch.Tensor:
     """[n] scores as `selector: less` has them."""
     from dataflex_mega.algorithms.selectors.less import Less
-    from dataflex_mega.engines.fsdp.gradients import GradientScorer
     from dataflex_mega.types import SignalTable
 
-    scorer = GradientScorer(engine, adam=True)
+    scorer = engine.gradient_scorer(adam=True)
     directions = scorer.directions([batches(group, size) for group in groups])
     found = [scorer.score(batch, directions) for batch in batches(rows, size)]
     dot, norm2 = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -131,10 +132,9 @@ def projected(
     engine: Any, rows: list[list[int]], groups: list[list[list[int]]], kind: tuple[str, int, int], size: int
 ) -> tuple[torch.Tensor, int]:
     """([n] scores from features normalised after projection, numbers a sample). `kind`: (name, size, seed)."""
-    from dataflex_mega.engines.fsdp.features import FeatureMaker
-    from dataflex_mega.types import FeatureSpec
+    from dataflex_mega.types import ProjectionSpec
 
-    maker = FeatureMaker(engine, FeatureSpec(*kind), adam=True)  # type: ignore[arg-type]  # one of the two kinds
+    maker = engine.feature_maker(ProjectionSpec(*kind), adam=True)  # type: ignore[arg-type]  # one of the two kinds
     targets = [
         F.normalize(torch.cat([maker.features(b, plain=True) for b in batches(group, size)]), dim=1).mean(0)
         for group in groups

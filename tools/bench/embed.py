@@ -22,11 +22,11 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from dataflex_mega.distributed.mesh import data_parallel
+from dataflex_mega.distributed.parallel_info import data_parallel
 from dataflex_mega.offline import command
 from dataflex_mega.offline.embed import embed
-from dataflex_mega.offline.encoders import Item
-from dataflex_mega.offline.neighbours import library
+from dataflex_mega.offline.encoders import EmbedInput
+from dataflex_mega.offline.neighbours import import_faiss
 
 EXAMPLE = """
 examples:
@@ -60,8 +60,8 @@ class Texts:
     def __len__(self) -> int:
         return self.count
 
-    def fetch(self, rows: np.ndarray) -> list[Item]:
-        return [Item(f"sample {row} of the bench, a text of some length") for row in rows]
+    def fetch(self, rows: np.ndarray) -> list[EmbedInput]:
+        return [EmbedInput(f"sample {row} of the bench, a text of some length") for row in rows]
 
 
 class Projection:
@@ -74,7 +74,7 @@ class Projection:
     def identity(self) -> dict[str, str]:
         return {"model": "projection"}
 
-    def __call__(self, items: Sequence[Item]) -> np.ndarray:
+    def __call__(self, items: Sequence[EmbedInput]) -> np.ndarray:
         counts = np.zeros((len(items), 128), dtype=np.float32)
         for row, item in enumerate(items):
             np.add.at(counts[row], np.frombuffer(item.text.encode(), dtype=np.uint8) % 128, 1)
@@ -92,13 +92,13 @@ def private(process: int) -> float:
 def work(tool: str, samples: int, size: int, folder: Path, said: multiprocessing.SimpleQueue, go: Any) -> None:
     """One tool on the embeddings in `folder`, which `embed` writes. Says that it waits for `go`, then its seconds."""
     os.chdir(folder)
-    library()  # not while it is measured
+    import_faiss()  # not while it is measured
     said.put(0.0)
     go.wait()
     started = time.perf_counter()
     if tool == "embed":
-        mesh = data_parallel(0, 1, torch.device("cpu"))
-        embed(Texts(samples), Projection(size), folder / "all", mesh, "float32", 1024, lambda done, total: None)
+        parallel_info = data_parallel(0, 1, torch.device("cpu"))
+        embed(Texts(samples), Projection(size), folder / "all", parallel_info, "float32", 1024, lambda done, total: None)
     else:
         with contextlib.redirect_stderr(io.StringIO()):
             command.main([*TOOLS[tool], "all", "--output", f"{tool}.npy"], no_run)

@@ -27,16 +27,14 @@ from tools.bench import gradients, tensor_bytes  # noqa: E402
 
 def kinds_of(engine: Any, batches: list[Any]) -> Iterator[tuple[str, Callable[[Any], Any], list[Any]]]:
     """(name, what is done with a batch, tensors that it keeps from one batch to the next)."""
-    from dataflex_mega.engines.fsdp.features import FeatureMaker
-    from dataflex_mega.engines.fsdp.gradients import GradientScorer
-    from dataflex_mega.types import FeatureSpec
+    from dataflex_mega.types import ProjectionSpec
 
     for groups in (1, 16):
-        directions = GradientScorer(engine, False).directions([[batches[2 + g % 4]] for g in range(groups)])
+        directions = engine.gradient_scorer(False).directions([[batches[2 + g % 4]] for g in range(groups)])
         for adam in (False, True):
-            score = partial(GradientScorer(engine, adam).score, directions=directions)
+            score = partial(engine.gradient_scorer(adam).score, directions=directions)
             yield f"{'adam' if adam else 'sgd'}, S={groups}", score, list(directions.by_layer.values())
-    maker = FeatureMaker(engine, FeatureSpec("two_sided", 16, 0), adam=True)
+    maker = engine.feature_maker(ProjectionSpec("two_sided", 16, 0), adam=True)
     parts = [part for layer in maker.layers.values() for part in (layer.outputs, layer.inputs, *(layer.scaled or ()))]
     yield "store's features", lambda batch: maker.features(batch).bfloat16(), [p for p in parts if p is not None]
 

@@ -52,11 +52,13 @@ def build(options: argparse.Namespace, lora: bool) -> Any:
     """An engine with a random Llama of the given size, without optimizer steps yet."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from dataflex_mega.distributed import mesh
-    from dataflex_mega.engines.fsdp.engine import FSDPEngine, Options
-    from dataflex_mega.engines.fsdp.parallel import Layout
+    from dataflex_mega.distributed.parallel_info import init_distributed
+    from dataflex_mega.engines.fsdp.engine import FSDPEngine
+    from dataflex_mega.engines.fsdp.parallel import FSDPLayout
+    from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
+    from dataflex_mega.engines.options import StepOptions
 
-    hidden, joined = options.hidden, mesh.start()
+    hidden, joined = options.embedding_spec, init_distributed()
     config = LlamaConfig(
         vocab_size=options.vocab, hidden_size=hidden, intermediate_size=hidden * 11 // 4,
         num_hidden_layers=options.layers, num_attention_heads=max(4, hidden // 64),
@@ -76,7 +78,7 @@ def build(options: argparse.Namespace, lora: bool) -> Any:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     precision = "fp32" if options.precision == "fp32" else "bf16"
-    return FSDPEngine(model, optimizer, scheduler, joined, Layout("single", precision), Options(1))
+    return FSDPEngine(FSDPModelRunner(model, FSDPLayout("single", precision), joined), optimizer, scheduler, StepOptions(1))
 
 
 def lap(work: Callable[[], Any]) -> float:
@@ -105,15 +107,13 @@ def peak(work: Callable[[], Any]) -> float:
 
 def plain(engine: Any, batch: Any) -> None:
     """Forward and backward, as in training."""
-    engine.token_losses(batch.to(engine.mesh.device)).sum().backward()
+    engine.runner.token_losses(batch.to(engine.runner.device)).sum().backward()
     engine.optimizer.zero_grad(set_to_none=True)
 
 
 def measure(options: argparse.Namespace, lora: bool) -> Iterator[tuple[str, list[float], float]]:
     """(kind of score, its ratio to a plain pass in each round, its peak memory as a ratio to a training step's)."""
-    from dataflex_mega.engines.fsdp.features import FeatureMaker
-    from dataflex_mega.engines.fsdp.gradients import GradientScorer
-    from dataflex_mega.types import FeatureSpec
+    from dataflex_mega.types import ProjectionSpec
 
     engine, batches = build(options, lora), real_batches(options)
     for batch in batches[:2]:
@@ -125,15 +125,15 @@ def measure(options: argparse.Namespace, lora: bool) -> Iterator[tuple[str, list
     for kernel in options.kernels.split(","):
         for groups in (int(s) for s in options.directions.split(",")):
             os.environ["DATAFLEX_GRADIENT_KERNEL"] = kernel
-            scorers = [GradientScorer(engine, adam) for adam in (False, True)]
+            scorers = [engine.gradient_scorer(adam) for adam in (False, True)]
             if kernel != "auto":
-                assert scorers[0].choice.fused == (kernel == "triton")
+                assert scorers[0].choice.uses_triton == (kernel == "triton")
             directions = scorers[0].directions([[batches[3 + g % 4]] for g in range(groups)])
             for scorer in scorers:
                 name = f"{kernel} {'adam' if scorer.adam else 'sgd'}, S={groups}"
                 yield name, *compare(options, engine, batches, lambda b, s=scorer, d=directions: s.score(b, d), step)
             del directions, scorers
-    maker = FeatureMaker(engine, FeatureSpec("two_sided", 16, 0), adam=True)
+    maker = engine.feature_maker(ProjectionSpec("two_sided", 16, 0), adam=True)
     yield "features of a store", *compare(options, engine, batches, lambda b: maker.features(b).bfloat16(), step)
 
 
@@ -164,7 +164,7 @@ def main() -> int:
     parser.add_argument("--directions", default="1,16", help="numbers of directions (1,16)")
     parser.add_argument("--models", default="full,lora", help="which (full,lora)")
     options = parser.parse_args()
-    from dataflex_mega.distributed import mesh
+    from dataflex_mega.distributed.parallel_info import shutdown_distributed
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -179,7 +179,7 @@ def main() -> int:
         gc.collect()  # the engine and its hooks refer to each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    mesh.stop(orderly=True)
+    shutdown_distributed(orderly=True)
     return 0
 
 

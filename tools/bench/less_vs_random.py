@@ -36,7 +36,7 @@ DOMAINS = ("demo_c4", "demo_wiki", "demo_alpaca_text", "demo_python")
 METHODS: dict[str, dict[str, Any]] = {
     "random": {"selector": "random"},
     "less": {"selector": "less"},
-    "less, a third scored": {"selector": "less", "candidates": 0.34, "rescore": "incremental"},
+    "less, a third scored": {"selector": "less", "candidate_fraction": 0.34, "score_reuse": "latest"},
 }
 COLORS = ("#777777", "#c1440e", "#1f6fb2")
 PHASE_COLORS = ("#b8b8b8", "#d9a441", "#5b8c5a", "#8a6bb1", "#4f7cac", "#a65353")
@@ -171,19 +171,19 @@ class Windows:
 
 def train(keys: dict[str, Any], held: list[str], every: int) -> Outcome:
     """One run in this process."""
-    from dataflex_mega.config.parse import split
-    from dataflex_mega.data.pool import Domain, Pool
-    from dataflex_mega.llamafactory.args import keys as lf_keys
+    from dataflex_mega.config.parse import parse_config
+    from dataflex_mega.data.pool import Domain, SamplePool
+    from dataflex_mega.llamafactory.args import argument_types
     from dataflex_mega.run.build import Build
-    from dataflex_mega.signals.scorer import evaluate
+    from dataflex_mega.signals.computer import evaluate
 
-    built = Build(split(keys, lf_keys()))
+    built = Build(parse_config(keys, argument_types()))
     trainer = built.trainer()
     windows = Windows(built.tokenizer_module["tokenizer"], held, keys["cutoff_len"])
-    scorer = built._scorer(trainer.engine, Pool([Domain("held out", windows)]))
+    computer = built._signal_computer(trainer.engine, SamplePool([Domain("held out", windows)]))
 
     def measure() -> float:
-        loss, tokens = evaluate(scorer)
+        loss, tokens = evaluate(computer)
         return float(loss.sum() / tokens.sum())
 
     watching = Watching(trainer.metrics, measure, every)

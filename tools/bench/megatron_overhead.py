@@ -68,20 +68,20 @@ class BareLoop:
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.schedule: Any = get_forward_backward_func()
 
-    def step(self, micros: Sequence[dict[str, Tensor]]) -> tuple[float, float]:
+    def step(self, micro_batches: Sequence[dict[str, Tensor]]) -> tuple[float, float]:
         """Micro-batches of input_ids, labels, position_ids [b, S] -> (mean token loss, gradient norm before clipping)."""
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sources = [iter(micros) for _ in self.chunks]
+        sources = [iter(micro_batches) for _ in self.chunks]
         found = self.schedule(
             forward_step_func=forward_step,
             data_iterator=sources if len(sources) > 1 else sources[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(micros),
-            seq_length=micros[0]["input_ids"].shape[1],
-            micro_batch_size=len(micros[0]["input_ids"]),
+            num_microbatches=len(micro_batches),
+            seq_length=micro_batches[0]["input_ids"].shape[1],
+            micro_batch_size=len(micro_batches[0]["input_ids"]),
             forward_only=False,
         )
         _, grad_norm, _ = self.optimizer.step()
@@ -148,40 +148,40 @@ def keys_of(options: argparse.Namespace, output: Path) -> dict[str, Any]:
 
 def our_trainer(keys: dict[str, Any], roles: dict[str, Any]) -> tuple[Any, Any]:
     """(trainer, state) ready to advance."""
-    from dataflex_mega.config.parse import split
-    from dataflex_mega.llamafactory.args import keys as lf_keys
+    from dataflex_mega.config.parse import parse_config
+    from dataflex_mega.llamafactory.args import argument_types
     from dataflex_mega.run.build import Build
     from dataflex_mega.types import TrainState
 
     train_type = "dynamic" if roles else "static"
-    built = Build(split({**keys, **roles, "train_type": train_type, "tensorboard": False}, lf_keys()))
+    built = Build(parse_config({**keys, **roles, "train_type": train_type, "tensorboard": False}, argument_types()))
     trainer = built.trainer()
-    return trainer, TrainState(0, trainer.controller.first_plan())
+    return trainer, TrainState(0, trainer.controller.initial_plan())
 
 
 def bare_of(keys: dict[str, Any]) -> Callable[[], Any]:
     """A step of the bare loop on the model, the layout and the data that `keys` describe."""
-    from dataflex_mega.config.parse import split
+    from dataflex_mega.config.parse import parse_config
     from dataflex_mega.data.loader import Loader
     from dataflex_mega.engines.megatron import cpu
-    from dataflex_mega.engines.megatron.build import chunks_of
-    from dataflex_mega.llamafactory.args import keys as lf_keys
+    from dataflex_mega.engines.megatron.build import build_chunks
+    from dataflex_mega.llamafactory.args import argument_types
     from dataflex_mega.run.build import Build
 
-    built = Build(split({**keys, "train_type": "static", "tensorboard": False}, lf_keys()))
+    built = Build(parse_config({**keys, "train_type": "static", "tensorboard": False}, argument_types()))
     backend: Any = built.backend
-    with cpu.redirected():
-        chunks = chunks_of(backend.shape, backend.settings, built.args.training.seed)
+    with cpu.cuda_calls_on_cpu():
+        chunks = build_chunks(backend.shape, backend.settings, built.args.training.seed)
         backend.fill(chunks)
         loop = BareLoop(chunks, backend.settings.ddp, backend.settings.optimizer)
-    loader = Loader(built.pool, built.sampler, built.split, built.collate, built.ours.prefetch, 1)
-    plan = built.sampler.next_plan(None, 0, built.domains.initial)
+    loader = Loader(built.pool, built.sampler, built.batch_partition, built.collate, built.ours.prefetch, 1)
+    plan = built.sampler.next_plan(None, 0, built.domains.initial_proportions)
     numbers = itertools.count()
 
     def step() -> tuple[float, float]:
-        micros = loader.micro_batches(plan, next(numbers), built.max_steps)
-        with cpu.redirected():
-            return loop.step([batch.to(built.mesh.device).tensors() for batch in micros])
+        micro_batches = loader.micro_batches(plan, next(numbers), built.max_steps)
+        with cpu.cuda_calls_on_cpu():
+            return loop.step([batch.to(built.parallel_info.device).tensors() for batch in micro_batches])
 
     return step
 
@@ -208,13 +208,14 @@ def show(options: argparse.Namespace, spent: dict[str, list[float]], pairs: Sequ
 
 def throughput(options: argparse.Namespace, seconds: float, engine: Any) -> None:
     """Tokens a second of a step of ours without a role, and on one process the share of the peak when that is given."""
-    tokens = options.micro * options.accumulation * options.length * engine.mesh.dp_size
+    tokens = options.micro * options.accumulation * options.length * engine.parallel_info.dp_size
     print(f"\nnone: {seconds * 1000:.1f} ms a step of {tokens} tokens, {tokens / seconds:,.0f} tokens/s")
-    if engine.mesh.world > 1:
+    if engine.parallel_info.world_size > 1:
         return
     # 6 operations a parameter and token, and attention's two products: 12 x layers x hidden x length a token, halved by
     # causality, which leaves 6.
-    config, size = engine.config, sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
+    config, chunks = engine.runner.config, engine.runner.model_chunks
+    size = sum(p.numel() for chunk in chunks for p in chunk.parameters())
     operations = (6 * size + 6 * config.num_layers * config.hidden_size * options.length) * tokens
     print(f"{size / 1e6:.0f}M parameters, {operations / seconds / 1e12:.2f} TFLOP/s")
     if options.peak_tflops:
@@ -231,7 +232,7 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
             steps[name] = bare_of(keys)
             continue
         trainer, state = our_trainer(keys, ROLES[name])
-        steps[name] = partial(trainer.advance, state)
+        steps[name] = partial(trainer.step, state)
         engine = engine or trainer.engine
     for step in steps.values():
         for _ in range(3):
@@ -264,14 +265,14 @@ def main() -> int:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    from dataflex_mega.distributed import mesh
+    from dataflex_mega.distributed.parallel_info import init_distributed, shutdown_distributed
 
-    joined = mesh.start()
+    joined = init_distributed()
     with tempfile.TemporaryDirectory() as folder:  # every rank has its own; only the first writes
         compare(options, Path(folder))
         if joined.world > 1:
             torch.distributed.barrier()
-    mesh.stop(orderly=True)
+    shutdown_distributed(orderly=True)
     return 0
 
 

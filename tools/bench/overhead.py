@@ -64,17 +64,17 @@ def keys_of(options: argparse.Namespace, output: Path) -> dict[str, Any]:
 
 def our_trainer(keys: dict[str, Any], roles: dict[str, Any]) -> tuple[Any, Any]:
     """(trainer, state) ready to advance."""
-    from dataflex_mega.config.parse import split
-    from dataflex_mega.llamafactory.args import keys as lf_keys
+    from dataflex_mega.config.parse import parse_config
+    from dataflex_mega.llamafactory.args import argument_types
     from dataflex_mega.run.build import Build
     from dataflex_mega.types import TrainState
 
     ours = {"train_type": "dynamic", **roles} if roles else {"mixer": "static", "update_step": 1}
-    built = Build(split({**keys, **ours, "tensorboard": False}, lf_keys()))
+    built = Build(parse_config({**keys, **ours, "tensorboard": False}, argument_types()))
     if not roles:  # the same loop with nothing in it
         built.roles = type(built.roles)()
     trainer = built.trainer()
-    return trainer, TrainState(0, trainer.controller.first_plan())
+    return trainer, TrainState(0, trainer.controller.initial_plan())
 
 
 def lap(work: Any) -> float:
@@ -105,7 +105,7 @@ def compare_roles(options: argparse.Namespace, folder: Path) -> None:
     }
     for trainer, state in made.values():
         for _ in range(3):
-            trainer.advance(state)
+            trainer.step(state)
     seconds: list[float] = []
     order, ratios = list(made), {name: [] for name in made if name != "none"}
     for number in range(options.rounds):
@@ -157,13 +157,13 @@ def peer_chunk(keys: dict[str, Any], steps: int) -> float:
 
 def compare_peer(options: argparse.Namespace, folder: Path) -> None:
     """The second part."""
-    from dataflex_mega.distributed import mesh
+    from dataflex_mega.distributed.parallel_info import shutdown_distributed
 
     trainer, state = our_trainer(keys_of(options, folder / "ours"), {})
-    mesh.stop(orderly=True)  # the peer runs without a process group, and with one process neither needs it
+    shutdown_distributed(orderly=True)  # the peer runs without a process group, and with one process neither needs it
     keys, ratios = keys_of(options, folder / "peer"), []
     for _ in range(max(3, options.rounds // 10)):
-        ours = statistics.median([lap(lambda: trainer.advance(state)) for _ in range(options.chunk)])
+        ours = statistics.median([lap(lambda: trainer.step(state)) for _ in range(options.chunk)])
         ratios.append(ours / peer_chunk(keys, options.chunk + 2))
     show(f"our step / LLaMA-Factory's, {len(ratios)} rounds of {options.chunk} steps", {"no role": ratios}, 1.0)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dataflex_mega.distributed.testing import run_processes
+from dataflex_mega.distributed.testing import run_distributed_test
 from dataflex_mega.store import build, search
 from dataflex_mega.store.gradients import GradientStore
 from dataflex_mega.store.layout import StoreLayout
@@ -47,9 +47,9 @@ class Counted:
     def __init__(self, inner: Any) -> None:
         self.inner, self.sent = inner, 0
 
-    def gather_uneven(self, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    def all_gather_uneven(self, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
         self.sent += rows.numel() * rows.element_size()
-        return self.inner.gather_uneven(rows, counts)
+        return self.inner.all_gather_uneven(rows, counts)
 
 
 def anonymous() -> float:
@@ -64,53 +64,53 @@ def write(folder: Path, layout: StoreLayout) -> float:
     """Write a store of random rows -> seconds spent in writing them, checksums and flushing included."""
     make, spent = torch.Generator().manual_seed(0), 0.0
     begin = time.perf_counter()
-    build.begin(folder, {"synthetic": True}, layout)
+    build.create_or_resume(folder, {"synthetic": True}, layout)
     spent += time.perf_counter() - begin
-    rows = torch.randn(layout.block, layout.width, generator=make).bfloat16()
-    for shard in range(layout.shards):
+    rows = torch.randn(layout.block_size, layout.width, generator=make).bfloat16()
+    for shard in range(layout.num_shards):
         begin = time.perf_counter()
         writer = build.ShardWriter(folder, layout, shard)
-        for block in writer.missing:
-            writer.write(rows[: len(layout.samples_of(block))].roll(block, 1))
+        for block in writer.missing_blocks:
+            writer.write(rows[: len(layout.ids_of_block(block))].roll(block, 1))
         writer.close()
         spent += time.perf_counter() - begin
     begin = time.perf_counter()
-    build.finish(folder, {"synthetic": True}, layout)
+    build.finalize(folder, {"synthetic": True}, layout)
     return spent + time.perf_counter() - begin
 
 
 def plain_write(path: Path, layout: StoreLayout) -> float:
     """Seconds to write as many bytes, in the same pieces, into one file, and to flush it."""
-    rows = torch.randn(layout.block, layout.width).bfloat16()
+    rows = torch.randn(layout.block_size, layout.width).bfloat16()
     begin = time.perf_counter()
     with path.open("wb", buffering=0) as stream:
-        for block in range(layout.blocks):
-            part = rows[: len(layout.samples_of(block))].roll(block, 1)
+        for block in range(layout.num_blocks):
+            part = rows[: len(layout.ids_of_block(block))].roll(block, 1)
             stream.write(part.contiguous().view(torch.int16).numpy().data)
         os.fsync(stream.fileno())
     return time.perf_counter() - begin
 
 
-def scored(mesh: Any, folder: Path) -> dict[str, float]:
+def scored(parallel_info: Any, folder: Path) -> dict[str, float]:
     """What one rank did and used."""
-    from dataflex_mega.distributed.collectives import Collectives
+    from dataflex_mega.distributed.collectives import TorchCollectives
 
-    ranks = Counted(Collectives(mesh))
-    rank, world = mesh.dp_rank, mesh.dp_size
+    collectives = Counted(TorchCollectives(parallel_info))
+    rank, world = parallel_info.dp_rank, parallel_info.dp_size
     torch.mm(torch.ones(256, 256), torch.ones(256, 256))  # what the first product sets up is not the store's
     begin = time.perf_counter()
     store = GradientStore(folder)
     opened = time.perf_counter() - begin
     directions = torch.randn(DIRECTIONS, store.layout.width, generator=torch.Generator().manual_seed(1))
     before, cpu = anonymous(), time.process_time()
-    scores = search.best_cosines(store, directions, rank, world)
+    scores = search.streamed_max_cosine(store, directions, rank, world)
     spent = time.process_time() - cpu
-    counts = search.shares(store, world)
-    everyone = ranks.gather_uneven(scores, counts)
-    for_all, ranks.sent = ranks.sent, 0
-    search.top_k(scores, rank, counts, min(BEST, len(everyone)), ranks)
+    counts = search.rank_counts(store, world)
+    everyone = collectives.all_gather_uneven(scores, counts)
+    for_all, collectives.sent = collectives.sent, 0
+    search.top_k(scores, rank, counts, min(BEST, len(everyone)), collectives)
     return {
-        "rows": counts[rank], "cpu": spent, "for all": for_all, "best": ranks.sent, "open": opened,
+        "rows": counts[rank], "cpu": spent, "for all": for_all, "best": collectives.sent, "open": opened,
         "memory": anonymous() - before,
     }  # fmt: skip
 
@@ -122,7 +122,7 @@ def row(samples: int, width: int, world: int, root: Path) -> str:
     plain = min(plain_write(root / "plain", layout) for _ in range(3))
     build_times = [write(root / f"{samples}-{world}-{i}", layout) for i in range(3)]
     (root / f"{samples}-{world}-0").rename(folder)
-    found = run_processes(scored, world, folder)
+    found = run_distributed_test(scored, world, folder)
     sent, best = (sum(one[name] for one in found) / samples for name in ("for all", "best"))
     most = {name: max(one[name] for one in found) for name in found[0]}
     size = f"{samples:9d} {world:6d} {int(most['rows']):10d}"

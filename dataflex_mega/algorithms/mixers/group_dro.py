@@ -15,25 +15,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
-from dataflex_mega.algorithms.base import Domains, Mixer
-from dataflex_mega.errors import CheckpointError, ConfigError
-from dataflex_mega.types import Clock, StepStats
-
-
-def updated_weights(weights: Tensor, losses: Tensor, eta: float, smoothing: float) -> Tensor:
-    """[k] float64 weights after one step; sums to 1, each at least smoothing / k."""
-    ascended = torch.softmax(weights.log() + eta * losses, dim=0)
-    mixed = (1 - smoothing) * ascended + smoothing / len(weights)
-    return mixed / mixed.sum()
+from dataflex_mega.algorithms.base import DomainInfo, Mixer, Range
+from dataflex_mega.algorithms.mixers._updates import exponentiated_gradient_step
+from dataflex_mega.errors import CheckpointError
+from dataflex_mega.types import StepStats, UpdateContext
 
 
 def relative_weights(weights: Tensor, proportions: Tensor) -> Tensor:
-    """[k] loss weights weights / proportions over their sum; 0 for a domain that is never drawn."""
+    """[k] loss weights: weights / proportions, divided by their sum; 0 for a domain that is never drawn."""
     ratio = torch.where(proportions > 0, weights / proportions, 0.0)
     return ratio / ratio.sum()
 
@@ -42,33 +36,27 @@ def relative_weights(weights: Tensor, proportions: Tensor) -> Tensor:
 class GroupDro(Mixer):
     """Weights of the worst domains.
 
-    With act_on "loss" the weights of now take effect at the next update, and hold until the one after it: `update_step: 1`
-    gives the algorithm as published. They are learnt after every step all the same, from the first on.
+    With act_on "loss" the weights take effect at the next update and hold until the one after it: `update_step: 1` gives the
+    algorithm as published. They are updated after every step in any case, from the first on.
 
     Args:
         eta: step size of the ascent, > 0; the logarithm of a weight grows by eta times the loss. Group DRO's is 0.01;
             DoReMi's of 1 is for excess losses, which are smaller.
-        smoothing: c, the share that is spread evenly, 0 <= smoothing < 1.
+        smoothing: c, the fraction that is spread evenly, 0 <= smoothing < 1.
         act_on: "loss": the initial proportions are drawn and the loss is weighted; "sampling": the weights are the
             proportions and the loss is not weighted.
     """
 
-    eta: float = 0.01
-    smoothing: float = 1e-3
+    eta: Annotated[float, Range(gt=0)] = 0.01
+    smoothing: Annotated[float, Range(ge=0, lt=1)] = 1e-3
     act_on: Literal["loss", "sampling"] = "loss"
     _initial: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64), init=False, repr=False)
     _weights: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64), init=False, repr=False)
     _losses: list[float | None] = field(default_factory=list, init=False, repr=False)  # [k], None before the first
 
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.eta) and self.eta > 0):
-            raise ConfigError(f"mixer.group_dro.eta: must be finite and > 0, found {self.eta}")
-        if not 0 <= self.smoothing < 1:
-            raise ConfigError(f"mixer.group_dro.smoothing: must be >= 0 and < 1, found {self.smoothing}")
-
-    def setup(self, domains: Domains) -> None:
-        """Starts at the initial proportions."""
-        self._initial = torch.tensor(domains.initial, dtype=torch.float64)
+    def setup(self, domains: DomainInfo) -> None:
+        """Start at the initial proportions."""
+        self._initial = torch.tensor(domains.initial_proportions, dtype=torch.float64)
         self._initial /= self._initial.sum()
         self._weights = self._initial.clone()
         self._losses = [None] * len(domains)
@@ -77,14 +65,14 @@ class GroupDro(Mixer):
         """One step of the ascent. A domain whose loss is not finite is treated as one without tokens."""
         means = (stats.domain_loss.double() / stats.domain_tokens.double()).tolist()
         self._losses = [new if math.isfinite(new) else old for new, old in zip(means, self._losses, strict=True)]
-        known = [loss for loss in self._losses if loss is not None]
-        if not known:
+        known_losses = [loss for loss in self._losses if loss is not None]
+        if not known_losses:
             return
-        middle = sum(known) / len(known)
-        losses = torch.tensor([middle if x is None else x for x in self._losses], dtype=torch.float64)
-        self._weights = updated_weights(self._weights, losses, self.eta, self.smoothing)
+        mean_known = sum(known_losses) / len(known_losses)
+        losses = torch.tensor([mean_known if x is None else x for x in self._losses], dtype=torch.float64)
+        self._weights = exponentiated_gradient_step(self._weights, losses, self.eta, self.smoothing)
 
-    def proportions(self, clock: Clock, rng: torch.Generator) -> Tensor:
+    def proportions(self, context: UpdateContext, rng: torch.Generator) -> Tensor:
         """[k] float64: the initial proportions, or the weights when they act on sampling."""
         return (self._weights if self.act_on == "sampling" else self._initial).clone()
 
@@ -93,14 +81,14 @@ class GroupDro(Mixer):
         return None if self.act_on == "sampling" else relative_weights(self._weights, self._initial)
 
     def report(self) -> dict[str, Any]:
-        """The weights, and the losses they were last moved by (DataFlex's name for them)."""
+        """The weights, and the losses of their last update under DataFlex's name for them."""
         return {"group_weights": self._weights.tolist(), "perdomain_scores": list(self._losses)}
 
-    def state(self) -> dict[str, Any]:
-        """Weights and last losses."""
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and last losses, by domain."""
         return {"weights": self._weights.tolist(), "losses": list(self._losses)}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises CheckpointError when the state is of another number of domains."""
         if len(state["weights"]) != len(self._weights):
             found = f"{len(state['weights'])} domains, this run has {len(self._weights)}"

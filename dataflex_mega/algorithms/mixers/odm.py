@@ -7,24 +7,24 @@ With K domains, E_t = min(1/K, sqrt(ln K / (K t))):
     policy      pi  =  (1 - K E_t) softmax(E_{t-1} R) + E_t
 
 L_i is the mean token loss of domain i over all micro-batches and ranks of the step, q_i the probability that the step
-shows it. The paper draws one domain a step, so its q_i is pi_i. Here a step mixes domains: n draws show domain i with
-probability 1 - (1 - pi_i)^n, which is nearly 1 for all of them. Dividing by pi_i all the same would reward a domain for
-having been drawn rarely, and the mixture would swing from one domain to the next. The paper's official code contains three
-further rules, kept here as variants; they are described at `Odm`.
+shows it. The paper draws one domain per step, so its q_i is pi_i. Here a step mixes domains: n draws show domain i with
+probability 1 - (1 - pi_i)^n, which is nearly 1 for all of them. Dividing by pi_i nevertheless would reward a domain for
+rare draws, and the mixture would swing from one domain to the next. The paper's official code contains three further
+rules, available here as variants; see `Odm`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
-from dataflex_mega.algorithms.base import Domains, Mixer
+from dataflex_mega.algorithms.base import DomainInfo, Mixer, Range, RelativeWeights
 from dataflex_mega.errors import CheckpointError, ConfigError
-from dataflex_mega.types import Clock, StepStats
+from dataflex_mega.types import StepStats, UpdateContext
 
 Variant = Literal["paper", "exp3", "smoothed_mean", "group"]
 Importance = Literal["inclusion", "proportion"]
@@ -32,11 +32,11 @@ EXP3_SCALE = 0.1  # the official Exp3 divides losses by 10
 LARGEST_EXPONENT = 700.0  # exp of it is finite in float64; a policy is decided long before
 
 
-def exploration_rate(domains: int, step: int, floor: float = 0.0) -> float:
-    """E_t, at least `floor`: the share every domain keeps. 1/K for step 0."""
+def exploration_rate(num_domains: int, step: int, floor: float = 0.0) -> float:
+    """E_t, at least `floor`: the proportion that every domain has at least. 1/K for step 0."""
     if step == 0:
-        return 1 / domains
-    return max(floor, min(1 / domains, math.sqrt(math.log(domains) / (domains * step))))
+        return 1 / num_domains
+    return max(floor, min(1 / num_domains, math.sqrt(math.log(num_domains) / (num_domains * step))))
 
 
 def updated_rewards(rewards: Tensor, losses: Tensor, seen: Tensor, variant: Variant, alpha: float) -> Tensor:
@@ -58,16 +58,16 @@ def observation_probability(proportions: Tensor, samples: Tensor, importance: Im
     return -torch.expm1(draws * torch.log1p(-proportions))
 
 
-def policy(rewards: Tensor, rate: float, previous_rate: float, variant: Variant) -> Tensor:
+def bandit_policy(rewards: Tensor, rate: float, previous_rate: float, variant: Variant) -> Tensor:
     """[K] float64, sums to 1, each at least `rate`."""
-    domains = len(rewards)
+    num_domains = len(rewards)
     if variant != "group":
-        shares = torch.softmax(previous_rate * rewards, dim=0)
+        exploited = torch.softmax(previous_rate * rewards, dim=0)
     elif float(rewards.sum()) > 0:
-        shares = rewards / rewards.sum()
+        exploited = rewards / rewards.sum()
     else:
-        shares = torch.full_like(rewards, 1 / domains)
-    mixed = (1 - domains * rate) * shares + rate
+        exploited = torch.full_like(rewards, 1 / num_domains)
+    mixed = (1 - num_domains * rate) * exploited + rate
     return mixed / mixed.sum()
 
 
@@ -76,47 +76,33 @@ class Odm(Mixer):
     """Online data mixing.
 
     Args:
-        alpha: how much of the old reward a step keeps, 0 <= alpha < 1.
-        warmup_steps: steps on the initial proportions from which nothing is learnt. The step number t counts them.
+        alpha: weight of the old reward in the new one, 0 <= alpha < 1.
+        warmup_steps: steps on the initial proportions that update no reward. The step number t counts them.
         initial_proportions: [k], taken relative to their sum; None: the proportions the run starts with.
         reward_scale: losses are multiplied by it, > 0.
         min_exploration_rate: lower bound of E_t, at most 1/K. 0: the paper's.
         variant: "paper"; "exp3", sums R_i + (L_i / 10) / q_i with no forgetting; "smoothed_mean", a mean of exp(L_i)
             that is not divided by q_i; "group", that mean with shares in proportion to it in place of softmax. The
-            last three are what the official code runs; "group" is the one its trainer calls.
-        importance: what a loss is divided by in the first two variants. "inclusion": the probability that a step shows
+            last three are in the official code; its trainer calls "group".
+        importance: the divisor of a loss in the first two variants. "inclusion": the probability that a step shows
             the domain; "proportion": pi_i even where a step shows every domain, as DataFlex does.
     """
 
-    alpha: float = 0.9
-    warmup_steps: int = 0
-    initial_proportions: list[float] | None = None
-    reward_scale: float = 1.0
-    min_exploration_rate: float = 0.0
+    alpha: Annotated[float, Range(ge=0, lt=1)] = 0.9
+    warmup_steps: Annotated[int, Range(ge=0)] = 0
+    initial_proportions: Annotated[list[float] | None, RelativeWeights()] = None
+    reward_scale: Annotated[float, Range(gt=0)] = 1.0
+    min_exploration_rate: Annotated[float, Range(ge=0, le=1)] = 0.0
     variant: Variant = "paper"
     importance: Importance = "inclusion"
     _initial: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64), init=False, repr=False)
     _rewards: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64), init=False, repr=False)
-    _step: int = field(default=0, init=False, repr=False)  # the last one learnt from
-    _previous: int = field(default=0, init=False, repr=False)  # the one before it
+    _step: int = field(default=0, init=False, repr=False)  # the last one that updated rewards
+    _previous_step: int = field(default=0, init=False, repr=False)  # the one before it
 
-    def __post_init__(self) -> None:
-        rules = {
-            "alpha": (0 <= self.alpha < 1, "0 <= alpha < 1"),
-            "warmup_steps": (self.warmup_steps >= 0, ">= 0"),
-            "reward_scale": (math.isfinite(self.reward_scale) and self.reward_scale > 0, "finite and > 0"),
-            "min_exploration_rate": (0 <= self.min_exploration_rate <= 1, "in 0..1/K"),
-        }
-        for key, (kept, rule) in rules.items():
-            if not kept:
-                raise ConfigError(f"mixer.odm.{key}: must be {rule}, found {getattr(self, key)}")
-        given = self.initial_proportions
-        if given is not None and (not all(math.isfinite(x) and x >= 0 for x in given) or sum(given) <= 0):
-            raise ConfigError(f"mixer.odm.initial_proportions: must be finite, >= 0 and not all 0, found {given}")
-
-    def setup(self, domains: Domains) -> None:
+    def setup(self, domains: DomainInfo) -> None:
         """Raises ConfigError when a parameter does not fit the number of domains."""
-        given = domains.initial if self.initial_proportions is None else self.initial_proportions
+        given = domains.initial_proportions if self.initial_proportions is None else self.initial_proportions
         if len(given) != len(domains):
             names = ", ".join(domains.names)
             raise ConfigError(
@@ -130,37 +116,37 @@ class Odm(Mixer):
         self._rewards = torch.zeros(len(domains), dtype=torch.float64)
 
     def observe(self, stats: StepStats, proportions: tuple[float, ...], step: int) -> None:
-        """Learn from a step after the warm-up. A domain without tokens, or drawn at proportion 0, keeps its reward."""
+        """Update the rewards after the warm-up. A domain without tokens, or drawn at proportion 0, keeps its reward."""
         if step <= self.warmup_steps:
             return
         losses = self.reward_scale * stats.domain_loss.double().cpu() / stats.domain_tokens.double().cpu()
-        shares = torch.tensor(proportions, dtype=torch.float64)
-        seen = observation_probability(shares, stats.domain_samples.double().cpu(), self.importance)
+        drawn = torch.tensor(proportions, dtype=torch.float64)
+        seen = observation_probability(drawn, stats.domain_samples.double().cpu(), self.importance)
         self._rewards = updated_rewards(self._rewards, losses, seen, self.variant, self.alpha)
-        self._previous, self._step = self._step, step
+        self._previous_step, self._step = self._step, step
 
-    def proportions(self, clock: Clock, rng: torch.Generator) -> Tensor:
-        """[k] float64: the initial proportions until something was learnt, then the policy."""
+    def proportions(self, context: UpdateContext, rng: torch.Generator) -> Tensor:
+        """[k] float64: the initial proportions until rewards were updated, then the policy."""
         if self._step == 0:
             return self._initial.clone()
-        return policy(self._rewards, self._rate(self._step), self._rate(self._previous), self.variant)
+        return bandit_policy(self._rewards, self._rate(self._step), self._rate(self._previous_step), self.variant)
 
     def report(self) -> dict[str, Any]:
         """DataFlex's fields of `odm_weights.jsonl`."""
         rate = self._rate(self._step)
         return {"estimated_rewards": self._rewards.tolist(), "exploration_rate": rate, "alpha": self.alpha}
 
-    def state(self) -> dict[str, Any]:
-        """Rewards and the two step numbers."""
-        return {"rewards": self._rewards.tolist(), "step": self._step, "previous": self._previous}
+    def state_dict(self) -> dict[str, Any]:
+        """Rewards and the last two step numbers that updated them."""
+        return {"rewards": self._rewards.tolist(), "step": self._step, "previous_step": self._previous_step}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises CheckpointError when the state is of another number of domains."""
         if len(state["rewards"]) != len(self._rewards):
             found = f"{len(state['rewards'])} domains, this run has {len(self._rewards)}"
             raise CheckpointError(f"the checkpoint's odm rewards are for {found}")
         self._rewards = torch.tensor(state["rewards"], dtype=torch.float64)
-        self._step, self._previous = int(state["step"]), int(state["previous"])
+        self._step, self._previous_step = int(state["step"]), int(state["previous_step"])
 
     def _rate(self, step: int) -> float:
         return exploration_rate(len(self._rewards), step, self.min_exploration_rate)

@@ -1,42 +1,38 @@
-"""New random proportions at every update: a control that a mixer has to beat."""
+"""New random proportions at every update: the control that a mixer has to beat."""
 
 from __future__ import annotations
 
 import math
 import random
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from dataflex_mega.algorithms.base import Domains, Mixer
-from dataflex_mega.errors import ConfigError
-from dataflex_mega.types import Clock
+from dataflex_mega.algorithms.base import DomainInfo, Mixer, Range
+from dataflex_mega.types import UpdateContext
 
 
 @dataclass
-class Random(Mixer):
+class RandomMixer(Mixer):
     """Proportions from a symmetric Dirichlet distribution.
 
     Args:
-        concentration: 1 draws uniformly from all proportions, larger stays nearer to equal shares, smaller nearer to a
-            single domain. > 0.
-        seed: other proportions with everything else kept; None: the run's seed alone decides.
+        concentration: 1 draws uniformly from all proportions, larger stays nearer to equal proportions, smaller nearer to
+            a single domain. > 0.
+        seed: other proportions with everything else unchanged; None: the run's seed alone decides.
     """
 
-    concentration: float = 1.0
-    seed: int | None = None
-    _count: int = field(default=0, init=False, repr=False)
+    concentration: Annotated[float, Range(gt=0)] = 1.0
+    seed: Annotated[int | None, Range(ge=0)] = None
+    _num_domains: int = field(default=0, init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.concentration) and self.concentration > 0):
-            raise ConfigError(f"mixer.random.concentration: must be finite and > 0, found {self.concentration}")
+    def setup(self, domains: DomainInfo) -> None:
+        """Record the number of domains."""
+        self._num_domains = len(domains)
 
-    def setup(self, domains: Domains) -> None:
-        """Notes the number of domains."""
-        self._count = len(domains)
-
-    def proportions(self, clock: Clock, rng: torch.Generator) -> Tensor:
+    def proportions(self, context: UpdateContext, rng: torch.Generator) -> Tensor:
         """[k] float64: k Gamma(concentration) variables over their sum.
 
         In logarithms, with Gamma(a) = Gamma(a + 1) * U**(1 / a) (Marsaglia and Tsang 2000), because for small a all of
@@ -46,6 +42,7 @@ class Random(Mixer):
         source = random.Random(word if self.seed is None else f"{self.seed} {word}")
         a = self.concentration
         logs = [
-            math.log(source.gammavariate(a + 1, 1.0)) + math.log1p(-source.random()) / a for _ in range(self._count)
+            math.log(source.gammavariate(a + 1, 1.0)) + math.log1p(-source.random()) / a
+            for _ in range(self._num_domains)
         ]
         return torch.softmax(torch.tensor(logs, dtype=torch.float64), dim=0)

@@ -1,1 +1,1 @@
-"""Patterns by which samples are ordered, one file each."""
+"""Reorders: patterns in which samples are ordered, one file each."""

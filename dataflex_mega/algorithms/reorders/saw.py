@@ -1,19 +1,19 @@
 """From low to high scores in sections, with a zigzag where one section goes over into the next.
 
-Sorted by score, but around each border between S equal sections the samples come in layers, by turns upwards and downwards,
-as with `zigzag`. From the paper "Demystifying Data Organization for Enhanced LLM Training"."""
+Sorted by score, but around each border between S equal sections the samples come in layers, upwards and downwards in turn,
+as with `zigzag`. From the paper "Demystifying Data Organization for Enhanced LLM Training".
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import Tensor
-
-from dataflex_mega.algorithms.base import Reorder, check_borders, layered_at_borders
+from dataflex_mega.algorithms.reorders._layers import SectionedReorder
 
 
 @dataclass
-class Saw(Reorder):
+class Saw(SectionedReorder):
     """Sorted, and in a zigzag around the borders of sections.
 
     Args:
@@ -23,13 +23,4 @@ class Saw(Reorder):
         layers: L >= 1 of each of these stretches.
     """
 
-    num_sections: int = 2
-    folding_ratio: float = 0.0
-    layers: int = 2
-
-    def __post_init__(self) -> None:
-        check_borders("reorder.saw", self.num_sections, self.folding_ratio, self.layers)
-
-    def ranks(self, count: int, seed: int) -> Tensor:
-        """[count] int64."""
-        return layered_at_borders(count, self.num_sections, self.folding_ratio, self.layers, turning=True)
+    alternate_direction: ClassVar[bool] = True

@@ -14,16 +14,16 @@ from dataflex_mega.algorithms.base import Reorder
 
 @dataclass
 class Shuffle(Reorder):
-    """At random, without regard to scores.
+    """A random order that ignores the scores.
 
     Args:
         none; `seed` is the order's.
     """
 
-    reads_scores: ClassVar[bool] = False
+    uses_scores: ClassVar[bool] = False
 
-    def ranks(self, count: int, seed: int) -> Tensor:
+    def rank_order(self, count: int, seed: int) -> Tensor:
         """[count] int64: Python's own shuffle of 0..count-1, so that a seed gives the order it gives in DataFlex."""
-        places = list(range(count))
-        random.Random(seed).shuffle(places)
-        return torch.tensor(places, dtype=torch.int64)
+        ranks = list(range(count))
+        random.Random(seed).shuffle(ranks)
+        return torch.tensor(ranks, dtype=torch.int64)

@@ -12,12 +12,11 @@ from dataflex_mega.algorithms.base import Reorder
 
 @dataclass
 class Sorting(Reorder):
-    """By score.
+    """Sorted by score.
 
     Args:
         none; `ascending` and `polarity` turn it around.
     """
 
-    def ranks(self, count: int, seed: int) -> Tensor:
-        """[count] int64: 0, 1, 2, ..."""
+    def rank_order(self, count: int, seed: int) -> Tensor:
         return torch.arange(count)

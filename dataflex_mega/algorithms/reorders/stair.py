@@ -1,19 +1,19 @@
 """From low to high scores in sections, with repetition where one section goes over into the next.
 
 Sorted by score, but around each border between S equal sections the samples come in layers, as with `folding`. From the
-paper "Demystifying Data Organization for Enhanced LLM Training"."""
+paper "Demystifying Data Organization for Enhanced LLM Training".
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import Tensor
-
-from dataflex_mega.algorithms.base import Reorder, check_borders, layered_at_borders
+from dataflex_mega.algorithms.reorders._layers import SectionedReorder
 
 
 @dataclass
-class Stair(Reorder):
+class Stair(SectionedReorder):
     """Sorted, and folded around the borders of sections.
 
     Args:
@@ -23,13 +23,4 @@ class Stair(Reorder):
         layers: L >= 1 of each of these stretches.
     """
 
-    num_sections: int = 2
-    folding_ratio: float = 0.0
-    layers: int = 2
-
-    def __post_init__(self) -> None:
-        check_borders("reorder.stair", self.num_sections, self.folding_ratio, self.layers)
-
-    def ranks(self, count: int, seed: int) -> Tensor:
-        """[count] int64."""
-        return layered_at_borders(count, self.num_sections, self.folding_ratio, self.layers, turning=False)
+    alternate_direction: ClassVar[bool] = False

@@ -1,7 +1,7 @@
 """ICONS: samples that many tasks agree on, by votes.
 
 Wu et al. 2025, "ICONS: Influence Consensus for Vision-Language Data Selection" (arXiv 2501.00654). With I_t(i) the mean
-cosine of a candidate's gradient with those of task t's target samples, as LESS has it, and k of N candidates to choose:
+cosine of a candidate's gradient with those of task t's target samples, as LESS has it, and k of N candidates to select:
 
     vote_t(i) = 1 where I_t(i) >= the quantile of I_t at 1 - k / N
     the k candidates with the most votes; of those with equally many, the ones with the highest mean of I_t
@@ -13,24 +13,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from dataflex_mega.algorithms.base import Selector
-from dataflex_mega.errors import ConfigError, DataError
-from dataflex_mega.types import Clock, CutsTargets, SignalTable
+from dataflex_mega.algorithms.base import NotEmpty, Range, Selector
+from dataflex_mega.algorithms.selectors._ranking import cosines
+from dataflex_mega.errors import DataError
+from dataflex_mega.types import CutsTargets, SignalTable, UpdateContext
 
 
-def votes(influence: Tensor, count: int) -> Tensor:
+def task_votes(influence: Tensor, count: int) -> Tensor:
     """[N, T] influences, none of them NaN -> [N] int64: for how many tasks a candidate is among the best `count`."""
     ordered = influence.double().sort(dim=0).values
-    place = (1 - count / len(ordered)) * (len(ordered) - 1)
-    below, above = math.floor(place), math.ceil(place)
+    position = (1 - count / len(ordered)) * (len(ordered) - 1)
+    below, above = math.floor(position), math.ceil(position)
     low = ordered[below]
-    border = torch.where(torch.isfinite(low), low + (place - below) * (ordered[above] - low), ordered[above])
-    return (influence.double() >= border).sum(dim=1)
+    threshold = torch.where(torch.isfinite(low), low + (position - below) * (ordered[above] - low), ordered[above])
+    return (influence.double() >= threshold).sum(dim=1)
 
 
 @dataclass
@@ -43,34 +44,25 @@ class Icons(Selector, CutsTargets):
         gradient_type: "adam" preconditions the candidates' gradients, "sgd" does not. Targets are never preconditioned.
         task_boundaries: sizes of the tasks, which sum to the number of evaluation samples; None: each set is a task.
         cache_dir: where step_N.json goes; None: output_dir/selections.
-        proj_dim: stands in DataFlex's files; nothing is projected here, so it changes nothing.
-        seed: the same.
-        save_interval: the same.
     """
 
     gradient_type: Literal["adam", "sgd"] = "adam"
-    task_boundaries: list[int] | None = None
+    task_boundaries: Annotated[list[int] | None, Range(ge=1), NotEmpty()] = None
     cache_dir: str | None = None
-    proj_dim: int | None = None
-    seed: int | None = None
-    save_interval: int | None = None
 
-    needs: ClassVar[frozenset[str]] = frozenset({"gradient_adam"})
-
-    def __post_init__(self) -> None:
-        self.needs = frozenset({f"gradient_{self.gradient_type}"})  # type: ignore[misc]  # of this instance
-        if self.task_boundaries is not None and (not self.task_boundaries or min(self.task_boundaries) < 1):
-            raise ConfigError(f"selector.icons.task_boundaries: must be sizes >= 1, found {self.task_boundaries}")
+    @property
+    def signals(self) -> frozenset[str]:
+        return frozenset({f"gradient_{self.gradient_type}"})
 
     def score(self, table: SignalTable) -> Tensor:
         """[n, T] float32 influences in -1..1; 0 for a candidate without a gradient (no target token in it)."""
-        norm = table["norm2"].sqrt().unsqueeze(1)
-        return torch.where(norm > 0, table["dot"] / norm, torch.zeros_like(table["dot"])).float()
+        return cosines(table).float()
 
-    def choose(self, scores: Tensor, count: int, clock: Clock, rng: torch.Generator) -> Tensor:
+    def select(self, scores: Tensor, count: int, context: UpdateContext, rng: torch.Generator) -> Tensor:
         """[count] positions, most votes first, then the highest mean influence, then the lower position."""
         if count > len(scores):
             raise DataError(f"selector.icons: {count} samples wanted, {len(scores)} candidates are there")
         influence = torch.where(torch.isfinite(scores), scores, -torch.inf)
         by_mean = influence.double().mean(dim=1).sort(descending=True, stable=True).indices
-        return by_mean[votes(influence, count)[by_mean].sort(descending=True, stable=True).indices[:count]]
+        votes = task_votes(influence, count)
+        return by_mean[votes[by_mean].sort(descending=True, stable=True).indices[:count]]

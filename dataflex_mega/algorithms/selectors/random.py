@@ -1,38 +1,39 @@
-"""A random choice at every update: a control that a selector has to beat."""
+"""A random selection at every update: the control that a selector has to beat."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from dataflex_mega.algorithms.base import Selector
+from dataflex_mega.algorithms.base import Range, Selector
 from dataflex_mega.errors import DataError
-from dataflex_mega.types import Clock, SignalTable
+from dataflex_mega.types import SignalTable, UpdateContext
 
 
 @dataclass
-class Random(Selector):
+class RandomSelector(Selector):
     """Every candidate has the same chance.
 
     Args:
-        seed: another choice with everything else kept; None: the run's seed alone decides.
+        seed: another selection with everything else unchanged; None: the run's seed alone decides.
         replacement: whether a candidate may be chosen more than once.
         cache_dir: where step_N.json of each selection goes; None: the output directory.
     """
 
-    seed: int | None = None
+    seed: Annotated[int | None, Range(ge=0)] = None
     replacement: bool = False
     cache_dir: str | None = None
 
     def score(self, table: SignalTable) -> Tensor:
         """[n] zeros: nothing is computed for the candidates."""
-        return torch.zeros(len(table.sample_id), dtype=torch.float32)
+        return torch.zeros(len(table.sample_ids), dtype=torch.float32)
 
-    def choose(self, scores: Tensor, count: int, clock: Clock, rng: torch.Generator) -> Tensor:
-        """[count] int64 positions. Raises DataError when count is more than there is without replacement."""
+    def select(self, scores: Tensor, count: int, context: UpdateContext, rng: torch.Generator) -> Tensor:
+        """[count] int64 positions. Raises DataError when count exceeds the candidates and none may be drawn twice."""
         candidates = len(scores)
         if count > candidates and (not self.replacement or candidates == 0):
             advice = "shorten update_step or set selector.random.replacement"

@@ -1,26 +1,25 @@
-"""Sample weights by likeness to target samples: ADAPT's adaptive rates of samples.
+"""Sample weights by similarity to target samples: ADAPT's adaptive sample rates.
 
-arXiv 2605.05227 (ICLR 2026), in the form that DataFlex gives it: its paper was not compared. A sample's vector phi is the
-mean of its last hidden states, position t weighing t, divided by its length. With anchors a, the vectors of the target
-samples under the model of now or of a few steps ago:
+arXiv 2605.05227 (ICLR 2026), in the form that DataFlex gives it; it was not compared with the paper. A sample's vector phi
+is the mean of its last hidden states, position t with weight t, divided by its length. With anchors a, the vectors of the
+target samples under the current model or the model of a few steps ago:
 
     s_i = mean over a of phi_i . phi_a,   f_i = min(sigmoid(s_i / tau), clip),   w_i = f_i / mean of f
 
-The mean over anchors is taken once: s_i = phi_i . (mean of phi_a), so one vector is kept and one number a sample travels.
+The mean over anchors is taken once, s_i = phi_i . (mean of phi_a): one vector is stored, one number per sample gathered.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from dataflex_mega.algorithms.base import Weighter
-from dataflex_mega.errors import ConfigError
-from dataflex_mega.types import HiddenSpec, NeedsHidden, SampleObs
+from dataflex_mega.algorithms.base import Range, Weighter
+from dataflex_mega.types import EmbeddingSpec, NeedsHidden, SampleStats
 
 
 @dataclass
@@ -29,58 +28,44 @@ class Adapt(NeedsHidden, Weighter):
 
     Args:
         tau: temperature, > 0. At 1 the largest weight is at most e times the smallest; smaller is sharper.
-        refresh_interval: steps after which the anchors are embedded anew, >= 1.
+        refresh_interval: steps between two embeddings of the anchors, >= 1.
         clip: upper bound of f, > 0; None: no bound.
-        anchor_batch_size: stands in DataFlex's files; score_batch_size says it here, and it changes no result.
-        eps: the same; a vector is divided by its length as it is.
     """
 
-    tau: float = 1.0
-    refresh_interval: int = 50
-    clip: float | None = None
-    anchor_batch_size: int | None = None
-    eps: float | None = None
+    tau: Annotated[float, Range(gt=0)] = 1.0
+    refresh_interval: Annotated[int, Range(ge=1)] = 50
+    clip: Annotated[float | None, Range(gt=0)] = None
     _anchor: Tensor | None = field(default=None, init=False, repr=False, compare=False)  # [h] float64
-    _learnt: int = field(default=-1, init=False, repr=False)  # the step at which it was taken
-
-    def __post_init__(self) -> None:
-        for key, value in (("tau", self.tau), ("clip", self.clip)):
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"weighter.adapt.{key}: must be finite and > 0, found {value}")
-        if self.refresh_interval < 1:
-            raise ConfigError(f"weighter.adapt.refresh_interval: must be >= 1, found {self.refresh_interval}")
+    _target_step: int = field(default=-1, init=False, repr=False)  # the step of the last `learn`
 
     @property
-    def hidden(self) -> HiddenSpec:
-        """Late positions count more."""
-        return HiddenSpec("late")
+    def hidden(self) -> EmbeddingSpec:
+        return EmbeddingSpec("position_weighted")
 
     def stale(self, step: int) -> bool:
-        """Before the first weights, and at every multiple of refresh_interval."""
-        return self._anchor is None or (step % self.refresh_interval == 0 and step != self._learnt)
+        """True before the first weights and at every multiple of refresh_interval."""
+        return self._anchor is None or (step % self.refresh_interval == 0 and step != self._target_step)
 
     def learn(self, target: Tensor, step: int) -> None:
-        """Keep the mean of the anchors."""
-        self._anchor, self._learnt = target.double().cpu(), step
+        self._anchor, self._target_step = target.double().cpu(), step
 
     def compare(self, hidden: Tensor) -> Tensor:
-        """[n, h] -> [n, 1] float32 mean cosines."""
+        """[n, h] vectors -> [n, 1] float32 mean cosines with the anchors."""
         assert self._anchor is not None, "learn was not called"
         return (hidden.double() @ self._anchor.to(hidden.device).unsqueeze(1)).float()
 
-    def weights(self, obs: SampleObs, step: int, total_steps: int) -> Tensor:
+    def weights(self, samples: SampleStats, step: int, total_steps: int) -> Tensor:
         """[n] float32, mean 1. A sample without target tokens, or with hidden states that are not finite, weighs 1."""
-        assert obs.hidden is not None
-        scores = obs.hidden[:, 0].double()
-        counted = (obs.tokens > 0) & torch.isfinite(scores)
-        f = torch.sigmoid(scores / self.tau).clamp(max=self.clip or math.inf).masked_fill(~counted, 0)
-        return torch.where(counted, f * (counted.sum() / f.sum().clamp(min=1e-300)), 1.0).float()
+        assert samples.embeddings is not None
+        scores = samples.embeddings[:, 0].double()
+        usable = (samples.num_tokens > 0) & torch.isfinite(scores)
+        f = torch.sigmoid(scores / self.tau).clamp(max=self.clip or math.inf).masked_fill(~usable, 0)
+        return torch.where(usable, f * (usable.sum() / f.sum().clamp(min=1e-300)), 1.0).float()
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The anchors' mean and its step; nothing before it."""
-        return {} if self._anchor is None else {"anchor": self._anchor, "learnt": self._learnt}
+        return {} if self._anchor is None else {"anchor": self._anchor, "target_step": self._target_step}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            self._anchor, self._learnt = state["anchor"].double(), int(state["learnt"])
+            self._anchor, self._target_step = state["anchor"].double(), int(state["target_step"])

@@ -1,6 +1,6 @@
-"""Every sample weighs 1: DataFlex's example of a weighter of one's own, kept so that its YAML files run.
+"""Weight 1 for every sample: DataFlex's example of a custom weighter, here so that its YAML files run.
 
-Copy this file to start another; `docs/add-an-algorithm.md` says how.
+Copy this file to start a weighter of your own; `docs/add-an-algorithm.md` says how.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import Weighter
-from dataflex_mega.types import SampleObs
+from dataflex_mega.types import SampleStats
 
 
 @dataclass
-class Custom(Weighter):
+class UniformWeighter(Weighter):
     """Weights that change nothing.
 
     Args:
@@ -25,6 +25,6 @@ class Custom(Weighter):
 
     strategy: Literal["uniform"] = "uniform"
 
-    def weights(self, obs: SampleObs, step: int, total_steps: int) -> Tensor:
-        """[n] float32 ones."""
-        return torch.ones(len(obs.sample_id), dtype=torch.float32, device=obs.loss_sum.device)
+    def weights(self, samples: SampleStats, step: int, total_steps: int) -> Tensor:
+        """Ones for n samples, [n] float32."""
+        return torch.ones(len(samples.sample_ids), dtype=torch.float32, device=samples.loss_sum.device)

@@ -2,24 +2,23 @@
 
 Lin et al. 2017, "Focal Loss for Dense Object Detection" (arXiv 1708.02002): a target of probability p weighs
 (1 - p) ** gamma. Here p = exp(-L), L the mean loss of a sample's target tokens, so p is the geometric mean of their
-probabilities. The factors are divided by their mean over the batch, which keeps the size of the step; unlike in the
+probabilities. The factors are divided by their mean over the batch, which preserves the size of the step; unlike in the
 paper no gradient flows through them.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from dataflex_mega.algorithms.base import Weighter
-from dataflex_mega.errors import ConfigError
-from dataflex_mega.types import SampleObs
+from dataflex_mega.algorithms.base import Range, Weighter
+from dataflex_mega.types import SampleStats
 
 
-def factor(losses: Tensor, gamma: float) -> Tensor:
+def focal_factor(losses: Tensor, gamma: float) -> Tensor:
     """[n] losses -> [n] float64 (1 - exp(-loss)) ** gamma in 0..1; 0 ** 0 is 1, and a loss below 0 counts as 0."""
     return (-torch.expm1(-losses.double().clamp(min=0))) ** gamma
 
@@ -29,24 +28,20 @@ class Focal(Weighter):
     """Weights by how badly a sample is predicted.
 
     Args:
-        gamma: how much less a well predicted sample weighs, >= 0. 0: all weigh the same.
+        gamma: how strongly well predicted samples are weighted down, >= 0. 0: all weigh the same.
     """
 
-    gamma: float = 2.0
+    gamma: Annotated[float, Range(ge=0)] = 2.0
 
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.gamma) and self.gamma >= 0):
-            raise ConfigError(f"weighter.focal.gamma: must be finite and >= 0, found {self.gamma}")
-
-    def weights(self, obs: SampleObs, step: int, total_steps: int) -> Tensor:
+    def weights(self, samples: SampleStats, step: int, total_steps: int) -> Tensor:
         """[n] float32, mean 1.
 
         A sample without target tokens, or with a loss that is NaN or infinite, weighs 1 and influences no other. When
         every factor is 0 (all predicted with certainty) all weigh 1.
         """
-        losses = obs.loss.detach()
-        known = torch.isfinite(losses) & (obs.tokens > 0)
-        factors = torch.where(known, factor(losses, self.gamma), 0.0)
+        losses = samples.loss.detach()
+        known = torch.isfinite(losses) & (samples.num_tokens > 0)
+        factors = torch.where(known, focal_factor(losses, self.gamma), 0.0)
         if len(factors) == 0:
             return torch.ones_like(losses, dtype=torch.float32)
         largest = factors.amax()

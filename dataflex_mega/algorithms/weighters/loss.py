@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from dataflex_mega.algorithms.base import Weighter
+from dataflex_mega.algorithms.base import Range, Weighter
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.types import SampleObs
+from dataflex_mega.types import SampleStats
 
 Strategy = Literal["linupper", "uniform", "quadratic", "extremes"]
 
 
-def weigh(losses: Tensor, strategy: Strategy, delta: float = 1.0, r: float = 1.0) -> Tensor:
+def weights_from_losses(losses: Tensor, strategy: Strategy, delta: float = 1.0, r: float = 1.0) -> Tensor:
     """[n] losses -> [n] float64 weights with mean 1.
 
-    A loss that is NaN or infinite weighs 1 and does not influence the others. "linupper" favours high losses and
+    A loss that is NaN or infinite gives weight 1 and does not influence the others. "linupper" favours high losses and
     treats those of the upper half alike, "quadratic" favours the middle, "extremes" both ends; "uniform" is exactly 1.
     """
     losses = losses.double()
@@ -41,16 +41,16 @@ def weigh(losses: Tensor, strategy: Strategy, delta: float = 1.0, r: float = 1.0
         preference = 1 - (h / delta) ** 2
     else:
         preference = h.abs()
-    share = torch.softmax((preference / r).masked_fill(~finite, -math.inf), dim=0)
-    return torch.where(finite, share * finite.sum(), 1.0)
+    probabilities = torch.softmax((preference / r).masked_fill(~finite, -math.inf), dim=0)
+    return torch.where(finite, probabilities * finite.sum(), 1.0)
 
 
 @dataclass
-class Loss(Weighter):
+class LossWeighter(Weighter):
     """Weights from losses.
 
     Args:
-        strategy: which losses are favoured; see `weigh`.
+        strategy: which losses are favoured; see `weights_from_losses`.
         delta: half the width of the range losses are mapped to, > 0.
         r: the temperature of the softmax, > 0. Large is nearly uniform.
         r_start: the temperature at step 0, from which it moves linearly to r; None: r from the start. The paper
@@ -59,17 +59,14 @@ class Loss(Weighter):
     """
 
     strategy: Strategy = "linupper"
-    delta: float = 1.0
-    r: float = 1.0
-    r_start: float | None = None
-    anneal_steps: int = 0
+    delta: Annotated[float, Range(gt=0)] = 1.0
+    r: Annotated[float, Range(gt=0)] = 1.0
+    r_start: Annotated[float | None, Range(gt=0)] = None
+    anneal_steps: Annotated[int, Range(ge=0)] = 0
 
     def __post_init__(self) -> None:
-        for key in ("delta", "r", "r_start"):
-            value = getattr(self, key)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"weighter.loss.{key}: must be finite and > 0, found {value}")
-        if (self.r_start is None) != (self.anneal_steps == 0) or self.anneal_steps < 0:
+        super().__post_init__()
+        if (self.r_start is None) != (self.anneal_steps == 0):
             found = f"found r_start {self.r_start}, anneal_steps {self.anneal_steps}"
             raise ConfigError(f"weighter.loss.anneal_steps: must be >= 1 with r_start and 0 without it, {found}")
 
@@ -79,7 +76,7 @@ class Loss(Weighter):
             return self.r
         return self.r_start + (self.r - self.r_start) * min(1.0, step / self.anneal_steps)
 
-    def weights(self, obs: SampleObs, step: int, total_steps: int) -> Tensor:
-        """[n] float32, mean 1. A sample without target tokens has no loss: it weighs 1 and influences nothing."""
-        losses = obs.loss.detach().masked_fill(obs.tokens == 0, math.nan)
-        return weigh(losses, self.strategy, self.delta, self.temperature(step)).float()
+    def weights(self, samples: SampleStats, step: int, total_steps: int) -> Tensor:
+        """[n] float32, mean 1. A sample without target tokens has no loss: its weight is 1, and it influences no other."""
+        losses = samples.loss.detach().masked_fill(samples.num_tokens == 0, math.nan)
+        return weights_from_losses(losses, self.strategy, self.delta, self.temperature(step)).float()

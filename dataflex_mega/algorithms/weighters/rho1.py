@@ -1,46 +1,44 @@
-"""Rho-1's selective language modelling: train on the tokens that a reference model has learnt better.
+"""Rho-1's selective language modelling: train on the tokens that a reference model predicts better.
 
 Lin et al. 2024, "Rho-1: Not All Tokens Are What You Need" (arXiv 2404.07965), section 2.2. The excess of a token is its loss
-under the model of now minus that under a reference model, not clipped. The loss is the mean over the tokens whose excess is
-among the highest `keep` of the batch; the others have no loss, though they are still read. The border is one for all ranks,
-found exactly from histograms. Which tokens are compared with which is what `lookahead` says: those of one micro-batch of all
+under the current model minus that under a reference model, not clipped. The loss is the mean over the fraction `keep_ratio`
+of the tokens with the highest excess; the other tokens stay in the context and have no loss. All ranks use one threshold,
+which is exact and computed from histograms. `weight_scope` says which tokens are compared: those of one micro-batch of all
 ranks, or of the whole step.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from dataflex_mega.algorithms.base import Weighter
-from dataflex_mega.errors import ConfigError
-from dataflex_mega.types import NeedsReference, SampleObs, TokenChoice
+from dataflex_mega.algorithms.base import Range, Weighter
+from dataflex_mega.types import NeedsReference, SampleStats, TokenChoice
 
 
 @dataclass
 class Rho1(NeedsReference, TokenChoice, Weighter):
-    """Keeps the tokens with the highest excess loss.
+    """Selects the tokens with the highest excess loss.
 
-    All samples weigh 1; a sample counts by the tokens of it that are kept. Tokens whose excess equals that at the border are
-    kept all.
+    All samples have weight 1; a sample counts by its selected tokens. All tokens whose excess equals the threshold are
+    selected.
 
     Args:
-        keep: share of the target tokens that is kept, 0 < keep <= 1; 1 is plain training.
+        keep_ratio: fraction of the target tokens that is selected, 0 < keep_ratio <= 1; 1 is plain training.
     """
 
-    keep: float = 0.6
+    renamed: ClassVar[Mapping[str, str]] = {"keep": "keep_ratio"}
 
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.keep) and 0 < self.keep <= 1):
-            raise ConfigError(f"weighter.rho1.keep: must be > 0 and <= 1, found {self.keep}")
+    keep_ratio: Annotated[float, Range(gt=0, le=1)] = 0.6
 
     def token_scores(self, token_loss: Tensor, reference: Tensor) -> Tensor:
-        """The excess losses; of any shape."""
+        """The excess losses, in the shape of the token losses."""
         return token_loss - reference
 
-    def weights(self, obs: SampleObs, step: int, total_steps: int) -> Tensor:
-        """[n] ones: what differs is inside the samples."""
-        return torch.ones_like(obs.loss_sum)
+    def weights(self, samples: SampleStats, step: int, total_steps: int) -> Tensor:
+        """[n] ones: only tokens inside the samples differ."""
+        return torch.ones_like(samples.loss_sum)

@@ -1,10 +1,10 @@
-"""The engine's parameters and optimizer on disk: torch.distributed.checkpoint to resume, Hugging Face layout to use."""
+"""Parameters, optimizer and scheduler on disk: torch.distributed.checkpoint to resume, Hugging Face layout to use."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -16,38 +16,42 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-if TYPE_CHECKING:
-    from dataflex_mega.engines.fsdp.engine import FSDPEngine
+from dataflex_mega.engines.fsdp.precision import LossScaler
+from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
 
 # Frozen parameters come from the model itself at start-up; only what training changes is stored.
-TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
-SCHEDULE = "schedule.json"
+TRAINABLE_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
+SCHEDULER_FILE = "schedule.json"
 
 
-def _tensors(engine: FSDPEngine) -> dict[str, Any]:
+def _tensors(runner: FSDPModelRunner, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {
-        "model": get_model_state_dict(engine.module, options=TRAINED),
-        "optimizer": get_optimizer_state_dict(engine.module, engine.optimizer, options=TRAINED),
+        "model": get_model_state_dict(runner.module, options=TRAINABLE_ONLY),
+        "optimizer": get_optimizer_state_dict(runner.module, optimizer, options=TRAINABLE_ONLY),
     }
 
 
-def save(engine: FSDPEngine, folder: Path) -> None:
-    """Each rank writes its shards; the main one the schedule and the loss scale."""
-    dcp.save(_tensors(engine), storage_writer=dcp.FileSystemWriter(folder, sync_files=False))
-    if engine.mesh.is_main:
-        plain = {key: value for key, value in engine.scheduler.state_dict().items() if _is_plain(value)}
-        (folder / SCHEDULE).write_text(json.dumps({"scheduler": plain, "scale": engine.scale.state_dict()}))
+def save(
+    runner: FSDPModelRunner, optimizer: torch.optim.Optimizer, scheduler: Any, loss_scaler: LossScaler, folder: Path
+) -> None:
+    """Each rank writes its shards; the main one the learning-rate scheduler and the loss scale."""
+    dcp.save(_tensors(runner, optimizer), storage_writer=dcp.FileSystemWriter(folder, sync_files=False))
+    if runner.parallel_info.is_main:
+        plain = {key: value for key, value in scheduler.state_dict().items() if _is_plain(value)}
+        (folder / SCHEDULER_FILE).write_text(json.dumps({"scheduler": plain, "scale": loss_scaler.state_dict()}))
 
 
-def load(engine: FSDPEngine, folder: Path) -> None:
-    """Read into the engine's present layout, whatever the layout was that wrote it."""
-    tensors = _tensors(engine)
+def load(
+    runner: FSDPModelRunner, optimizer: torch.optim.Optimizer, scheduler: Any, loss_scaler: LossScaler, folder: Path
+) -> None:
+    """Read into the present layout, whatever the layout was that wrote it."""
+    tensors = _tensors(runner, optimizer)
     dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder))
-    set_model_state_dict(engine.module, tensors["model"], options=TRAINED)
-    set_optimizer_state_dict(engine.module, engine.optimizer, tensors["optimizer"], options=TRAINED)
-    saved = json.loads((folder / SCHEDULE).read_text())
-    engine.scheduler.load_state_dict(saved["scheduler"])
-    engine.scale.load_state_dict(saved["scale"])
+    set_model_state_dict(runner.module, tensors["model"], options=TRAINABLE_ONLY)
+    set_optimizer_state_dict(runner.module, optimizer, tensors["optimizer"], options=TRAINABLE_ONLY)
+    saved = json.loads((folder / SCHEDULER_FILE).read_text())
+    scheduler.load_state_dict(saved["scheduler"])
+    loss_scaler.load_state_dict(saved["scale"])
 
 
 def _is_plain(value: Any) -> bool:
@@ -58,13 +62,13 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, int | float | str | bool | None)
 
 
-def export(engine: FSDPEngine, folder: Path) -> None:
+def export(runner: FSDPModelRunner, folder: Path) -> None:
     """`save_pretrained` of the model or adapter, in one piece on the main rank."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    tensors = get_model_state_dict(engine.module, options=options)
-    if engine.mesh.is_main:
-        engine.model.save_pretrained(folder, state_dict=_storable(tensors))
-    engine.collectives.barrier()
+    tensors = get_model_state_dict(runner.module, options=options)
+    if runner.parallel_info.is_main:
+        runner.model.save_pretrained(folder, state_dict=_storable(tensors))
+    runner.collectives.barrier()
 
 
 def _storable(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:

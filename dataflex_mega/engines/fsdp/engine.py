@@ -4,239 +4,196 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dataflex_mega import objective
-from dataflex_mega.distributed.collectives import Collectives
-from dataflex_mega.distributed.mesh import Mesh
-from dataflex_mega.engines.fsdp import checkpoint as disk
-from dataflex_mega.engines.fsdp import gram
-from dataflex_mega.engines.fsdp.hidden import layers_of, listening
-from dataflex_mega.engines.fsdp.parallel import Layout, set_gradient_sync, unwrap
-from dataflex_mega.engines.fsdp.precision import LossScale
-from dataflex_mega.engines.fsdp.routers import Routers
-from dataflex_mega.engines.options import Options
-from dataflex_mega.engines.stats import StepSums
+from dataflex_mega.distributed.collectives import TorchCollectives
+from dataflex_mega.distributed.parallel_info import ParallelInfo
+from dataflex_mega.engines.base import Capability
+from dataflex_mega.engines.fsdp import checkpoint
+from dataflex_mega.engines.fsdp.feature_maker import FSDPFeatureMaker
+from dataflex_mega.engines.fsdp.generate import generate_answers
+from dataflex_mega.engines.fsdp.gradient_gram import gradient_gram
+from dataflex_mega.engines.fsdp.gradient_scorer import FSDPGradientScorer
+from dataflex_mega.engines.fsdp.hidden_states import capture_hidden_states, layers_of
+from dataflex_mega.engines.fsdp.parallel import set_gradient_sync
+from dataflex_mega.engines.fsdp.precision import LossScaler
+from dataflex_mega.engines.fsdp.routers import FSDPRouterCounter
+from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
+from dataflex_mega.engines.options import StepOptions
+from dataflex_mega.engines.per_sample import PerSampleFn, per_sample_values, stack_values, width_of
+from dataflex_mega.engines.stats import StepAccumulator
+from dataflex_mega.engines.step import (
+    StepLoss,
+    domain_denominators,
+    non_finite_sample_ids,
+    not_finite_message,
+    precompute_weights,
+)
 from dataflex_mega.errors import NotFinite
-from dataflex_mega.signals import hidden
-from dataflex_mega.types import Batch, HiddenSpec, SampleObs, StepStats, Weigh
+from dataflex_mega.signals.sample_embeddings import sample_embeddings
+from dataflex_mega.types import Batch, EmbeddingSpec, GenerationSpec, ProjectionSpec, SampleStats, StepStats, WeightFn
 
 
 @dataclass
 class FSDPEngine:
-    """Implements engines.base.Engine. `module` is what parallel.parallelize returned."""
+    """Implements engines.base.Engine."""
 
-    module: nn.Module
+    runner: FSDPModelRunner
     optimizer: torch.optim.Optimizer
-    scheduler: Any
-    mesh: Mesh
-    layout: Layout
-    options: Options
-    scale: LossScale = field(init=False)
-    routers: Routers | None = field(init=False)
-    collectives: Collectives = field(init=False)
+    scheduler: Any  # torch's
+    options: StepOptions
+    loss_scaler: LossScaler = field(init=False)
+    routers: FSDPRouterCounter | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.scale = LossScale(self.layout.precision == "fp16")
-        self.routers = Routers(self.model) if self.options.loads else None
-        self.collectives = Collectives(self.mesh)
-        self.module.train()
+        self.loss_scaler = LossScaler(self.runner.layout.precision == "fp16")
+        self.routers = FSDPRouterCounter(self.model) if self.options.count_router_loads else None
+
+    @property
+    def name(self) -> str:
+        return "fsdp"
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        return Capability.all()
+
+    @property
+    def parallel_info(self) -> ParallelInfo:
+        return self.runner.parallel_info
+
+    @property
+    def collectives(self) -> TorchCollectives:
+        return self.runner.collectives
+
+    @property
+    def model(self) -> Any:
+        return self.runner.model
+
+    @property
+    def num_layers(self) -> int:
+        return len(layers_of(self.model))
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def train_step(self, micros: Sequence[Batch], weigh: Weigh | None) -> StepStats:
-        """See engines.base.Engine."""
-        micros = [batch.to(self.mesh.device) for batch in micros]
-        loads = None if self.routers is None else self.routers.sums(self.options.domains, self.mesh.device)
-        sums = StepSums(self.options.domains, self.mesh.device, loads)
-        counts = self._denominators(micros)
-        count = counts.sum().clamp(min=1).long()
-        ahead = self._weights_of_step(micros, weigh, counts) if weigh and self._looks_ahead(micros) else None
-        for number, batch in enumerate(micros):
-            set_gradient_sync(self.module, last=number == len(micros) - 1)
+    def train_step(self, micro_batches: Sequence[Batch], weight_fn: WeightFn | None) -> StepStats:
+        runner, options = self.runner, self.options
+        micro_batches = [batch.to(runner.device) for batch in micro_batches]
+        loads = None if self.routers is None else self.routers.new_counter(options.num_domains, runner.device)
+        accumulator = StepAccumulator(options.num_domains, runner.device, loads)
+        denominators = domain_denominators(micro_batches, options, self.collectives)
+        step = StepLoss(options, self.collectives, weight_fn, denominators, accumulator, divides=True)
+        if weight_fn is not None and step.needs_precompute(len(micro_batches)):
+            results = self._forward_all(micro_batches)
+            step.precomputed = precompute_weights(results, micro_batches, weight_fn, denominators, self.collectives)
+        for number, batch in enumerate(micro_batches):
+            set_gradient_sync(runner.module, last=number == len(micro_batches) - 1)
             with self.routers.counting(batch, loads) if self.routers and loads else contextlib.nullcontext():
-                token_loss, vectors = self._forward(batch, self.options.hidden if weigh and ahead is None else None)
-            obs = objective.observe(objective.sample_sums(token_loss, batch), batch, token_loss, counts, vectors)
-            if ahead is not None:
-                weights, by_token = ahead[number]
-            else:
-                weights = weigh(obs) if weigh else None
-                by_token = (objective.token_weights([(token_loss, batch)], weigh, self.collectives.sum) or [None])[0]
-            loss_sum = objective.sample_sums(token_loss if by_token is None else token_loss * by_token, batch)
-            loss = objective.weighted_loss(loss_sum, obs.tokens, weights, count, self.options.normalization)
+                token_losses, embeddings = runner.forward(batch, step.embedding_spec)
+            loss = step(number, batch, embeddings, token_losses)
             # The wrappers average gradients over ranks; the loss is a sum over them.
-            (loss * (self.mesh.dp_size * self.scale.value)).backward()
-            sums.add(obs, batch, loss.detach(), weights)
-        grad_norm = self._update(micros, sums)
-        return sums.reduce(self.collectives, grad_norm, weigh is not None)
+            (loss * (self.parallel_info.dp_size * self.loss_scaler.value)).backward()
+        grad_norm = self._update(accumulator)
+        return accumulator.reduce(self.collectives, grad_norm, weight_fn is not None)
 
-    def _denominators(self, micros: Sequence[Batch]) -> Tensor:
-        """[k] float64: each domain's part of the loss denominator, over all micro-batches and ranks."""
-        k, normalization = self.options.domains, self.options.normalization
-        return self.collectives.sum(torch.stack([objective.domain_counts(b, k, normalization) for b in micros]).sum(0))
-
-    def _looks_ahead(self, micros: Sequence[Batch]) -> bool:
-        return self.options.lookahead == "exact" and len(micros) > 1
-
-    def _weights_of_step(
-        self, micros: Sequence[Batch], weigh: Weigh, counts: Tensor
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """Weights of samples, and of tokens if any, from a forward pass over all micro-batches with the dropout masks that
-        training will draw."""
+    def _forward_all(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor | None]]:
+        """Losses and embeddings of all micro-batches, with the dropout masks that training will draw."""
         state = self.rng_state()
         with torch.no_grad():
-            passed = [self._forward(batch, self.options.hidden) for batch in micros]
+            results = [self.runner.forward(batch, self.options.embedding_spec) for batch in micro_batches]
         self.set_rng_state(state)
-        parts = [(loss, batch) for (loss, _), batch in zip(passed, micros, strict=True)]
-        seen = [
-            objective.observe(objective.sample_sums(loss, batch), batch, hidden=vectors)
-            for (loss, vectors), batch in zip(passed, micros, strict=True)
-        ]
-        by_sample = weigh(SampleObs.joined(seen, counts)).split([len(obs.sample_id) for obs in seen])
-        by_token = objective.token_weights(parts, weigh, self.collectives.sum) or [None] * len(micros)
-        return list(zip(by_sample, by_token, strict=True))
+        return results
 
-    def _forward(self, batch: Batch, spec: HiddenSpec | None) -> tuple[Tensor, Tensor | None]:
-        """(token losses [b, S], differentiable; the samples' vectors [n, h] when `spec` asks for them, without gradient)."""
-        if spec is None:
-            return self.token_losses(batch), None
-        with listening(self.model, [spec.layer]) as heard:
-            losses = self.token_losses(batch)
-        return losses, hidden.vectors(heard[spec.layer], batch, spec)
-
-    def token_losses(self, batch: Batch) -> Tensor:
-        """[b, S] float32, differentiable."""
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
-        if batch.packed:
-            inputs["position_ids"] = batch.position_ids
-            inputs["attention_mask"] = attention_mask(batch.segment, self._mask_dtype())
-        # Unpacked rows are padded on the right: under causal attention no token sees the padding, so no mask is needed.
-        with self.autocast():
-            logits = self.module(**inputs).logits
-        return objective.token_losses(logits, batch.labels)
-
-    def _mask_dtype(self) -> torch.dtype:
-        return self.layout.dtype
-
-    @contextlib.contextmanager
-    def autocast(self) -> Iterator[None]:
-        """The precision of forward passes."""
-        if self.layout.precision == "fp32" or self.layout.mode == "fsdp2":  # FSDP2 casts by its own policy
-            yield
-        else:
-            with torch.autocast(self.mesh.device.type, dtype=self.layout.dtype):
-                yield
-
-    def _update(self, micros: Sequence[Batch], sums: StepSums) -> float:
+    def _update(self, accumulator: StepAccumulator) -> float:
         """Clip and step -> the gradient norm before clipping. A step that is not finite changes nothing."""
         trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if self.scale.enabled:
+        if self.loss_scaler.enabled:
             for parameter in trained:
-                parameter.grad.div_(self.scale.value)  # type: ignore[union-attr]
+                parameter.grad.div_(self.loss_scaler.value)  # type: ignore[union-attr]
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[union-attr]
         value = float(norm)
         finite = math.isfinite(value)
-        bad = [] if finite else self._not_finite(sums)
-        self.scale.update(finite)
+        sample_ids = [] if finite else non_finite_sample_ids(accumulator, self.collectives)
+        self.loss_scaler.update(finite)
         if finite:
             if self.options.max_grad_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(trained, self.options.max_grad_norm, norm.to(self.mesh.device))
+                max_norm, device = self.options.max_grad_norm, self.runner.device
+                torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm.to(device))
             self.optimizer.step()
-        elif self.options.on_nan == "stop" and (bad or not self.scale.enabled):
+        elif self.options.on_non_finite == "stop" and (sample_ids or not self.loss_scaler.enabled):
             self.optimizer.zero_grad(set_to_none=True)
-            raise NotFinite(fault_text(value, bad), bad)
+            raise NotFinite(not_finite_message(value, sample_ids), sample_ids)
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return value
 
-    def _not_finite(self, sums: StepSums) -> list[int]:
-        """Ids of the step's samples, of all ranks, whose loss is not finite."""
-        return sorted(i for ids in self.collectives.gather_objects(sums.not_finite()) for i in ids)
-
-    def gradient_gram(self, groups: list[list[Batch]]) -> Tensor:
-        """See gram.gradient_gram."""
-        return gram.gradient_gram(self, groups)
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
 
     # -- forward only --------------------------------------------------------------------------------------------
 
-    def sample_losses(self, batch: Batch) -> SampleObs:
-        """See engines.base.Engine."""
-        batch = batch.to(self.mesh.device)
-        self.module.eval()
-        with torch.no_grad():
-            obs = objective.observe(objective.sample_sums(self.token_losses(batch), batch), batch)
-        self.module.train()
-        return obs
+    def token_losses(self, batch: Batch) -> Tensor:
+        with torch.no_grad(), self.runner.evaluation_mode():
+            return self.runner.token_losses(batch.to(self.runner.device))
 
-    def embed(self, batch: Batch, *specs: HiddenSpec) -> Tensor:
-        """See engines.base.Engine."""
-        batch = batch.to(self.mesh.device)
-        self.module.eval()
-        with torch.no_grad(), listening(self.model, [spec.layer for spec in specs]) as heard:
+    def sample_losses(self, batch: Batch) -> SampleStats:
+        batch = batch.to(self.runner.device)
+        return objective.make_sample_stats(objective.sample_sums(self.token_losses(batch), batch), batch)
+
+    def embed(self, batch: Batch, *specs: EmbeddingSpec) -> Tensor:
+        batch = batch.to(self.runner.device)
+        with capture_hidden_states(self.model, [spec.layer for spec in specs]) as captured:
             self.token_losses(batch)
-        self.module.train()
-        return torch.cat([hidden.vectors(heard[spec.layer], batch, spec) for spec in specs], dim=1)
+        return torch.cat([sample_embeddings(captured[spec.layer], batch, spec) for spec in specs], dim=1)
 
-    @property
-    def depth(self) -> int:
-        """See engines.base.Engine."""
-        return len(layers_of(self.model))
+    def per_sample(self, batch: Batch, fn: PerSampleFn) -> Tensor:
+        batch = batch.to(self.runner.device)
+        with torch.no_grad(), self.runner.evaluation_mode():
+            values = per_sample_values(self.runner.logits(batch), batch, fn)
+        return stack_values(values, len(batch.sample_ids), width_of(values), self.runner.device)
+
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        uniforms: np.ndarray,
+        spec: GenerationSpec,
+        end_ids: Sequence[int],
+        pad_id: int,
+    ) -> list[np.ndarray]:
+        return generate_answers(self.runner, prompts, uniforms, spec, end_ids, pad_id)
+
+    # -- gradients -----------------------------------------------------------------------------------------------
+
+    def gradient_scorer(self, adam: bool) -> FSDPGradientScorer:
+        return FSDPGradientScorer(self.runner, self.optimizer, adam)
+
+    def feature_maker(self, spec: ProjectionSpec, adam: bool) -> FSDPFeatureMaker:
+        return FSDPFeatureMaker(self.runner, self.optimizer, spec, adam)
+
+    def gradient_gram(self, groups: list[list[Batch]]) -> Tensor:
+        return gradient_gram(self.runner, self.optimizer, groups, self.loss_scaler.value)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    def learning_rate(self) -> float:
-        """See engines.base.Engine."""
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    @property
-    def model(self) -> Any:
-        """The Hugging Face or PEFT model."""
-        return unwrap(self.module)
-
     def save_state(self, folder: Path) -> None:
-        """See engines.base.Engine."""
-        disk.save(self, folder)
+        checkpoint.save(self.runner, self.optimizer, self.scheduler, self.loss_scaler, folder)
 
     def load_state(self, folder: Path) -> None:
-        """See engines.base.Engine."""
-        disk.load(self, folder)
+        checkpoint.load(self.runner, self.optimizer, self.scheduler, self.loss_scaler, folder)
 
     def export(self, folder: Path) -> None:
-        """See engines.base.Engine."""
-        disk.export(self, folder)
+        checkpoint.export(self.runner, folder)
 
     def rng_state(self) -> dict[str, Tensor]:
-        """See engines.base.Engine."""
-        state = {"cpu": torch.get_rng_state()}
-        if self.mesh.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.mesh.device)
-        return state
+        return self.runner.rng_state()
 
     def set_rng_state(self, state: dict[str, Tensor]) -> None:
-        """See engines.base.Engine."""
-        torch.set_rng_state(state["cpu"])
-        if self.mesh.device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self.mesh.device)
-
-
-def attention_mask(segment: Tensor, dtype: torch.dtype) -> Tensor:
-    """[b, S] segments -> [b, 1, S, S] additive mask: causal within a sample, closed between samples.
-
-    Padding attends to itself, because a row of a softmax that is closed everywhere is not a number.
-    """
-    same = segment.unsqueeze(2) == segment.unsqueeze(1)
-    causal = torch.ones(segment.shape[1], segment.shape[1], dtype=torch.bool, device=segment.device).tril()
-    allowed = (same & causal).unsqueeze(1)
-    return torch.zeros(allowed.shape, dtype=dtype, device=segment.device).masked_fill_(~allowed, torch.finfo(dtype).min)
-
-
-def fault_text(norm: float, bad: list[int]) -> str:
-    """What is not finite; the trainer adds the step and where the samples come from."""
-    return "the loss is not finite" if bad else f"every loss is finite but the gradient norm is {norm}"
+        self.runner.set_rng_state(state)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataflex_mega.signals.gradients import Layer, Sums, add_layer, spans
+from dataflex_mega.signals.per_sample_gradients import DotAndNormSums, LayerOperands, accumulate_layer, sample_spans
 
 WEIGHTS = ("gate_up_proj", "down_proj")
 
@@ -34,16 +34,16 @@ def _is_experts(module: nn.Module) -> bool:
 
 
 @dataclass
-class ExpertTaps:
+class ExpertGradientHooks:
     """Adds the experts' part to the sums of a pass."""
 
     modules: dict[str, nn.Module]
-    layer: Callable[[str, int], Layer]  # (parameter's name, expert) -> its side of the contraction
-    sums: Sums | None = field(default=None, init=False)
+    layer: Callable[[str, int], LayerOperands]  # (parameter's name, expert) -> its side of the contraction
+    sums: DotAndNormSums | None = field(default=None, init=False)
     samples: Tensor | None = field(default=None, init=False)
 
     @contextmanager
-    def listening(self, segment: Tensor, sums: Sums) -> Iterator[None]:
+    def recording(self, segment: Tensor, sums: DotAndNormSums) -> Iterator[None]:
         """Collect over one forward and backward pass of a batch with [b, S] `segment`."""
         self.sums, self.samples = sums, segment.flatten()
         for name, module in self.modules.items():
@@ -80,10 +80,14 @@ class ExpertTaps:
         return output
 
     @torch.no_grad()
-    def _add(self, layer: Layer, inputs: Tensor, grads: Tensor, rows: Tensor) -> None:
+    def _add(self, layer: LayerOperands, inputs: Tensor, grads: Tensor, rows: Tensor) -> None:
         """[r, d_in], [r, d_out], [r] the sample of each row."""
         assert self.sums is not None
         order = torch.argsort(rows, stable=True)
-        add_layer(
-            self.sums, layer, inputs[order].unsqueeze(0), grads[order].unsqueeze(0), spans(rows[order].unsqueeze(0))
+        accumulate_layer(
+            self.sums,
+            layer,
+            inputs[order].unsqueeze(0),
+            grads[order].unsqueeze(0),
+            sample_spans(rows[order].unsqueeze(0)),
         )

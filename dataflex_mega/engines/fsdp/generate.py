@@ -1,71 +1,67 @@
-"""Answers of the model in training to prompts, drawn token by token; every rank must call it equally often."""
+"""Answers of the model in training to prompts, tokens token by token; every rank must call it equally often."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dataflex_mega.types import SamplingSpec
-
-if TYPE_CHECKING:
-    from dataflex_mega.engines.fsdp.engine import FSDPEngine
+from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
+from dataflex_mega.types import GenerationSpec
 
 
-def answers(
-    engine: FSDPEngine,
+def generate_answers(
+    runner: FSDPModelRunner,
     prompts: Sequence[np.ndarray],
-    draws: np.ndarray,
-    spec: SamplingSpec,
-    ends: Sequence[int],
-    pad: int,
+    uniforms: np.ndarray,
+    spec: GenerationSpec,
+    end_ids: Sequence[int],
+    pad_id: int,
 ) -> list[np.ndarray]:
-    """n prompts of token ids, [n, max_new_tokens] numbers in 0..1 -> n answers, the end token included where it came.
+    """n prompts of token ids, [n, max_new_tokens] numbers in 0..1 -> n answers, the end token included where it was sampled.
 
-    `ends`: tokens that end an answer. A number decides which token is drawn (the inverse of the cumulative distribution), so
+    `end_ids`: tokens that end an answer. A number decides which token is tokens (the inverse of the cumulative distribution), so
     an answer depends on its own prompt and numbers and on nothing else in the batch. Dropout is off; caches are kept, so
     each token costs a forward pass of one position. Ranks stop together, when no answer of any of them is open.
     """
-    device, module = engine.mesh.device, engine.module
-    ids, mask = _padded(prompts, pad)
+    device = runner.device
+    ids, mask = _padded(prompts, pad_id)
     ids, mask = ids.to(device), mask.to(device)
-    made: list[list[int]] = [[] for _ in prompts]
-    open_ = np.ones(len(prompts), dtype=bool)
+    answers: list[list[int]] = [[] for _ in prompts]
+    is_open = np.ones(len(prompts), dtype=bool)
     cache: Any = None
-    module.eval()
-    with torch.no_grad():
+    with torch.no_grad(), runner.evaluation_mode():
         for turn in range(spec.max_new_tokens):
-            place = (mask.cumsum(1) - 1).clamp(min=0)
-            logits, cache = _step(engine, ids, mask, place[:, -ids.shape[1] :], cache)
-            drawn = draw(logits, draws[:, turn], spec)
-            for row in np.flatnonzero(open_):
-                made[row].append(int(drawn[row]))
-            open_ &= ~np.isin(drawn, np.asarray(ends, dtype=np.int64))
-            left = engine.collectives.sum(torch.tensor(float(open_.sum()), device=device))
-            if not float(left):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            logits, cache = _step(runner, ids, mask, positions[:, -ids.shape[1] :], cache)
+            tokens = sample_tokens(logits, uniforms[:, turn], spec)
+            for row in np.flatnonzero(is_open):
+                answers[row].append(int(tokens[row]))
+            is_open &= ~np.isin(tokens, np.asarray(end_ids, dtype=np.int64))
+            num_open = runner.collectives.all_reduce_sum(torch.tensor(float(is_open.sum()), device=device))
+            if not float(num_open):
                 break
-            ids = torch.from_numpy(drawn).to(device).unsqueeze(1)
+            ids = torch.from_numpy(tokens).to(device).unsqueeze(1)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-    module.train()
-    return [np.asarray(row, dtype=np.int64) for row in made]
+    return [np.asarray(row, dtype=np.int64) for row in answers]
 
 
-def _step(engine: FSDPEngine, ids: Tensor, mask: Tensor, place: Tensor, cache: Any) -> tuple[Tensor, Any]:
+def _step(runner: FSDPModelRunner, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
     """([n, V] float32 logits of the next token on the CPU, the cache)."""
-    with engine.autocast():
-        found = engine.module(
-            input_ids=ids, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True
+    with runner.autocast():
+        outputs = runner.module(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
-    return found.logits[:, -1].float().cpu(), found.past_key_values
+    return outputs.logits[:, -1].float().cpu(), outputs.past_key_values
 
 
-def _padded(prompts: Sequence[np.ndarray], pad: int) -> tuple[Tensor, Tensor]:
+def _padded(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
     """Prompts on the right of their rows: ([n, S] ids, [n, S] mask)."""
     width = max(len(prompt) for prompt in prompts)
-    ids = np.full((len(prompts), width), pad, dtype=np.int64)
+    ids = np.full((len(prompts), width), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = prompt
@@ -73,7 +69,7 @@ def _padded(prompts: Sequence[np.ndarray], pad: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def draw(logits: Tensor, numbers: np.ndarray, spec: SamplingSpec) -> np.ndarray:
+def sample_tokens(logits: Tensor, numbers: np.ndarray, spec: GenerationSpec) -> np.ndarray:
     """[n, V] logits, [n] in 0..1 -> [n] tokens, of the top_k likeliest and of those the fewest that reach top_p."""
     probabilities = torch.softmax(logits.double() / spec.temperature, dim=1)
     ranked, tokens = probabilities.sort(dim=1, descending=True, stable=True)
@@ -83,6 +79,6 @@ def draw(logits: Tensor, numbers: np.ndarray, spec: SamplingSpec) -> np.ndarray:
     before = ranked.cumsum(1) - ranked
     ranked = torch.where(before < spec.top_p, ranked, 0.0)
     bounds = (ranked / ranked.sum(1, keepdim=True)).cumsum(1)
-    place = (bounds <= torch.from_numpy(numbers).unsqueeze(1)).sum(1)
+    ranks = (bounds <= torch.from_numpy(numbers).unsqueeze(1)).sum(1)
     last = (ranked > 0).sum(1) - 1  # rounding may put a number at the very end
-    return tokens.gather(1, torch.minimum(place, last).unsqueeze(1)).squeeze(1).numpy()
+    return tokens.gather(1, torch.minimum(ranks, last).unsqueeze(1)).squeeze(1).numpy()

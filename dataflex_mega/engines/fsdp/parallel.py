@@ -11,14 +11,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dataflex_mega.distributed.mesh import Mesh
+from dataflex_mega.distributed.parallel_info import ParallelInfo
 from dataflex_mega.errors import ConfigError, did_you_mean
 
 Mode = Literal["single", "ddp", "fsdp2"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class FSDPLayout:
     """What Hugging Face's `fsdp` and `fsdp_config` keys, the precision keys and the world size come to."""
 
     mode: Mode
@@ -47,18 +47,18 @@ WITHOUT_EFFECT = (
 )  # fmt: skip
 
 
-def read_layout(keys: dict[str, Any], mesh: Mesh) -> Layout:
-    """LLaMA-Factory / Hugging Face keys of the YAML -> Layout. Raises ConfigError naming a key that is not understood."""
+def read_layout(keys: dict[str, Any], parallel_info: ParallelInfo) -> FSDPLayout:
+    """LLaMA-Factory / Hugging Face keys of the YAML -> FSDPLayout. Raises ConfigError naming a key that is not understood."""
     precision = "bf16" if keys.get("bf16") else "fp16" if keys.get("fp16") else "fp32"
-    if precision == "fp16" and mesh.device.type == "cpu":
+    if precision == "fp16" and parallel_info.device.type == "cpu":
         raise ConfigError("fp16: this machine has no device that trains in fp16; use bf16: true or neither")
     find_unused = bool(keys.get("ddp_find_unused_parameters") or False)
     words = _fsdp_words(keys.get("fsdp"))
     config, notes = _fsdp_config(keys)
     sharded = any(word in ("full_shard", "shard_grad_op", "auto_wrap", "offload") for word in words)
     classes = config.get("transformer_layer_cls_to_wrap") or ()
-    return Layout(
-        mode="fsdp2" if sharded else "ddp" if mesh.world > 1 else "single",
+    return FSDPLayout(
+        mode="fsdp2" if sharded else "ddp" if parallel_info.world_size > 1 else "single",
         precision=precision,
         reshard_after_forward=bool(config.get("reshard_after_forward", "shard_grad_op" not in words)),
         offload="offload" in words or bool(config.get("cpu_offload") or config.get("offload_params")),
@@ -99,23 +99,23 @@ def _fsdp_config(keys: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]
     return plain, tuple(f"fsdp_config: {key} has no effect on FSDP2" for key in plain if key in WITHOUT_EFFECT)
 
 
-def parallelize(model: nn.Module, layout: Layout, mesh: Mesh) -> nn.Module:
+def parallelize(model: nn.Module, layout: FSDPLayout, parallel_info: ParallelInfo) -> nn.Module:
     """The module to call in the forward pass. FSDP2 shards `model` in place; DDP wraps it."""
     if layout.mode == "fsdp2":
-        return _shard(model, layout, mesh)
-    model.to(mesh.device)
+        return _shard(model, layout, parallel_info)
+    model.to(parallel_info.device)
     if layout.mode == "ddp":
-        ids = [mesh.device.index] if mesh.device.type == "cuda" else None
+        ids = [parallel_info.device.index] if parallel_info.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=layout.find_unused)
     return model
 
 
-def _shard(model: nn.Module, layout: Layout, mesh: Mesh) -> nn.Module:
+def _shard(model: nn.Module, layout: FSDPLayout, parallel_info: ParallelInfo) -> nn.Module:
     low = layout.precision != "fp32"
     if low:
         model.float()  # parameters of one group must share a dtype; the policy casts when they are gathered
     options: dict[str, Any] = {
-        "mesh": init_device_mesh(mesh.device.type, (mesh.world,)),
+        "mesh": init_device_mesh(parallel_info.device.type, (parallel_info.world_size,)),
         "reshard_after_forward": layout.reshard_after_forward,
         "mp_policy": MixedPrecisionPolicy(layout.dtype, torch.float32) if low else MixedPrecisionPolicy(),
         "offload_policy": CPUOffloadPolicy() if layout.offload else OffloadPolicy(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class LossScale:
+class LossScaler:
     """Doubles after `interval` finite steps, halves on an overflow. 1 and constant where it is not needed.
 
     The gradient norm it judges by is the global one, so all ranks take the same decision without talking.

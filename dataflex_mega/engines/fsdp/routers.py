@@ -1,4 +1,4 @@
-"""Routers of Hugging Face models: which expert a token goes to, heard in the training forward pass."""
+"""FSDPRouterCounter of Hugging Face models: which expert a token goes to, heard in the training forward pass."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.signals.router_load import LoadSums, token_domains
+from dataflex_mega.signals.router_load import RouterLoadCounter, token_domains
 from dataflex_mega.types import Batch
 
 RECORDED = "router_logits"  # transformers' name, under which a model class says what its routers are
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
-class Routers:
+class FSDPRouterCounter:
     """All routers of a model, first layer first. Raises ConfigError for a model that has none."""
 
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config()
-        self.modules = find(model)
+        self.modules = find_routers(model)
         self.experts = next((int(n) for key in EXPERTS if (n := getattr(config, key, None))), 0)
         self.chosen = int(getattr(config, "num_experts_per_tok", 0) or 0)
         if not self.modules or not self.experts or not self.chosen:
@@ -30,16 +30,17 @@ class Routers:
                 f"mixer: needs a mixture of experts, and {config.model_type} has no routers that transformers records"
             )
 
-    def sums(self, domains: int, device: torch.device) -> LoadSums:
+    def new_counter(self, domains: int, device: torch.device) -> RouterLoadCounter:
         """Zero counts of a step."""
-        return LoadSums(len(self.modules), domains, self.experts, device)
+        return RouterLoadCounter(len(self.modules), domains, self.experts, device)
 
     @contextmanager
-    def counting(self, batch: Batch, sums: LoadSums) -> Iterator[None]:
+    def counting(self, batch: Batch, sums: RouterLoadCounter) -> Iterator[None]:
         """Count a forward pass over `batch` inside. A pass that is repeated in the backward pass lies outside."""
         domain = token_domains(batch).flatten()
         handles = [
-            module.register_forward_hook(self._hear(layer, domain, sums)) for layer, module in enumerate(self.modules)
+            module.register_forward_hook(self._forward_hook(layer, domain, sums))
+            for layer, module in enumerate(self.modules)
         ]
         try:
             yield
@@ -47,14 +48,14 @@ class Routers:
             for handle in handles:
                 handle.remove()
 
-    def _hear(self, layer: int, domain: Tensor, sums: LoadSums) -> Any:
-        def hear(_module: nn.Module, _args: Any, output: Any) -> None:
-            sums.add(layer, chosen_experts(output, self.experts, self.chosen), domain)
+    def _forward_hook(self, layer: int, domain: Tensor, sums: RouterLoadCounter) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            sums.add(layer, one_hot_experts(output, self.experts, self.chosen), domain)
 
-        return hear
+        return hook
 
 
-def find(model: nn.Module) -> list[nn.Module]:
+def find_routers(model: nn.Module) -> list[nn.Module]:
     """The modules that transformers records `router_logits` from, in the order of the model."""
     kinds: list[tuple[type, str]] = []
     for module in model.modules():
@@ -68,7 +69,7 @@ def find(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def chosen_experts(output: Any, experts: int, chosen: int) -> Tensor:
+def one_hot_experts(output: Any, experts: int, chosen: int) -> Tensor:
     """[t, E] float: a router's output, 1 where a token goes to an expert.
 
     Where the output has the chosen experts' numbers they are taken; else the largest logits are.

@@ -4,42 +4,43 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from torch import nn
 
-if TYPE_CHECKING:
-    from dataflex_mega.engines.megatron.engine import MegatronEngine
+from dataflex_mega.engines.megatron.lr_adapter import LRSchedulerAdapter
+from dataflex_mega.engines.megatron.runner import MegatronModelRunner
+from dataflex_mega.engines.megatron.wrapping import unwrap
 
-SCHEDULE = "schedule.json"
+SCHEDULER_FILE = "schedule.json"
 TENSORS = "tensors"  # a folder of its own, because megatron-core wants it empty
 # Each optimizer tensor is stored in the shape of its parameter, so that tensor, pipeline and data sizes may change.
 # megatron-core adds its process group to what it is given, hence the copies.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-def save(engine: MegatronEngine, folder: Path) -> None:
-    """Every rank writes its shards, the main one the schedule."""
+def save(runner: MegatronModelRunner, optimizer: Any, lr_scheduler: LRSchedulerAdapter, folder: Path) -> None:
+    """Every rank writes its shards, the main one the learning-rate scheduler."""
     target = folder / TENSORS
-    if engine.mesh.is_main:
+    if runner.parallel_info.is_main:
         target.mkdir(parents=True, exist_ok=True)
-    engine.collectives.barrier()
-    dist_checkpointing.save(_tensors(engine, loading=False), str(target), content_metadata=METADATA)
-    if engine.mesh.is_main:
-        (folder / SCHEDULE).write_text(json.dumps(engine.rates.state_dict()))
+    runner.collectives.barrier()
+    dist_checkpointing.save(_tensors(runner, optimizer, loading=False), str(target), content_metadata=METADATA)
+    if runner.parallel_info.is_main:
+        (folder / SCHEDULER_FILE).write_text(json.dumps(lr_scheduler.state_dict()))
 
 
-def load(engine: MegatronEngine, folder: Path) -> None:
-    """Read into the engine's present layout, whatever the layout was that wrote it."""
-    for part in engine.optimizer.chained_optimizers:
-        _prepare(part)
-    found: Any = dist_checkpointing.load(_tensors(engine, loading=True), str(folder / TENSORS))
-    for name, chunk in _chunks(engine.chunks).items():
+def load(runner: MegatronModelRunner, optimizer: Any, lr_scheduler: LRSchedulerAdapter, folder: Path) -> None:
+    """Read into the present layout, whatever the layout was that wrote it."""
+    for one in optimizer.chained_optimizers:
+        _prepare(one)
+    found: Any = dist_checkpointing.load(_tensors(runner, optimizer, loading=True), str(folder / TENSORS))
+    for name, chunk in _chunks(runner.model_chunks).items():
         chunk.load_state_dict(found[name])
-    _fill(engine.optimizer, found["optimizer"])
-    engine.rates.load_state_dict(json.loads((folder / SCHEDULE).read_text()))
+    _fill(optimizer, found["optimizer"])
+    lr_scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text()))
 
 
 def save_model(chunks: list[Any], folder: Path) -> None:
@@ -59,20 +60,15 @@ def load_model(chunks: list[Any], folder: Path) -> None:
 
 def _chunks(chunks: list[Any]) -> dict[str, Any]:
     """Name -> the chunk; tensors are stored under their names in the whole model, so these names are only local."""
-    return {f"model{number}": bare(chunk) for number, chunk in enumerate(chunks)}
+    return {f"model{number}": unwrap(chunk) for number, chunk in enumerate(chunks)}
 
 
-def bare(chunk: Any) -> Any:
-    """A chunk without the wrappers of data parallelism and precision."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
-
-
-def _tensors(engine: MegatronEngine, loading: bool) -> dict[str, Any]:
-    model = {name: chunk.sharded_state_dict(metadata=dict(METADATA)) for name, chunk in _chunks(engine.chunks).items()}
-    optimizer = engine.optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(METADATA))
-    return {**model, "optimizer": optimizer}
+def _tensors(runner: MegatronModelRunner, optimizer: Any, loading: bool) -> dict[str, Any]:
+    model = {
+        name: chunk.sharded_state_dict(metadata=dict(METADATA)) for name, chunk in _chunks(runner.model_chunks).items()
+    }
+    optimizer_state = optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(METADATA))
+    return {**model, "optimizer": optimizer_state}
 
 
 def _prepare(part: Any) -> None:

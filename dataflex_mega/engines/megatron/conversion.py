@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dataflex_mega.distributed.mesh import Mesh
-from dataflex_mega.engines.megatron import checkpoint, cpu, layout, model
-from dataflex_mega.engines.megatron import process_groups as processes
+from dataflex_mega.distributed.parallel_info import ParallelInfo
+from dataflex_mega.engines.megatron import checkpoint, cpu, model, process_groups
+from dataflex_mega.engines.megatron.decoder_config import DecoderConfig
 from dataflex_mega.engines.megatron.export import ExportOptions, export
-from dataflex_mega.engines.megatron.settings import Training, settings
-from dataflex_mega.engines.megatron.shape import Shape
-from dataflex_mega.engines.megatron.weights import HFFolder, load
+from dataflex_mega.engines.megatron.layout import MegatronLayout, check_layout, read_layout
+from dataflex_mega.engines.megatron.settings import TrainingSettings, build_settings
+from dataflex_mega.engines.megatron.weights import HFCheckpointReader, load
 from dataflex_mega.errors import CheckpointError, ConfigError, DataError
 
 TENSORS = "tensors"  # megatron-core wants a folder of its own; the model's configuration and tokenizer lie beside it
@@ -31,8 +31,8 @@ COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is converted, and how it is cut meanwhile.
+class ConversionRequest:
+    """What is converted, and how it is sharded meanwhile.
 
     Attributes:
         keys: config.megatron.MegatronArguments.
@@ -46,31 +46,31 @@ class Request:
     options: ExportOptions = field(default_factory=ExportOptions)
 
 
-def plan(request: Request, config: Any, world: int) -> tuple[layout.Layout, Shape]:
-    """How `world` processes cut the model. Raises ConfigError when they cannot; needs no process group."""
-    cut = layout.read_layout(request.keys, world)
-    if cut.data > 1 and cut.expert == 1:
-        raise ConfigError(f"{world} processes for {cut.describe()}: copies of the model have nothing to do here")
-    shape = Shape.of(config, request.vocab_multiple * cut.tensor)
-    layout.check(cut, shape, request.keys, accumulation=cut.pipeline, length=1)
-    return cut, shape
+def plan(request: ConversionRequest, config: Any, world: int) -> tuple[MegatronLayout, DecoderConfig]:
+    """How `world` processes shard the model. Raises ConfigError when they cannot; needs no process group."""
+    layout = read_layout(request.keys, world)
+    if layout.data > 1 and layout.expert == 1:
+        raise ConfigError(f"{world} processes for {layout.describe()}: copies of the model have nothing to do here")
+    decoder = DecoderConfig.from_hf_config(config, request.vocab_multiple * layout.tensor)
+    check_layout(layout, decoder, request.keys, accumulation=layout.pipeline, length=1)
+    return layout, decoder
 
 
-def to_megatron(mesh: Mesh, request: Request) -> None:
+def to_megatron(parallel_info: ParallelInfo, request: ConversionRequest) -> None:
     """Hugging Face folder -> checkpoint in the dtype of the folder's weights."""
     config = config_of(request.source)
-    weights = HFFolder(request.source, config)
-    chunks = _build(mesh, request, config, _dtype(weights))
+    weights = HFCheckpointReader(request.source, config)
+    chunks = _build(parallel_info, request, config, _dtype(weights))
     load(chunks, config, weights)
-    if mesh.is_main:
+    if parallel_info.is_main:
         _copy_companions(request.source, request.target)
         (request.target / TENSORS).mkdir()
     dist.barrier()
-    with cpu.redirected():
+    with cpu.cuda_calls_on_cpu():
         checkpoint.save_model(chunks, request.target / TENSORS)
 
 
-def to_hf(mesh: Mesh, request: Request) -> None:
+def to_hf(parallel_info: ParallelInfo, request: ConversionRequest) -> None:
     """The inverse of `to_megatron`. The dtype is the one in the configuration."""
     if not (request.source / TENSORS).is_dir():
         raise CheckpointError(
@@ -78,31 +78,31 @@ def to_hf(mesh: Mesh, request: Request) -> None:
         )
     config = config_of(request.source)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    chunks = _build(mesh, request, config, dtype)
-    with cpu.redirected():
+    chunks = _build(parallel_info, request, config, dtype)
+    with cpu.cuda_calls_on_cpu():
         checkpoint.load_model(chunks, request.source / TENSORS)
     export(chunks, config, request.target, dtype, request.options)
-    if mesh.is_main:
+    if parallel_info.is_main:
         _copy_companions(request.source, request.target)
 
 
-def check(mesh: Mesh, request: Request) -> list[str]:
+def check(parallel_info: ParallelInfo, request: ConversionRequest) -> list[str]:
     """Convert there and back in this layout -> on the main process the tensors that are not bit-equal; none is right."""
     config = config_of(request.source)
-    weights = HFFolder(request.source, config)
+    weights = HFCheckpointReader(request.source, config)
     dtype = _dtype(weights)
-    chunks = _build(mesh, request, config, dtype)
+    chunks = _build(parallel_info, request, config, dtype)
     load(chunks, config, weights)
     with tempfile.TemporaryDirectory() as scratch:
         shared = [scratch]
         dist.broadcast_object_list(shared, src=0)
         export(chunks, config, Path(shared[0]), dtype, request.options)
-        differing = _differences(weights, HFFolder(Path(shared[0]), config)) if mesh.is_main else []
+        differing = _differences(weights, HFCheckpointReader(Path(shared[0]), config)) if parallel_info.is_main else []
         dist.barrier()
     return differing
 
 
-def _differences(expected: HFFolder, found: HFFolder) -> list[str]:
+def _differences(expected: HFCheckpointReader, found: HFCheckpointReader) -> list[str]:
     return [
         name
         for name, shape in expected.shapes.items()
@@ -119,22 +119,22 @@ def config_of(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder)
 
 
-def _dtype(weights: HFFolder) -> torch.dtype:
+def _dtype(weights: HFCheckpointReader) -> torch.dtype:
     found = weights.dtypes()
     if len(found) > 1 or not found <= set(DTYPES):
         raise DataError(f"{weights.folder}: weights in {', '.join(sorted(found))}; expected one of {', '.join(DTYPES)}")
     return DTYPES[found.pop()]
 
 
-def _build(mesh: Mesh, request: Request, config: Any, dtype: torch.dtype) -> list[Any]:
+def _build(parallel_info: ParallelInfo, request: ConversionRequest, config: Any, dtype: torch.dtype) -> list[Any]:
     """This process's chunks, not initialised."""
-    cut, shape = plan(request, config, mesh.world)
-    training = Training("adam", 0.0, 0.0, (0.9, 0.999), 1e-8, 0.0, PRECISION[dtype])
-    made = settings(request.keys, cut, shape, training)
-    processes.start(mesh, cut)
-    with cpu.redirected():
+    layout, decoder = plan(request, config, parallel_info.world_size)
+    training = TrainingSettings("adam", 0.0, 0.0, (0.9, 0.999), 1e-8, 0.0, PRECISION[dtype])
+    settings = build_settings(request.keys, layout, decoder, training)
+    process_groups.init_model_parallel(parallel_info, cut)
+    with cpu.cuda_calls_on_cpu():
         model.seed_everything(0)
-        return model.build_chunks(shape, made.model, made.transformer_engine)
+        return model.create_chunks(decoder, settings.model, settings.transformer_engine)
 
 
 def _copy_companions(source: Path, target: Path) -> None:

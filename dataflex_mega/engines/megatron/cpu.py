@@ -1,7 +1,7 @@
 """What lets megatron-core run without CUDA. The one place where names of another package are replaced.
 
 megatron-core asks `torch.cuda` for the current device, makes tensors with `device="cuda"` and keeps its random state in CUDA
-generators. Where there is no CUDA, `redirected` answers all of that with the CPU, for as long as it is entered; where there
+generators. Where there is no CUDA, `cuda_calls_on_cpu` answers all of that with the CPU, for as long as it is entered; where there
 is CUDA it does nothing.
 
 Covered, as of megatron-core 0.16.1:
@@ -26,18 +26,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
-_depth: list[None] = []  # one entry for each `redirected` that is open
+_depth: list[None] = []  # one entry for each `cuda_calls_on_cpu` that is open
 
 
-def needed() -> bool:
+def is_needed() -> bool:
     """Whether this machine has no CUDA device."""
     return not torch.cuda.is_available()
 
 
 @contextlib.contextmanager
-def redirected() -> Iterator[None]:
+def cuda_calls_on_cpu() -> Iterator[None]:
     """Answer megatron-core's questions for CUDA with the CPU. May be entered within itself."""
-    if not needed() or _depth:
+    if not is_needed() or _depth:
         yield
         return
     from megatron.core.tensor_parallel import random as rng

@@ -4,200 +4,157 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from dataflex_mega import objective
-from dataflex_mega.distributed.collectives import Collectives
-from dataflex_mega.distributed.mesh import Mesh
-from dataflex_mega.engines.megatron import batches, checkpoint, cpu, gram
-from dataflex_mega.engines.megatron import process_groups as processes
-from dataflex_mega.engines.megatron.context import Context
-from dataflex_mega.engines.megatron.hidden import Listener
-from dataflex_mega.engines.megatron.layout import Layout
-from dataflex_mega.engines.megatron.lr_adapter import Rates
-from dataflex_mega.engines.megatron.routers import Routers
-from dataflex_mega.engines.options import Options
-from dataflex_mega.engines.stats import StepSums
-from dataflex_mega.errors import NotFinite
-from dataflex_mega.types import IGNORED, Batch, HiddenSpec, SampleObs, StepStats, Weigh
+from dataflex_mega.distributed.collectives import TorchCollectives
+from dataflex_mega.distributed.parallel_info import ParallelInfo
+from dataflex_mega.engines.base import Capability
+from dataflex_mega.engines.megatron import checkpoint, cpu
+from dataflex_mega.engines.megatron.gradient_gram import gradient_gram
+from dataflex_mega.engines.megatron.gradient_scorer import MegatronGradientScorer
+from dataflex_mega.engines.megatron.lr_adapter import LRSchedulerAdapter
+from dataflex_mega.engines.megatron.runner import MegatronModelRunner, ScheduleLoss
+from dataflex_mega.engines.options import StepOptions
+from dataflex_mega.engines.per_sample import PerSampleFn, per_sample_values, stack_values, width_of
+from dataflex_mega.engines.stats import StepAccumulator
+from dataflex_mega.engines.step import (
+    StepLoss,
+    domain_denominators,
+    non_finite_sample_ids,
+    not_finite_message,
+    precompute_weights,
+)
+from dataflex_mega.errors import ConfigError, NotFinite
+from dataflex_mega.types import Batch, EmbeddingSpec, GenerationSpec, ProjectionSpec, SampleStats, StepStats, WeightFn
 
-# A forward-only pass cuts its batch into that many micro-batches for each stage: stages wait for 1 part in 4, or less.
-PARTS_A_STAGE = 4
+CAPABILITIES = frozenset(
+    {
+        Capability.GRADIENT_SCORES,
+        Capability.DOMAIN_GRADIENTS,
+        Capability.ROUTER_LOADS,
+        Capability.LAST_HIDDEN_STATE,
+        Capability.PER_SAMPLE,
+    }
+)
 
 
 @dataclass
 class MegatronEngine:
-    """Implements engines.base.Engine."""
+    """Implements engines.base.Engine.
 
-    chunks: list[Any]  # this stage's parts of the model, wrapped in megatron-core's DistributedDataParallel
+    Attributes:
+        score_micro_batch_rows: rows of a micro-batch of gradient scores; what a training step has room for.
+        exporter: (chunks, folder) writes the model in Hugging Face layout.
+    """
+
+    runner: MegatronModelRunner
     optimizer: Any  # megatron-core's
-    rates: Rates
-    mesh: Mesh
-    layout: Layout
-    options: Options
-    micro_rows: int  # rows of a micro-batch of gradient scores; what a training step has room for
-    writer: Any = None  # see export.py: what is needed to write the model in Hugging Face layout
-    collectives: Collectives = field(init=False)
+    lr_scheduler: LRSchedulerAdapter
+    options: StepOptions
+    score_micro_batch_rows: int
+    exporter: Callable[[list[Any], Path], None]
 
     def __post_init__(self) -> None:
-        self.collectives = Collectives(self.mesh)
-        self.config = self.chunks[0].config
-        self.context = Context.current()
-        self.last = processes.is_last_stage()
-        self.listener = Listener(self.chunks, self.layout, self.context)
-        self.routers = Routers(self.chunks, self.layout) if self.options.loads else None
-        self._gathers = False  # whether parameters are gathered by hooks of the forward pass
-        self._connect()
-        self.mode(training=True)
-
-    def _connect(self) -> None:
         """Tell megatron-core's schedules about reductions and the loss scale."""
-        ddp = self.chunks[0].ddp_config
-        self.config.finalize_model_grads_func = finalize_model_grads
-        self.config.grad_scale_func = self.optimizer.scale_loss
+        chunks, config = self.runner.model_chunks, self.runner.config
+        ddp = chunks[0].ddp_config
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = self.optimizer.scale_loss
         if ddp.overlap_grad_reduce:
-            pauses = [chunk.no_sync for chunk in self.chunks]
-            starts = [chunk.start_grad_sync for chunk in self.chunks]
-            self.config.no_sync_func = pauses[0] if len(pauses) == 1 else pauses
-            self.config.grad_sync_func = starts[0] if len(starts) == 1 else starts
+            pauses = [chunk.no_sync for chunk in chunks]
+            starts = [chunk.start_grad_sync for chunk in chunks]
+            config.no_sync_func = pauses[0] if len(pauses) == 1 else pauses
+            config.grad_sync_func = starts[0] if len(starts) == 1 else starts
         if ddp.overlap_param_gather:  # nothing is to be gathered before the first step
-            for chunk in self.chunks:
+            for chunk in chunks:
                 chunk.disable_forward_pre_hook(param_sync=False)
+
+    @property
+    def name(self) -> str:
+        return "megatron"
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        return CAPABILITIES
+
+    @property
+    def parallel_info(self) -> ParallelInfo:
+        return self.runner.parallel_info
+
+    @property
+    def collectives(self) -> TorchCollectives:
+        return self.runner.collectives
+
+    @property
+    def model(self) -> Any:
+        return self.runner.model
+
+    @property
+    def scheduler(self) -> Any:
+        return self.lr_scheduler.scheduler
+
+    @property
+    def num_layers(self) -> int:
+        return self.runner.config.num_layers
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def train_step(self, micros: Sequence[Batch], weigh: Weigh | None) -> StepStats:
-        """See engines.base.Engine."""
-        with cpu.redirected():
-            micros = self.same_shape([batch.to(self.mesh.device) for batch in micros])
-            loads = None if self.routers is None else self.routers.zeros(self.options.domains, self.mesh.device)
-            sums = StepSums(self.options.domains, self.mesh.device, loads)
-            step = _Step(self.options, sums, weigh, self._denominators(micros), self.collectives)
-            if weigh is not None and self.options.lookahead == "exact" and len(micros) > 1:
-                step.ahead = self._weights_of_step(micros, weigh, step.counts)
-            for chunk in self.chunks:
-                chunk.zero_grad_buffer()
-            self.optimizer.zero_grad()
-            with self.routers.into(loads) if self.routers and loads else contextlib.nullcontext():
-                self.run(micros, step.loss, False, self.options.hidden if weigh and step.ahead is None else None)
-            grad_norm = self._update(sums)
-            return sums.reduce(self.collectives, grad_norm, weigh is not None)
+    def train_step(self, micro_batches: Sequence[Batch], weight_fn: WeightFn | None) -> StepStats:
+        runner, options = self.runner, self.options
+        with cpu.cuda_calls_on_cpu():
+            micro_batches = runner.equalize_shapes([batch.to(runner.device) for batch in micro_batches])
+            routers = runner.routers
+            loads = None if routers is None else routers.new_counter(options.num_domains, runner.device)
+            accumulator = StepAccumulator(options.num_domains, runner.device, loads)
+            denominators = domain_denominators(micro_batches, options, self.collectives)
+            step = StepLoss(options, self.collectives, weight_fn, denominators, accumulator, divides=False)
+            if weight_fn is not None and step.needs_precompute(len(micro_batches)):
+                results = self._forward_all(micro_batches)
+                if runner.is_last_stage:
+                    step.precomputed = precompute_weights(
+                        results, micro_batches, weight_fn, denominators, self.collectives
+                    )
+            runner.zero_grad(self.optimizer)
 
-    def _counting(self, model: Any, batch: Batch) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.routers is None else self.routers.counting(model, batch)
+            def loss_fn(number: int, batch: Batch, embeddings: Tensor | None, losses: Tensor) -> ScheduleLoss:
+                count = objective.loss_denominator(batch, options.normalization).int()
+                return step(number, batch, embeddings, losses), count, {}
 
-    def _denominators(self, micros: Sequence[Batch]) -> Tensor:
-        """[k] float64: each domain's part of the loss denominator, over all micro-batches and ranks."""
-        k, normalization = self.options.domains, self.options.normalization
-        return self.collectives.sum(torch.stack([objective.domain_counts(b, k, normalization) for b in micros]).sum(0))
+            with routers.recording(loads) if routers and loads else contextlib.nullcontext():
+                runner.forward_backward(micro_batches, loss_fn, False, step.embedding_spec)
+            grad_norm = self._update(accumulator)
+            return accumulator.reduce(self.collectives, grad_norm, weight_fn is not None)
 
-    def same_shape(self, micros: Sequence[Batch]) -> list[Batch]:
-        """One shape for all micro-batches of this step; with experts shared over data-parallel ranks, for theirs too."""
-        multiple = self.layout.length_multiple
-        size = torch.tensor([[len(batch.input_ids), batch.input_ids.shape[1]] for batch in micros]).amax(0)
-        if self.layout.expert > 1:
-            size = self.collectives.gather(size.unsqueeze(0)).amax(0)
-        elif self.layout.pipeline == 1 or self.config.variable_seq_lengths:
-            widths = [-(-batch.input_ids.shape[1] // multiple) * multiple for batch in micros]
-            return [batches.level([b], len(b.input_ids), w)[0] for b, w in zip(micros, widths, strict=True)]
-        rows, width = size.tolist()
-        return batches.level(micros, rows, -(-width // multiple) * multiple)
-
-    def run(
-        self, micros: Sequence[Batch], loss: Any, forward_only: bool, spec: HiddenSpec | None = None, watch: Any = None
-    ) -> None:
-        """One pass of megatron-core's schedule. On the last stage `loss(number, batch, vectors, [b, S] token losses)` is
-        called; vectors are the samples' [n, h] when `spec` asks for them. `watch` is told before and after each forward
-        pass of a micro-batch through a chunk; see taps.Taps."""
-
-        def forward(source: Iterator[tuple[int, Batch]], model: Any) -> tuple[Tensor, Any]:
-            number, batch = next(source)
-            part, rows = self.context.share(batch)
-            mask = batches.closed(batch.segment, rows) if batch.packed else None
-            if watch is not None:
-                watch.begin(number)
-            with self.listener.listening(model, spec) as heard, self._counting(model, part):
-                output = model(part.input_ids, part.position_ids, mask, labels=part.labels.clamp(min=0))
-            if watch is not None:
-                watch.end(number, output)
-            vectors = self.listener.vectors(heard, batch, spec)
-            return output, partial(self._with_whole_rows, partial(loss, number, batch, vectors))
-
-        sources = [iter(list(enumerate(micros))) for _ in self.chunks]
-        get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=sources if len(sources) > 1 else sources[0],
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(micros),
-            seq_length=micros[0].input_ids.shape[1],
-            micro_batch_size=len(micros[0].input_ids),
-            forward_only=forward_only,
-        )
-
-    def _with_whole_rows(self, loss: Any, part: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """`loss` of the token losses of all ranks that share the rows; what it is divided by counts once for all of them."""
-        total, count, logs = loss(self.context.whole(part))
-        return total, count if self.context.rank == 0 else torch.zeros_like(count), logs
-
-    def _weights_of_step(
-        self, micros: Sequence[Batch], weigh: Weigh, counts: Tensor
-    ) -> list[tuple[Tensor, Tensor | None]] | None:
-        """Weights of samples, and of tokens if any, from a forward pass over all micro-batches with the dropout masks that
-        training will draw. None on stages that see no losses."""
+    def _forward_all(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor | None]]:
+        """Losses and embeddings of all micro-batches, with the dropout masks that training will draw; on the last stage."""
         state = self.rng_state()
-        passed = self._passed(micros, self.options.hidden)
+        results = self.runner.forward_losses(micro_batches, self.options.embedding_spec)
         self.set_rng_state(state)
-        if not self.last:
-            return None
-        parts = [(loss, batch) for (loss, _), batch in zip(passed, micros, strict=True)]
-        seen = [
-            objective.observe(objective.sample_sums(loss, batch), batch, hidden=vectors)
-            for (loss, vectors), batch in zip(passed, micros, strict=True)
-        ]
-        by_sample = weigh(SampleObs.joined(seen, counts)).split([len(obs.sample_id) for obs in seen])
-        by_token = objective.token_weights(parts, weigh, self.collectives.sum) or [None] * len(micros)
-        return list(zip(by_sample, by_token, strict=True))
+        return results
 
-    def _passed(self, micros: Sequence[Batch], spec: HiddenSpec | None) -> list[tuple[Tensor, Tensor | None]]:
-        """([b, S] token losses, [n, h] vectors if asked for) of each micro-batch, on the last stage; elsewhere nothing."""
-        found: list[tuple[Tensor, Tensor | None]] = []
-
-        def keep(
-            _number: int, batch: Batch, vectors: Tensor | None, losses: Tensor
-        ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-            found.append((targets_only(losses, batch.labels), vectors))
-            return losses.sum(), torch.ones((), dtype=torch.int, device=losses.device), {}
-
-        with torch.no_grad(), self.parameters_whole():
-            self.run(micros, keep, True, spec)
-        return found
-
-    # -- the update ----------------------------------------------------------------------------------------------
-
-    def _update(self, sums: StepSums) -> float:
+    def _update(self, accumulator: StepAccumulator) -> float:
         """Clip and step -> the gradient norm before clipping. A step that is not finite changes nothing."""
         overflow = self.optimizer.prepare_grads()
         norm = math.inf if overflow else float(self.optimizer.get_grad_norm() or 0.0)
         finite = math.isfinite(norm)
-        bad = [] if finite else self._not_finite(sums)
+        sample_ids = [] if finite else non_finite_sample_ids(accumulator, self.collectives)
         if finite:
             self._clip(norm)
             self.optimizer.step_with_ready_grads()
-            self._gather_in_forward()
-        elif self.options.on_nan == "stop" and (bad or not self.config.fp16):
-            what = "the loss is not finite" if bad else f"every loss is finite but the gradient norm is {norm}"
-            raise NotFinite(what, bad)
-        self.rates.step()
+            self.runner.gather_in_forward()
+        elif self.options.on_non_finite == "stop" and (sample_ids or not self.runner.config.fp16):
+            raise NotFinite(not_finite_message(norm, sample_ids), sample_ids)
+        self.lr_scheduler.step()
         return norm
 
     def _clip(self, norm: float) -> None:
@@ -208,171 +165,105 @@ class MegatronEngine:
             if parameters:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=self.options.max_grad_norm, total_norm=norm)
 
-    def _not_finite(self, sums: StepSums) -> list[int]:
-        """Ids of the step's samples, of all ranks, whose loss is not finite."""
-        return sorted({i for ids in self.collectives.gather_objects(sums.not_finite()) for i in ids})
+    def learning_rate(self) -> float:
+        return self.lr_scheduler.learning_rate
 
-    def gradient_gram(self, groups: list[list[Batch]]) -> Tensor:
-        """See gram.gradient_gram."""
-        return gram.gradient_gram(self, groups)
+    # -- forward only: where there is a pipeline, a batch goes through it in micro-batches -----------------------
 
-    # -- parameters that are gathered while the forward pass runs ------------------------------------------------
+    def token_losses(self, batch: Batch) -> Tensor:
+        batch = batch.to(self.runner.device)
+        with cpu.cuda_calls_on_cpu():
+            results = self._evaluate(batch, None)
+            losses = torch.zeros(batch.input_ids.shape, device=self.runner.device)
+            if self.runner.is_last_stage:
+                losses = self._whole_batch(results, batch)
+            return self.runner.from_last_stage(losses)
 
-    def _gather_in_forward(self) -> None:
-        """From the first update on, hooks of the forward pass wait for the gathering of updated parameters."""
-        if self.chunks[0].ddp_config.overlap_param_gather and not self._gathers:
-            for chunk in self.chunks:
-                chunk.enable_forward_pre_hook()
-            self._gathers = True
+    def sample_losses(self, batch: Batch) -> SampleStats:
+        batch = batch.to(self.runner.device)
+        with cpu.cuda_calls_on_cpu():
+            results = self._evaluate(batch, None)
+            loss_sum = torch.zeros(len(batch.sample_ids), device=self.runner.device)
+            if self.runner.is_last_stage:
+                loss_sum = objective.sample_sums(self._whole_batch(results, batch), batch)
+            return objective.make_sample_stats(self.runner.from_last_stage(loss_sum), batch)
 
-    @contextlib.contextmanager
-    def parameters_whole(self) -> Iterator[None]:
-        """Gather updated parameters now, and leave the hooks off inside."""
-        if not self._gathers:
-            yield
-            return
-        for chunk in self.chunks:
-            chunk.disable_forward_pre_hook(param_sync=True)
-        try:
-            yield
-        finally:
-            for chunk in self.chunks:
-                chunk.enable_forward_pre_hook()
-
-    # -- forward only --------------------------------------------------------------------------------------------
-
-    def sample_losses(self, batch: Batch) -> SampleObs:
-        """See engines.base.Engine. Where there is a pipeline, the batch goes through it in micro-batches."""
-        batch = batch.to(self.mesh.device)
-        with cpu.redirected():
-            found = self._evaluated(batch, None)
-            loss_sum = torch.zeros(len(batch.sample_id), device=self.mesh.device)
-            if self.last:
-                rows, width = batch.input_ids.shape
-                loss_sum = objective.sample_sums(torch.cat([loss for loss, _ in found])[:rows, :width], batch)
-            return objective.observe(self._from_last_stage(loss_sum), batch)
-
-    def embed(self, batch: Batch, *specs: HiddenSpec) -> Tensor:
-        """See engines.base.Engine. Where there is a pipeline, the batch goes through it in micro-batches."""
-        batch = batch.to(self.mesh.device)
-        with cpu.redirected():
+    def embed(self, batch: Batch, *specs: EmbeddingSpec) -> Tensor:
+        batch = batch.to(self.runner.device)
+        with cpu.cuda_calls_on_cpu():
             return torch.cat([self._embed(batch, spec) for spec in specs], dim=1)
 
-    def _embed(self, batch: Batch, spec: HiddenSpec) -> Tensor:
-        found = self._evaluated(batch, spec)
-        vectors = torch.zeros(len(batch.sample_id), self.config.hidden_size, device=self.mesh.device)
+    def _embed(self, batch: Batch, spec: EmbeddingSpec) -> Tensor:
+        results = self._evaluate(batch, spec)
+        embeddings = torch.zeros(len(batch.sample_ids), self.runner.config.hidden_size, device=self.runner.device)
         # Each micro-batch knows all samples of the batch, and adds what it has of them.
-        for _, part in found if self.last else ():
-            assert part is not None
-            vectors += part
-        return self._from_last_stage(vectors)
+        for _, of_micro_batch in results if self.runner.is_last_stage else ():
+            assert of_micro_batch is not None
+            embeddings += of_micro_batch
+        return self.runner.from_last_stage(embeddings)
 
-    @property
-    def depth(self) -> int:
-        """See engines.base.Engine."""
-        return self.config.num_layers
+    def per_sample(self, batch: Batch, fn: PerSampleFn) -> Tensor:
+        runner = self.runner
+        values: dict[int, Tensor] = {}  # on the last stage
+        batch = batch.to(runner.device)
 
-    def _evaluated(self, batch: Batch, spec: HiddenSpec | None) -> list[tuple[Tensor, Tensor | None]]:
-        """`_passed` of a batch in evaluation mode, cut into micro-batches where there is a pipeline."""
-        self.mode(training=False)
-        whole = self.same_shape([batch])[0]
-        count = PARTS_A_STAGE * self.layout.pipeline if self.layout.pipeline > 1 else 1
-        multiple = self.layout.pipeline if self.layout.interleaved > 1 else 1
-        found = self._passed(batches.cut(whole, -(-len(whole.input_ids) // count), multiple), spec)
-        self.mode(training=True)
-        return found
+        def consume(micro_batch: Batch, logits: Tensor) -> None:
+            values.update(per_sample_values(logits, micro_batch, fn, runner.gather_vocabulary))
 
-    def _from_last_stage(self, values: Tensor) -> Tensor:
-        """What the last stage has, on every stage of this rank's pipeline."""
-        if self.layout.pipeline == 1:
-            return values
-        return processes.sum_over_pipeline(values)
+        with cpu.cuda_calls_on_cpu(), runner.evaluation_mode():
+            runner.forward_logits(runner.split_for_pipeline(batch), consume)
+            width = int(runner.from_last_stage(torch.tensor(width_of(values), device=runner.device)))
+            table = stack_values(values, len(batch.sample_ids), width, runner.device)
+            return runner.from_last_stage(table)
 
-    def mode(self, training: bool) -> None:
-        """Training or evaluation, of all chunks."""
-        for chunk in self.chunks:
-            chunk.train(training)
+    def _evaluate(self, batch: Batch, spec: EmbeddingSpec | None) -> list[tuple[Tensor, Tensor | None]]:
+        """Losses and embeddings of a batch in evaluation mode, by micro-batch; on the last stage."""
+        with self.runner.evaluation_mode():
+            return self.runner.forward_losses(self.runner.split_for_pipeline(batch), spec)
+
+    @staticmethod
+    def _whole_batch(results: list[tuple[Tensor, Tensor | None]], batch: Batch) -> Tensor:
+        """[b, S] token losses of all micro-batches, without their padding."""
+        rows, width = batch.input_ids.shape
+        return torch.cat([losses for losses, _ in results])[:rows, :width]
+
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        uniforms: np.ndarray,
+        spec: GenerationSpec,
+        end_ids: Sequence[int],
+        pad_id: int,
+    ) -> list[np.ndarray]:
+        raise ConfigError("engine: megatron cannot generate answers; engine: fsdp can")
+
+    # -- gradients -----------------------------------------------------------------------------------------------
+
+    def gradient_scorer(self, adam: bool) -> MegatronGradientScorer:
+        return MegatronGradientScorer(self.runner, self.optimizer, adam, self.score_micro_batch_rows)
+
+    def feature_maker(self, spec: ProjectionSpec, adam: bool) -> Any:
+        raise ConfigError("gradient features are not supported by engine: megatron; use engine: fsdp")
+
+    def gradient_gram(self, groups: list[list[Batch]]) -> Tensor:
+        return gradient_gram(self.runner, self.optimizer, groups)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    @property
-    def model(self) -> Any:
-        """This stage's first chunk, for callbacks."""
-        return checkpoint.bare(self.chunks[0])
-
-    @property
-    def scheduler(self) -> Any:
-        """The learning-rate schedule, for callbacks."""
-        return self.rates.schedule
-
-    def learning_rate(self) -> float:
-        """See engines.base.Engine."""
-        return self.rates.now
-
     def save_state(self, folder: Path) -> None:
-        """See engines.base.Engine."""
-        with cpu.redirected(), self.parameters_whole():
-            checkpoint.save(self, folder)
+        with cpu.cuda_calls_on_cpu(), self.runner.gathered_parameters():
+            checkpoint.save(self.runner, self.optimizer, self.lr_scheduler, folder)
 
     def load_state(self, folder: Path) -> None:
-        """See engines.base.Engine."""
-        with cpu.redirected(), self.parameters_whole():
-            checkpoint.load(self, folder)
+        with cpu.cuda_calls_on_cpu(), self.runner.gathered_parameters():
+            checkpoint.load(self.runner, self.optimizer, self.lr_scheduler, folder)
 
     def export(self, folder: Path) -> None:
-        """See engines.base.Engine."""
-        with cpu.redirected(), self.parameters_whole():
-            self.writer(self.chunks, folder)
+        with cpu.cuda_calls_on_cpu(), self.runner.gathered_parameters():
+            self.exporter(self.runner.model_chunks, folder)
 
     def rng_state(self) -> dict[str, Tensor]:
-        """See engines.base.Engine."""
-        with cpu.redirected():
-            return processes.rng_state()
+        return self.runner.rng_state()
 
     def set_rng_state(self, state: dict[str, Tensor]) -> None:
-        """See engines.base.Engine."""
-        with cpu.redirected():
-            processes.set_rng_state(state)
-
-
-def targets_only(losses: Tensor, labels: Tensor) -> Tensor:
-    """[b, S] token losses, 0 where there is no target."""
-    return torch.where(labels == IGNORED, 0.0, losses.float())
-
-
-@dataclass
-class _Step:
-    """What one training step knows while its micro-batches pass the last stage."""
-
-    options: Options
-    sums: StepSums
-    weigh: Weigh | None
-    counts: Tensor  # [k] the step's denominator by domain: target tokens or samples, over all data-parallel ranks
-    collectives: Collectives
-    ahead: list[tuple[Tensor, Tensor | None]] | None = None  # weights from a look-ahead pass, a micro-batch each
-
-    def loss(
-        self, number: int, batch: Batch, vectors: Tensor | None, losses: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Token losses -> (weighted sum to differentiate, what it is a sum over, nothing to log).
-
-        megatron-core divides gradients by the total of the second at the end of the step.
-        """
-        losses = targets_only(losses, batch.labels)
-        obs = objective.observe(objective.sample_sums(losses, batch), batch, losses, self.counts, vectors)
-        weights, by_token = self._weights(number, obs, batch, losses)
-        loss_sum = objective.sample_sums(losses if by_token is None else losses * by_token, batch)
-        total = objective.weighted_loss(loss_sum, obs.tokens, weights, 1.0, self.options.normalization)
-        self.sums.add(obs, batch, total.detach() / self.counts.sum().clamp(min=1), weights)
-        return total, objective.local_count(batch, self.options.normalization).int(), {}
-
-    def _weights(
-        self, number: int, obs: SampleObs, batch: Batch, losses: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """([n] weights of samples, [b, S] weights of tokens) of one micro-batch; None where all weigh the same."""
-        if self.ahead is not None:
-            return self.ahead[number]
-        if self.weigh is None:
-            return None, None
-        by_token = objective.token_weights([(losses, batch)], self.weigh, self.collectives.sum)
-        return self.weigh(obs), None if by_token is None else by_token[0]
+        self.runner.set_rng_state(state)

@@ -1,6 +1,6 @@
 """Writing the chunks of all ranks as a Hugging Face folder, parameter by parameter.
 
-In every tensor-parallel group one rank gathers the parts of one parameter after the other and writes files of its own, so
+In every tensor-parallel group one rank gathers the shards of one parameter after the other and writes files of its own, so
 pipeline stages and expert-parallel ranks write at the same time and no rank ever holds more than one file's tensors. All
 writers need to see the same folder.
 """
@@ -17,14 +17,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as ranks
+from megatron.core import parallel_state
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dataflex_mega.engines.hf_names import disk_shapes, meta_model
-from dataflex_mega.engines.megatron.convert import Cut, Slice, is_expert, recipe, split
-from dataflex_mega.engines.megatron.shape import Shape
-from dataflex_mega.engines.megatron.weights import INDEX, ONE_FILE, Held, held
+from dataflex_mega.engines.hf_names import checkpoint_shapes, meta_model
+from dataflex_mega.engines.megatron.decoder_config import DecoderConfig
+from dataflex_mega.engines.megatron.hf_mapping import (
+    ShardPosition,
+    TensorSlice,
+    is_expert,
+    mapping_recipe,
+    split_groups,
+)
+from dataflex_mega.engines.megatron.weights import INDEX, ONE_FILE, LocalParameter, local_parameters
+from dataflex_mega.files import atomic_write, replace_file
 
 FILE_BYTES = 5 * 10**9
 PART = ".part"  # what a file is called until all ranks have written theirs
@@ -54,16 +61,20 @@ def export(
     there. Files get their names when all of them are written: a run killed before leaves an older export as it was.
     """
     options = options or ExportOptions()
-    shape, sizes = Shape.of(hf_config), disk_shapes(hf_config)
-    share = [item for item in held(chunks, shape) if _takes_part(item) and not _is_copy(item, shape)]
-    mine = [s.name for item in share if item.cut().rank == 0 for s in _slices(shape, item)]
-    batches = pack(mine, [math.prod(sizes[name]) * dtype.itemsize for name in mine], options.file_bytes)
+    decoder, shapes = DecoderConfig.from_hf_config(hf_config), checkpoint_shapes(hf_config)
+    parameters = [
+        item for item in local_parameters(chunks, decoder) if _is_first_replica(item) and not _is_copy(item, decoder)
+    ]
+    names_of_rank = [s.name for item in parameters if item.position().rank == 0 for s in _slices(decoder, item)]
+    batches = pack(
+        names_of_rank, [math.prod(shapes[name]) * dtype.itemsize for name in names_of_rank], options.file_bytes
+    )
     plan = _gathered(batches)
     names = file_names([len(theirs) for theirs in plan])
     folder.mkdir(parents=True, exist_ok=True)
     writer = _Writer(folder, list(zip(names[dist.get_rank()], batches, strict=True)))
-    for item in share:
-        for name, tensor in _whole(shape, item, sizes, dtype):
+    for item in parameters:
+        for name, tensor in _full_tensors(decoder, item, shapes, dtype):
             writer.add(name, tensor)
     files = {
         name: file
@@ -73,17 +84,17 @@ def export(
     }
     _publish(folder, files, names[dist.get_rank()])
     if dist.get_rank() == 0:
-        total = sum(math.prod(sizes[name]) * dtype.itemsize for name in files)
+        total = sum(math.prod(shapes[name]) * dtype.itemsize for name in files)
         _write_index(folder, files, total)
         _write_configs(folder, hf_config, dtype, options.generation)
     dist.barrier()
 
 
-def pack(names: Sequence[str], sizes: Sequence[int], limit: int) -> list[list[str]]:
-    """Names in order, cut into runs whose sizes in bytes add up to at most `limit`; a larger one is alone."""
+def pack(names: Sequence[str], shapes: Sequence[int], limit: int) -> list[list[str]]:
+    """Names in order, position into runs whose sizes in bytes add up to at most `limit`; a larger one is alone."""
     batches: list[list[str]] = []
     room = 0
-    for name, size in zip(names, sizes, strict=True):
+    for name, size in zip(names, shapes, strict=True):
         if size > room or not batches:
             batches.append([])
             room = limit
@@ -108,32 +119,32 @@ class _Writer:
         self.folder = folder
         self.files = iter(files)
         self.pending: dict[str, Tensor] = {}
-        self.file, self.wanted = next(self.files, ("", []))
+        self.file, self.planned_names = next(self.files, ("", []))
 
     def add(self, name: str, tensor: Tensor) -> None:
-        if name != self.wanted[len(self.pending)]:
-            raise RuntimeError(f"export: {name} came where {self.wanted[len(self.pending)]} was planned")
+        if name != self.planned_names[len(self.pending)]:
+            raise RuntimeError(f"export: {name} came where {self.planned_names[len(self.pending)]} was planned")
         self.pending[name] = tensor
-        if len(self.pending) == len(self.wanted):
+        if len(self.pending) == len(self.planned_names):
             save_file(self.pending, self.folder / (self.file + PART), metadata={"format": "pt"})
             self.pending = {}
-            self.file, self.wanted = next(self.files, ("", []))
+            self.file, self.planned_names = next(self.files, ("", []))
 
 
-def _takes_part(item: Held) -> bool:
+def _is_first_replica(item: LocalParameter) -> bool:
     """Whether this rank's copy is the one that is written: data-parallel ranks hold equal ones."""
     if is_expert(item.name):
-        return ranks.get_expert_data_parallel_rank() == 0
-    return ranks.get_data_parallel_rank(with_context_parallel=True) == 0
+        return parallel_state.get_expert_data_parallel_rank() == 0
+    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
 
 
-def _is_copy(item: Held, shape: Shape) -> bool:
+def _is_copy(item: LocalParameter, decoder: DecoderConfig) -> bool:
     """Whether another stage writes it: the last one has a copy of tied embeddings."""
-    return shape.tied and item.name == "output_layer.weight"
+    return decoder.tie_embeddings and item.name == "output_layer.weight"
 
 
-def _slices(shape: Shape, item: Held) -> tuple[Slice, ...]:
-    return recipe(shape, item.name, item.cut()).slices
+def _slices(decoder: DecoderConfig, item: LocalParameter) -> tuple[TensorSlice, ...]:
+    return mapping_recipe(decoder, item.name, item.position()).slices
 
 
 def _gathered(batches: list[list[str]]) -> list[list[list[str]]]:
@@ -144,44 +155,44 @@ def _gathered(batches: list[list[str]]) -> list[list[list[str]]]:
 
 
 @torch.no_grad()
-def _whole(
-    shape: Shape, item: Held, sizes: dict[str, tuple[int, ...]], dtype: torch.dtype
+def _full_tensors(
+    decoder: DecoderConfig, item: LocalParameter, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and all of each Hugging Face tensor that a parameter holds, on the rank that writes; nothing on the others.
 
     Every rank of the parameter's tensor-parallel group iterates.
     """
-    cut = item.cut()
+    position = item.position()
     part = item.parameter.detach().to(dtype).contiguous()
-    if not recipe(shape, item.name, cut).sharded:
-        parts = [part] if cut.rank == 0 else []
+    if not mapping_recipe(decoder, item.name, position).sharded:
+        parts = [part] if position.rank == 0 else []
     else:
-        parts = _gather_parts(part, item)
+        parts = _gather_shards(part, item)
     if not parts:
         return
-    slices = _slices(shape, item)
-    made = {s.name: torch.empty(sizes[s.name], dtype=dtype) for s in slices}
+    slices = _slices(decoder, item)
+    tensors = {s.name: torch.empty(shapes[s.name], dtype=dtype) for s in slices}
     for rank, values in enumerate(parts):
-        theirs = recipe(shape, item.name, Cut(rank, cut.size, cut.rows))
-        lengths = [s.stop - s.start for s in theirs.slices]
+        recipe = mapping_recipe(decoder, item.name, ShardPosition(rank, position.size, position.rows))
+        lengths = [s.stop - s.start for s in recipe.slices]
         # A slice along columns is all rows of the parameter; the vocabulary's padding is left out.
-        rows = [len(values)] if theirs.slices[0].dim else lengths
-        for s, block in zip(theirs.slices, split(values[: sum(rows)], rows, theirs.groups), strict=True):
-            made[s.name].narrow(s.dim, s.start, s.stop - s.start).copy_(block)
-    yield from made.items()
+        rows = [len(values)] if recipe.slices[0].dim else lengths
+        for s, block in zip(recipe.slices, split_groups(values[: sum(rows)], rows, recipe.groups), strict=True):
+            tensors[s.name].narrow(s.dim, s.start, s.stop - s.start).copy_(block)
+    yield from tensors.items()
 
 
-def _gather_parts(part: Tensor, item: Held) -> list[Tensor]:
-    """The parts of all ranks that share a parameter, in order, on the first of them; nothing on the others."""
-    cut = item.cut()
-    if cut.size == 1:
+def _gather_shards(part: Tensor, item: LocalParameter) -> list[Tensor]:
+    """The shards of all ranks that share a parameter, in order, on the first of them; nothing on the others."""
+    position = item.position()
+    if position.size == 1:
         return [part]
-    parts = [torch.empty_like(part) for _ in range(cut.size)] if cut.rank == 0 else None
+    parts = [torch.empty_like(part) for _ in range(position.size)] if position.rank == 0 else None
     dist.gather(part, parts, group=item.group(), group_dst=0)
     return parts or []
 
 
-def _publish(folder: Path, files: dict[str, str], mine: list[str]) -> None:
+def _publish(folder: Path, files: dict[str, str], names_of_rank: list[str]) -> None:
     """Give the files their names once all are written, after the weights of an older export are gone."""
     dist.barrier()
     if dist.get_rank() == 0:
@@ -189,8 +200,8 @@ def _publish(folder: Path, files: dict[str, str], mine: list[str]) -> None:
         for old in {folder / ONE_FILE, *folder.glob("model-?????-of-?????.safetensors")}:
             old.unlink(missing_ok=True)
     dist.barrier()
-    for name in mine:
-        (folder / (name + PART)).replace(folder / name)
+    for name in names_of_rank:
+        replace_file(folder / (name + PART), folder / name)
     dist.barrier()
 
 
@@ -198,9 +209,7 @@ def _write_index(folder: Path, files: dict[str, str], total: int) -> None:
     if set(files.values()) == {ONE_FILE}:
         return
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-    part = folder / (INDEX + PART)
-    part.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    part.replace(folder / INDEX)
+    atomic_write(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _write_configs(folder: Path, hf_config: Any, dtype: torch.dtype, generation: Any) -> None:

@@ -1,4 +1,4 @@
-"""How a model is cut over processes, checked from the configuration alone; nothing of megatron-core is imported here."""
+"""How a model is sharded over processes, checked from the configuration alone; nothing of megatron-core is imported here."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from dataflex_mega.engines.megatron.shape import Shape
+from dataflex_mega.engines.megatron.decoder_config import DecoderConfig
 from dataflex_mega.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Sizes of the parallel dimensions. world = tensor x pipeline x context x data."""
+class MegatronLayout:
+    """Sizes of the parallel dimensions. world_size = tensor x pipeline x context x data."""
 
-    world: int
+    world_size: int
     tensor: int = 1
     pipeline: int = 1
     interleaved: int = 1  # chunks of layers a pipeline rank holds
@@ -25,14 +25,14 @@ class Layout:
 
     @property
     def data(self) -> int:
-        """Into how many shares a global batch is cut. Experts do not divide it."""
-        return self.world // (self.tensor * self.pipeline * self.context)
+        """The number of data-parallel shares of a global batch. Experts do not divide it."""
+        return self.world_size // (self.tensor * self.pipeline * self.context)
 
     @property
     def length_multiple(self) -> int:
-        """What the width of a batch must be a multiple of: context parallelism cuts it into two pieces a rank."""
-        pieces = 2 * self.context if self.context > 1 else 1
-        return math.lcm(8, pieces * (self.tensor if self.sequence_parallel else 1))
+        """What the width of a batch must be a multiple of: context parallelism splits it into two chunks per rank."""
+        chunks = 2 * self.context if self.context > 1 else 1
+        return math.lcm(8, chunks * (self.tensor if self.sequence_parallel else 1))
 
     def describe(self) -> str:
         """`TP2 x PP2 x DP1`, for messages."""
@@ -43,7 +43,7 @@ class Layout:
         return " x ".join(named) + (", sequence parallel" if self.sequence_parallel else "")
 
 
-def read_layout(keys: Any, world: int) -> Layout:
+def read_layout(keys: Any, world: int) -> MegatronLayout:
     """`keys`: config.megatron.MegatronArguments. Raises ConfigError when the sizes do not make up `world` processes."""
     tensor, pipeline, context = (
         keys.tensor_model_parallel_size,
@@ -69,7 +69,7 @@ def read_layout(keys: Any, world: int) -> Layout:
         )
     if keys.sequence_parallel and tensor == 1:
         raise ConfigError("sequence_parallel: needs tensor_model_parallel_size > 1, found 1")
-    return Layout(
+    return MegatronLayout(
         world,
         tensor,
         pipeline,
@@ -81,38 +81,40 @@ def read_layout(keys: Any, world: int) -> Layout:
     )
 
 
-def check(layout: Layout, shape: Shape, keys: Any, accumulation: int, length: int) -> None:
-    """Raise ConfigError where the model cannot be cut like that.
+def check_layout(layout: MegatronLayout, decoder: DecoderConfig, keys: Any, accumulation: int, length: int) -> None:
+    """Raise ConfigError where the model cannot be sharded like that.
 
     Args:
         accumulation: micro-batches of a step and data-parallel rank.
         length: the longest sequence in tokens.
     """
-    _check_tensor(layout, shape)
-    _check_pipeline(layout, shape, keys, accumulation)
-    _check_experts(layout, shape, keys)
-    if shape.window is not None and length > shape.window:
+    _check_tensor(layout, decoder)
+    _check_pipeline(layout, decoder, keys, accumulation)
+    _check_experts(layout, decoder, keys)
+    if decoder.sliding_window is not None and length > decoder.sliding_window:
         raise ConfigError(
-            f"cutoff_len: {length} is beyond the model's sliding_window of {shape.window}, and attention here is over the "
+            f"cutoff_len: {length} is beyond the model's sliding_window of {decoder.sliding_window}, and attention here is over the "
             "whole sequence"
         )
 
 
-def _check_tensor(layout: Layout, shape: Shape) -> None:
+def _check_tensor(layout: MegatronLayout, decoder: DecoderConfig) -> None:
     for what, size in (
-        ("attention heads", shape.heads),
-        ("key-value heads", shape.kv_heads),
-        ("hidden units", shape.hidden),
-        ("units of an MLP", shape.ffn_hidden),
+        ("attention heads", decoder.num_heads),
+        ("key-value heads", decoder.num_kv_heads),
+        ("hidden units", decoder.hidden_size),
+        ("units of an MLP", decoder.ffn_hidden_size),
     ):
         if size % layout.tensor:
             raise ConfigError(f"tensor_model_parallel_size: {layout.tensor} does not divide the model's {size} {what}")
 
 
-def _check_pipeline(layout: Layout, shape: Shape, keys: Any, accumulation: int) -> None:
+def _check_pipeline(layout: MegatronLayout, decoder: DecoderConfig, keys: Any, accumulation: int) -> None:
     if layout.interleaved > 1 and layout.pipeline == 1:
         raise ConfigError("virtual_pipeline_model_parallel_size: needs pipeline_model_parallel_size > 1, found 1")
-    counted = shape.layers + keys.account_for_embedding_in_pipeline_split + keys.account_for_loss_in_pipeline_split
+    counted = (
+        decoder.num_layers + keys.account_for_embedding_in_pipeline_split + keys.account_for_loss_in_pipeline_split
+    )
     stages = layout.pipeline * layout.interleaved
     if keys.pipeline_model_parallel_layout is None and counted % stages:
         raise ConfigError(
@@ -126,20 +128,20 @@ def _check_pipeline(layout: Layout, shape: Shape, keys: Any, accumulation: int) 
         )
 
 
-def _check_experts(layout: Layout, shape: Shape, keys: Any) -> None:
-    if shape.experts is None:
+def _check_experts(layout: MegatronLayout, decoder: DecoderConfig, keys: Any) -> None:
+    if decoder.experts is None:
         if layout.expert > 1:
-            raise ConfigError(f"expert_model_parallel_size: {layout.expert}, but a {shape.model_type} has no experts")
+            raise ConfigError(f"expert_model_parallel_size: {layout.expert}, but a {decoder.model_type} has no experts")
         return
-    if shape.experts.count % layout.expert:
+    if decoder.experts.num_experts % layout.expert:
         raise ConfigError(
-            f"expert_model_parallel_size: {layout.expert} does not divide the model's {shape.experts.count} experts"
+            f"expert_model_parallel_size: {layout.expert} does not divide the model's {decoder.experts.num_experts} experts"
         )
     if layout.tensor > 1 and not layout.sequence_parallel:
         raise ConfigError("sequence_parallel: a mixture of experts with tensor_model_parallel_size > 1 needs it")
-    if shape.experts.hidden % layout.expert_tensor:
+    if decoder.experts.ffn_hidden_size % layout.expert_tensor:
         raise ConfigError(
-            f"expert_tensor_parallel_size: {layout.expert_tensor} does not divide the {shape.experts.hidden} units of an "
+            f"expert_tensor_parallel_size: {layout.expert_tensor} does not divide the {decoder.experts.ffn_hidden_size} units of an "
             "expert"
         )
     if keys.moe_token_dispatcher_type == "flex":

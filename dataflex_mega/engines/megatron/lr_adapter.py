@@ -7,39 +7,39 @@ from typing import Any
 import torch
 
 
-class Rates:
-    """Runs `make(optimizer)` on an optimizer of one number and hands its rate to Megatron's parameter groups."""
+class LRSchedulerAdapter:
+    """Runs `build_scheduler(optimizer)` on an optimizer of one number and hands its rate to Megatron's parameter groups."""
 
-    def __init__(self, optimizer: Any, lr: float, weight_decay: float, make: Any) -> None:
-        self.target, self.weight_decay = optimizer, weight_decay
-        self.stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
-        self.schedule = make(self.stand_in)
+    def __init__(self, optimizer: Any, lr: float, weight_decay: float, build_scheduler: Any) -> None:
+        self.megatron_optimizer, self.weight_decay = optimizer, weight_decay
+        self.proxy_optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+        self.scheduler = build_scheduler(self.proxy_optimizer)
         self._apply()
 
     @property
-    def now(self) -> float:
+    def learning_rate(self) -> float:
         """The rate of the step to come."""
-        return float(self.stand_in.param_groups[0]["lr"])
+        return float(self.proxy_optimizer.param_groups[0]["lr"])
 
     def step(self) -> None:
         """On to the next optimizer step."""
-        self.stand_in.step()  # a schedule warns when it moves before its optimizer
-        self.schedule.step()
+        self.proxy_optimizer.step()  # a schedule warns when it moves before its optimizer
+        self.scheduler.step()
         self._apply()
 
     def _apply(self) -> None:
-        for group in self.target.param_groups:
-            group["lr"] = self.now * group.get("lr_mult", 1.0)
+        for group in self.megatron_optimizer.param_groups:
+            group["lr"] = self.learning_rate * group.get("lr_mult", 1.0)
             group["weight_decay"] = self.weight_decay * group.get("wd_mult", 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
-        state = self.schedule.state_dict()
+        state = self.scheduler.state_dict()
         return {key: value for key, value in state.items() if isinstance(value, int | float | list | str | bool | None)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self.schedule.load_state_dict(state)
-        for group, rate in zip(self.stand_in.param_groups, self.schedule.get_last_lr(), strict=True):
+        self.scheduler.load_state_dict(state)
+        for group, rate in zip(self.proxy_optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         self._apply()

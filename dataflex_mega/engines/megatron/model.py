@@ -17,12 +17,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from dataflex_mega.engines.megatron.context import Context
+from dataflex_mega.engines.megatron.context import ContextParallel
+from dataflex_mega.engines.megatron.decoder_config import DecoderConfig, inverse_frequencies
 from dataflex_mega.engines.megatron.kernels import fused_rms_norm
-from dataflex_mega.engines.megatron.shape import Shape, inverse_frequencies
 
 
-class Norm(nn.Module):
+class LocalRMSNorm(nn.Module):
     """RMSNorm of the local layers. Unlike megatron-core's own it may stand in a sequence-parallel region.
 
     With sequence parallelism each tensor-parallel rank normalises its part of the sequence, so the weight's gradient
@@ -37,13 +37,13 @@ class Norm(nn.Module):
         self._fused = fused_rms_norm()
 
     def forward(self, values: Tensor) -> Tensor:
-        """[..., hidden] -> the same shape."""
+        """[..., hidden] -> the same decoder."""
         if self._fused is not None and values.is_cuda:
             return self._fused(values, self.weight, self.weight.shape, self.eps)
         return F.rms_norm(values, self.weight.shape, self.weight, self.eps)
 
 
-class Attention(MegatronModule):
+class TorchAttention(MegatronModule):
     """Causal attention through torch's scaled_dot_product_attention: flash attention on a GPU, no [s, s] matrix.
 
     Under context parallelism s positions of a row are this rank's, and S are the whole row's; otherwise both are the same.
@@ -63,7 +63,7 @@ class Attention(MegatronModule):
         self.grouped = groups is not None and groups != heads
         self.scale = softmax_scale
         self.dropout = config.attention_dropout
-        self.context = Context.current()
+        self.context = ContextParallel.current()
 
     def forward(
         self,
@@ -77,7 +77,7 @@ class Attention(MegatronModule):
         """[s, b, heads, d] of this rank -> [s, b, heads * d]. `attention_mask`: [b, 1, s, S], true where closed."""
         s, b = query.shape[:2]
         if self.context.size > 1:
-            key, value = self.context.gather(key, value)
+            key, value = self.context.gather_keys_values(key, value)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
         options = {"dropout_p": dropout, "scale": self.scale, "enable_gqa": self.grouped}
@@ -90,7 +90,7 @@ class Attention(MegatronModule):
         return out.permute(2, 0, 1, 3).reshape(s, b, -1)
 
 
-class Model(GPTModel):
+class MegatronGPT(GPTModel):
     """GPTModel whose padded vocabulary entries have no probability."""
 
     real_vocab: int
@@ -106,65 +106,67 @@ class Model(GPTModel):
         return super().compute_language_model_loss(labels, logits)
 
 
-def build_chunks(
-    shape: Shape, config: TransformerConfig, transformer_engine: bool, own_attention: bool = False
-) -> list[Model]:
+def create_chunks(
+    decoder: DecoderConfig, config: TransformerConfig, transformer_engine: bool, torch_attention: bool = False
+) -> list[MegatronGPT]:
     """The chunks of this pipeline stage: one, or several when stages are interleaved. Parallel state must be up.
 
-    Parameters are on the current device and not initialised; weights.load fills all of them. `own_attention`: Attention
+    Parameters are on the current device and not initialised; weights.load fills all of them. `torch_attention`: TorchAttention
     stands in Transformer Engine's layers too.
     """
     count = config.virtual_pipeline_model_parallel_size
-    spec_of = partial(_spec, config, transformer_engine, own_attention)
-    return [_chunk(shape, config, number, spec_of) for number in range(count or 1)]
+    spec_of = partial(_spec, config, transformer_engine, torch_attention)
+    return [_chunk(decoder, config, number, spec_of) for number in range(count or 1)]
 
 
-def _spec(config: TransformerConfig, transformer_engine: bool, own_attention: bool, stage: int | None) -> Any:
+def _spec(config: TransformerConfig, transformer_engine: bool, torch_attention: bool, stage: int | None) -> Any:
     """The layers of a chunk."""
     spec: Any = get_gpt_decoder_block_spec(
         config, use_transformer_engine=transformer_engine, normalization="RMSNorm", vp_stage=stage
     )
     if not transformer_engine:
-        _use_own_parts(spec)
-    elif own_attention:
+        _replace_local_modules(spec)
+    elif torch_attention:
         for layer in spec.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = Attention
+            layer.submodules.self_attention.submodules.core_attention = TorchAttention
     return spec
 
 
-def _chunk(shape: Shape, config: TransformerConfig, number: int, spec_of: Callable[[int | None], Any]) -> Model:
+def _chunk(
+    decoder: DecoderConfig, config: TransformerConfig, number: int, spec_of: Callable[[int | None], Any]
+) -> MegatronGPT:
     stage = number if config.virtual_pipeline_model_parallel_size else None
-    model = Model(
+    model = MegatronGPT(
         config=config,
         transformer_layer_spec=spec_of(stage),  # type: ignore[arg-type]  # a block spec is taken too
-        vocab_size=shape.padded_vocab,
-        max_sequence_length=shape.max_positions,
+        vocab_size=decoder.padded_vocab_size,
+        max_sequence_length=decoder.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
         parallel_output=True,
-        share_embeddings_and_output_weights=shape.tied,
+        share_embeddings_and_output_weights=decoder.tie_embeddings,
         position_embedding_type="rope",
-        rotary_base=shape.rotary_base,  # type: ignore[arg-type]
+        rotary_base=decoder.rotary_base,  # type: ignore[arg-type]
         vp_stage=stage,
     )
-    model.real_vocab = shape.vocab
-    frequencies = inverse_frequencies(shape)
+    model.real_vocab = decoder.vocab_size
+    frequencies = inverse_frequencies(decoder)
     if frequencies is not None:
         model.rotary_pos_emb.inv_freq = frequencies.to(model.rotary_pos_emb.inv_freq)
     return model
 
 
-def _use_own_parts(spec: Any) -> None:
-    """Put Norm and Attention where the local layers have megatron-core's."""
-    spec.layer_norm = Norm
+def _replace_local_modules(spec: Any) -> None:
+    """Put LocalRMSLocalRMSNorm and TorchAttention where the local layers have megatron-core's."""
+    spec.layer_norm = LocalRMSNorm
     for layer in spec.layer_specs:
         parts = layer.submodules
-        parts.input_layernorm = parts.pre_mlp_layernorm = Norm
+        parts.input_layernorm = parts.pre_mlp_layernorm = LocalRMSNorm
         attention = parts.self_attention.submodules
-        attention.core_attention = Attention
+        attention.core_attention = TorchAttention
         for name in ("q_layernorm", "k_layernorm"):
             if getattr(attention, name) not in (None, IdentityOp):
-                setattr(attention, name, Norm)
+                setattr(attention, name, LocalRMSNorm)
 
 
 def seed_everything(seed: int) -> None:

@@ -1,6 +1,6 @@
 """Adam's moments of a parameter, wherever megatron-core keeps them.
 
-The distributed optimizer cuts all parameters of a bucket, end to end, among data-parallel ranks, so one rank has any stretch
+The distributed optimizer splits all parameters of a bucket, end to end, over data-parallel ranks, so one rank has any range
 of a parameter's elements, or none. Otherwise every rank has all of them, by the parameter or by its copy in float32.
 """
 
@@ -15,64 +15,64 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.signals.gradients import Adam, wide
+from dataflex_mega.signals.per_sample_gradients import AdamMoments, upcast
 
 NAMES = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
-class Moments:
+class DistributedAdamMoments:
     """Reads them; every data-parallel rank must ask for the same parameters in the same order."""
 
-    parts: list[Any]  # megatron-core's optimizers of one kind of parameter
+    optimizers: list[Any]  # megatron-core's, each of one kind of parameter
     step: int
     betas: tuple[float, float]
     eps: float
 
     @staticmethod
-    def of(optimizer: Any, device: torch.device) -> Moments:
+    def from_optimizer(optimizer: Any, device: torch.device) -> DistributedAdamMoments:
         """Of an optimizer chain, after the steps done. Every rank calls it. Raises ConfigError for another than Adam."""
-        parts = list(optimizer.chained_optimizers)
-        kind = parts[0].config.optimizer
+        chain = list(optimizer.chained_optimizers)
+        kind = chain[0].config.optimizer
         if kind != "adam":
             raise ConfigError(f"gradient_type: adam needs optim: adamw_torch, found {kind}; use gradient_type: sgd")
-        groups = [group for part in parts for group in part.optimizer.param_groups]
+        groups = [group for one in chain for group in one.optimizer.param_groups]
         steps = [float(group["step"]) for group in groups if "step" in group]
-        steps += [float(s["step"]) for part in parts for s in part.optimizer.state.values() if "step" in s]
+        steps += [float(s["step"]) for one in chain for s in one.optimizer.state.values() if "step" in s]
         step = torch.tensor(max(steps, default=0.0), device=device)
-        dist.all_reduce(step, op=dist.ReduceOp.MAX)  # a rank that holds no stretch has not counted
-        return Moments(parts, int(step), tuple(groups[0]["betas"]), float(groups[0]["eps"]))
+        dist.all_reduce(step, op=dist.ReduceOp.MAX)  # a rank that holds no shard has not counted
+        return DistributedAdamMoments(chain, int(step), tuple(groups[0]["betas"]), float(groups[0]["eps"]))
 
-    def __call__(self, parameter: nn.Parameter) -> Adam:
+    def __call__(self, parameter: nn.Parameter) -> AdamMoments:
         """Both moments in the parameter's shape; zero before the first step."""
         both = parameter.new_zeros(2, parameter.numel(), dtype=torch.float32)
         if self.step > 0:
-            for part in self.parts:
-                if hasattr(part, "model_param_group_index_map"):
-                    self._add_stretch(part, parameter, both)
+            for one in self.optimizers:
+                if hasattr(one, "model_param_group_index_map"):
+                    self._add_shard(one, parameter, both)
                 else:
-                    self._add_whole(part, parameter, both)
+                    self._add_unsharded(one, parameter, both)
         first, second = both.view(2, *parameter.shape)
-        return Adam(first, second, self.step, self.betas, self.eps)
+        return AdamMoments(first, second, self.step, self.betas, self.eps)
 
-    def _add_stretch(self, part: Any, parameter: nn.Parameter, both: Tensor) -> None:
-        """Of the distributed optimizer, if the parameter is one of those it keeps."""
-        if not any(parameter in bucket.params for buffer in part.buffers for bucket in buffer.buckets):
+    def _add_shard(self, one: Any, parameter: nn.Parameter, both: Tensor) -> None:
+        """From the distributed optimizer, if it has the parameter."""
+        if not any(parameter in bucket.params for buffer in one.buffers for bucket in buffer.buckets):
             return
-        if parameter in part.model_param_group_index_map:
-            place = part._get_model_param_range_map(parameter)["param"]
-            found = part._get_main_param_and_optimizer_states(parameter)
-            _put(both[:, place.start : place.end], found)
-        if dist.get_world_size(part.data_parallel_group) > 1:
-            dist.all_reduce(both, group=part.data_parallel_group)
+        if parameter in one.model_param_group_index_map:
+            span = one._get_model_param_range_map(parameter)["param"]
+            state = one._get_main_param_and_optimizer_states(parameter)
+            _put(both[:, span.start : span.end], state)
+        if dist.get_world_size(one.data_parallel_group) > 1:
+            dist.all_reduce(both, group=one.data_parallel_group)
 
-    def _add_whole(self, part: Any, parameter: nn.Parameter, both: Tensor) -> None:
-        kept = getattr(parameter, "main_param", parameter)
-        state = part.optimizer.state
-        if kept in state:
-            _put(both, state[kept])
+    def _add_unsharded(self, one: Any, parameter: nn.Parameter, both: Tensor) -> None:
+        main = getattr(parameter, "main_param", parameter)
+        state = one.optimizer.state
+        if main in state:
+            _put(both, state[main])
 
 
 def _put(into: Tensor, state: Mapping[str, Tensor]) -> None:
     for row, name in zip(into, NAMES, strict=True):
-        row.copy_(wide(state[name]).flatten())
+        row.copy_(upcast(state[name]).flatten())

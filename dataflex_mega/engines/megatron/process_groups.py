@@ -10,12 +10,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
-from dataflex_mega.distributed.mesh import Mesh
-from dataflex_mega.engines.megatron.layout import Layout
+from dataflex_mega.distributed.parallel_info import ParallelInfo
+from dataflex_mega.engines.megatron.layout import MegatronLayout
 
 
-def start(mesh: Mesh, layout: Layout) -> Mesh:
-    """Cut the processes of `mesh` into Megatron's groups -> the mesh as data-parallel collectives should see it."""
+def init_model_parallel(parallel_info: ParallelInfo, layout: MegatronLayout) -> ParallelInfo:
+    """Cut the processes of `parallel_info` into Megatron's groups -> the parallel_info as data-parallel collectives should see it."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -28,31 +28,31 @@ def start(mesh: Mesh, layout: Layout) -> Mesh:
         create_gloo_process_groups=True,  # megatron-core's optimizer asks for them on GPUs too
     )
     return replace(
-        mesh,
+        parallel_info,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_group=parallel_state.get_data_parallel_group(),
-        stage_group=_stage_group(layout),
-        stages=layout.pipeline,
+        dp_pp_group=_dp_pp_group(layout),
+        pipeline_stages=layout.pipeline,
     )
 
 
-def _stage_group(layout: Layout) -> dist.ProcessGroup | None:
+def _dp_pp_group(layout: MegatronLayout) -> dist.ProcessGroup | None:
     """The ranks with this one's tensor- and context-parallel rank: every data-parallel share at every pipeline stage."""
     if layout.pipeline == 1:
         return None
     # Megatron numbers ranks with the tensor dimension first and the context dimension second, so both are the remainder.
     inner = layout.tensor * layout.context
-    groups: list[Any] = [dist.new_group(list(range(rest, layout.world, inner))) for rest in range(inner)]
+    groups: list[Any] = [dist.new_group(list(range(rest, layout.world_size, inner))) for rest in range(inner)]
     return groups[dist.get_rank() % inner]
 
 
-def is_last_stage() -> bool:
+def is_last_pipeline_stage() -> bool:
     """Whether this rank sees losses."""
     return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
 
-def sum_over_pipeline(values: Tensor) -> Tensor:
+def all_reduce_over_pipeline(values: Tensor) -> Tensor:
     """Element-wise sum over the stages of this rank's pipeline."""
     total = values.clone()
     dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())

@@ -11,29 +11,31 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
-from dataflex_mega.engines.megatron.checkpoint import bare
-from dataflex_mega.engines.megatron.layout import Layout
+from dataflex_mega.engines.megatron.layout import MegatronLayout
+from dataflex_mega.engines.megatron.wrapping import unwrap
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.signals.router_load import LoadSums, token_domains
+from dataflex_mega.signals.router_load import RouterLoadCounter, token_domains
 from dataflex_mega.types import Batch
 
 
-class Routers:
+class MegatronRouterCounter:
     """The routers of this stage's chunks. Raises ConfigError for a model without experts."""
 
-    def __init__(self, chunks: Sequence[Any], layout: Layout) -> None:
+    def __init__(self, chunks: Sequence[Any], layout: MegatronLayout) -> None:
         self.config, self.layout = chunks[0].config, layout
         if not self.config.num_moe_experts:
             raise ConfigError("mixer: needs a mixture of experts, and the model has none")
-        self.of = {id(bare(chunk)): [m for m in chunk.modules() if isinstance(m, TopKRouter)] for chunk in chunks}
-        self.sums: LoadSums | None = None  # set while forward passes are to be counted
+        self.routers_by_chunk = {
+            id(unwrap(chunk)): [m for m in chunk.modules() if isinstance(m, TopKRouter)] for chunk in chunks
+        }
+        self.sums: RouterLoadCounter | None = None  # set while forward passes are to be counted
 
-    def zeros(self, domains: int, device: Any) -> LoadSums:
+    def new_counter(self, domains: int, device: Any) -> RouterLoadCounter:
         """Counts of a step, still zero."""
-        return LoadSums(self.config.num_layers, domains, self.config.num_moe_experts, device)
+        return RouterLoadCounter(self.config.num_layers, domains, self.config.num_moe_experts, device)
 
     @contextmanager
-    def into(self, sums: LoadSums) -> Iterator[None]:
+    def recording(self, sums: RouterLoadCounter) -> Iterator[None]:
         """Inside, `counting` adds to `sums`.
 
         With sequence parallelism each tensor-parallel rank sees its own positions, with context parallelism each rank that
@@ -45,9 +47,9 @@ class Routers:
         finally:
             self.sums = None
         if self.layout.sequence_parallel:
-            dist.all_reduce(sums.total, group=parallel_state.get_tensor_model_parallel_group())
+            dist.all_reduce(sums.counts, group=parallel_state.get_tensor_model_parallel_group())
         if self.layout.context > 1:
-            dist.all_reduce(sums.total, group=parallel_state.get_context_parallel_group())
+            dist.all_reduce(sums.counts, group=parallel_state.get_context_parallel_group())
 
     @contextmanager
     def counting(self, model: Any, batch: Batch) -> Iterator[None]:
@@ -57,7 +59,8 @@ class Routers:
             return
         domain = self._domains(batch)
         handles = [
-            module.register_forward_hook(self._hear(module, domain, self.sums)) for module in self.of[id(bare(model))]
+            module.register_forward_hook(self._forward_hook(module, domain, self.sums))
+            for module in self.routers_by_chunk[id(unwrap(model))]
         ]
         try:
             yield
@@ -72,8 +75,8 @@ class Routers:
             domain = domain.chunk(self.layout.tensor)[parallel_state.get_tensor_model_parallel_rank()]
         return domain.flatten()
 
-    def _hear(self, router: Any, domain: Tensor, sums: LoadSums) -> Any:
-        def hear(_module: nn.Module, _args: Any, output: Any) -> None:
+    def _forward_hook(self, router: Any, domain: Tensor, sums: RouterLoadCounter) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             sums.add(int(router.layer_number) - 1, output[1], domain)
 
-        return hear
+        return hook

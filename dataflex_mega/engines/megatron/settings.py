@@ -14,8 +14,8 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dataflex_mega.engines.megatron import kernels
-from dataflex_mega.engines.megatron.layout import Layout
-from dataflex_mega.engines.megatron.shape import Shape
+from dataflex_mega.engines.megatron.decoder_config import DecoderConfig
+from dataflex_mega.engines.megatron.layout import MegatronLayout
 from dataflex_mega.errors import ConfigError, did_you_mean
 
 # Keys that only choose a faster kernel, and the library it comes from. Without it the same is computed, and that is said.
@@ -28,13 +28,13 @@ FUSIONS = {
     "moe_shared_expert_overlap": "a CUDA device",
     "optimizer_cpu_offload": "a CUDA device",
 }
-# What the model's configuration says and a run may say otherwise, since no tensor changes its shape.
+# What the model's configuration says and a run may say otherwise, since no tensor changes its decoder.
 FREE = {"hidden_dropout", "attention_dropout", "attention_softmax_in_fp32", "init_method_std"}
 OVERLAPS = ("overlap_grad_reduce", "overlap_param_gather")
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingSettings:
     """What LLaMA-Factory's training keys say of the optimizer."""
 
     optimizer: str  # adam, sgd
@@ -48,35 +48,35 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Settings:
+class MegatronSettings:
     """What the engine is built from."""
 
     model: TransformerConfig
     ddp: DistributedDataParallelConfig
     optimizer: OptimizerConfig
     transformer_engine: bool
-    own_attention: (
-        bool  # also in Transformer Engine's layers: its own knows neither packed rows as ours are, nor shares of rows
-    )
+    torch_attention: bool  # TorchAttention in Transformer Engine's layers too: its own supports neither packed rows as ours are, nor shards of rows
     notes: tuple[str, ...]
 
 
-def settings(keys: Any, layout: Layout, shape: Shape, training: Training) -> Settings:
+def build_settings(
+    keys: Any, layout: MegatronLayout, decoder: DecoderConfig, training: TrainingSettings
+) -> MegatronSettings:
     """`keys`: config.megatron.MegatronArguments. Raises ConfigError for what is not there."""
-    engine = _transformer_engine(keys.transformer_impl)
-    fused, notes = _fusions(keys, engine, layout, shape)
+    transformer_engine = _transformer_engine(keys.transformer_impl)
+    fused, notes = _fusions(keys, transformer_engine, layout, decoder)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[training.precision]
     precision = {"bf16": training.precision == "bf16", "fp16": training.precision == "fp16", "params_dtype": dtype}
     model = {
-        **_sizes(shape),
+        **_sizes(decoder),
         **_parallel(keys, layout, dtype),
-        **_experts(keys, shape, fused),
+        **_experts(keys, decoder, fused),
         **{name: fused[name] for name in ("bias_activation_fusion", "apply_rope_fusion", "masked_softmax_fusion")},
         "cross_entropy_loss_fusion": fused["cross_entropy_loss_fusion"],
         "bf16": precision["bf16"],
         "fp16": precision["fp16"],
         "params_dtype": dtype,
-        "transformer_impl": "transformer_engine" if engine else "local",
+        "transformer_impl": "transformer_engine" if transformer_engine else "local",
     }
     ddp = {
         "grad_reduce_in_fp32": keys.accumulate_allreduce_grads_in_fp32 or training.precision == "bf16",
@@ -101,31 +101,35 @@ def settings(keys: Any, layout: Layout, shape: Shape, training: Training) -> Set
     if fused["optimizer_cpu_offload"]:
         optimizer.update(optimizer_cpu_offload=True, optimizer_offload_fraction=keys.optimizer_offload_fraction or 1.0)
     _add_further(
-        keys, {TransformerConfig: model, DistributedDataParallelConfig: ddp, OptimizerConfig: optimizer}, shape
+        keys, {TransformerConfig: model, DistributedDataParallelConfig: ddp, OptimizerConfig: optimizer}, decoder
     )
     _check_messages(model, layout)
     try:
-        made = TransformerConfig(**model), DistributedDataParallelConfig(**ddp), OptimizerConfig(**optimizer)
+        configs = TransformerConfig(**model), DistributedDataParallelConfig(**ddp), OptimizerConfig(**optimizer)
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"engine: megatron-core refuses this configuration: {str(error).splitlines()[0]}") from error
-    own = training.packs or layout.context > 1
-    return Settings(*made, transformer_engine=engine, own_attention=own, notes=tuple(notes))
+    torch_attention = training.packs or layout.context > 1
+    return MegatronSettings(
+        *configs, transformer_engine=transformer_engine, torch_attention=torch_attention, notes=tuple(notes)
+    )
 
 
-def _transformer_engine(wanted: str | None) -> bool:
-    there = torch.cuda.is_available() and kernels.transformer_engine()
-    if wanted == "transformer_engine" and not there:
+def _transformer_engine(requested: str | None) -> bool:
+    is_available = torch.cuda.is_available() and kernels.transformer_engine()
+    if requested == "transformer_engine" and not is_available:
         raise ConfigError("transformer_impl: transformer_engine is not installed; leave the key out, or use local")
-    return there and wanted != "local"
+    return is_available and requested != "local"
 
 
-def _fusions(keys: Any, transformer_engine: bool, layout: Layout, shape: Shape) -> tuple[dict[str, bool], list[str]]:
+def _fusions(
+    keys: Any, transformer_engine: bool, layout: MegatronLayout, decoder: DecoderConfig
+) -> tuple[dict[str, bool], list[str]]:
     """(key -> whether it is on, a note for each that was asked for and cannot be)."""
-    there = {"a CUDA device": torch.cuda.is_available(), "Transformer Engine": transformer_engine}
+    available = {"a CUDA device": torch.cuda.is_available(), "Transformer Engine": transformer_engine}
     on: dict[str, bool] = {}
     notes = []
     for key, library in FUSIONS.items():
-        on[key] = bool(getattr(keys, key)) and there[library]
+        on[key] = bool(getattr(keys, key)) and available[library]
         if getattr(keys, key) and not on[key]:
             notes.append(f"{key}: needs {library}, which is not here; the same is computed without it")
     for key in OVERLAPS:
@@ -138,39 +142,39 @@ def _fusions(keys: Any, transformer_engine: bool, layout: Layout, shape: Shape) 
         )
     if keys.overlap_p2p_comm and layout.interleaved == 1:
         notes.append("overlap_p2p_comm: only interleaved stages overlap, and those do in any case")
-    return on, notes + _notes_without_experts(keys, shape)
+    return on, notes + _notes_without_experts(keys, decoder)
 
 
-def _notes_without_experts(keys: Any, shape: Shape) -> list[str]:
+def _notes_without_experts(keys: Any, decoder: DecoderConfig) -> list[str]:
     """A line for each key of experts that was set for a model without them."""
     set_keys = [f.name for f in fields(keys) if f.name.startswith("moe_") and getattr(keys, f.name) != f.default]
-    return [f"{key}: a {shape.model_type} has no experts" for key in set_keys if shape.experts is None]
+    return [f"{key}: a {decoder.model_type} has no experts" for key in set_keys if decoder.experts is None]
 
 
-def _sizes(shape: Shape) -> dict[str, Any]:
+def _sizes(decoder: DecoderConfig) -> dict[str, Any]:
     return {
-        "num_layers": shape.layers,
-        "hidden_size": shape.hidden,
-        "num_attention_heads": shape.heads,
-        "num_query_groups": shape.kv_heads,
-        "kv_channels": shape.head_dim,
-        "ffn_hidden_size": shape.ffn_hidden,
+        "num_layers": decoder.num_layers,
+        "hidden_size": decoder.hidden_size,
+        "num_attention_heads": decoder.num_heads,
+        "num_query_groups": decoder.num_kv_heads,
+        "kv_channels": decoder.head_dim,
+        "ffn_hidden_size": decoder.ffn_hidden_size,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": shape.norm_eps,
-        "qk_layernorm": shape.qk_norm,
+        "layernorm_epsilon": decoder.rms_norm_eps,
+        "qk_layernorm": decoder.qk_norm,
         "add_bias_linear": False,
-        "add_qkv_bias": shape.qkv_bias,
+        "add_qkv_bias": decoder.qkv_bias,
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "hidden_dropout": 0.0,
-        "attention_dropout": shape.attention_dropout,
+        "attention_dropout": decoder.attention_dropout,
         "attention_softmax_in_fp32": True,
-        "init_method_std": shape.init_std,
+        "init_method_std": decoder.init_std,
         "perform_initialization": False,  # every parameter is loaded or made from its name
     }
 
 
-def _parallel(keys: Any, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
+def _parallel(keys: Any, layout: MegatronLayout, dtype: torch.dtype) -> dict[str, Any]:
     interleaved = layout.interleaved > 1
     whole = keys.recompute_granularity == "full"
     return {
@@ -201,17 +205,17 @@ def _parallel(keys: Any, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _experts(keys: Any, shape: Shape, fused: Mapping[str, bool]) -> dict[str, Any]:
-    experts = shape.experts
+def _experts(keys: Any, decoder: DecoderConfig, fused: Mapping[str, bool]) -> dict[str, Any]:
+    experts = decoder.experts
     if experts is None:
         # Not used, but megatron-core's default is refused beside variable_seq_lengths.
         return {"moe_token_dispatcher_type": "alltoall"}
     return {
-        "num_moe_experts": experts.count,
+        "num_moe_experts": experts.num_experts,
         "moe_router_topk": experts.top_k,
-        "moe_ffn_hidden_size": experts.hidden,
-        "moe_layer_freq": list(experts.layers),
-        "moe_router_pre_softmax": not experts.normalised,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_layer_freq": list(experts.is_moe_layer),
+        "moe_router_pre_softmax": not experts.normalizes_top_k,
         "moe_router_dtype": keys.moe_router_dtype or "fp32",
         "moe_router_load_balancing_type": "aux_loss" if keys.moe_aux_loss_coeff else "none",
         "moe_aux_loss_coeff": keys.moe_aux_loss_coeff,
@@ -225,14 +229,14 @@ def _experts(keys: Any, shape: Shape, fused: Mapping[str, bool]) -> dict[str, An
     }
 
 
-def _dispatcher(wanted: str | None) -> str:
+def _dispatcher(requested: str | None) -> str:
     """How tokens reach experts; the result is the same, and without a CUDA device megatron-core has one way only."""
     if not torch.cuda.is_available():
         return "allgather"
-    return wanted or "alltoall"
+    return requested or "alltoall"
 
 
-def _check_messages(model: Mapping[str, Any], layout: Layout) -> None:
+def _check_messages(model: Mapping[str, Any], layout: MegatronLayout) -> None:
     if layout.interleaved > 1 and layout.pipeline == 2 and (model["batch_p2p_comm"] or not model["overlap_p2p_comm"]):
         raise ConfigError(
             "additional_configs: batch_p2p_comm with two interleaved stages gives wrong numbers without an error; leave it "
@@ -240,13 +244,13 @@ def _check_messages(model: Mapping[str, Any], layout: Layout) -> None:
         )
 
 
-def _add_further(keys: Any, targets: Mapping[type, dict[str, Any]], shape: Shape) -> None:
+def _add_further(keys: Any, targets: Mapping[type, dict[str, Any]], decoder: DecoderConfig) -> None:
     """Put additional_configs and extra_config, which come last, where a field has their name."""
-    own, sizes = {f.name for f in fields(keys)}, _sizes(shape).keys() - FREE
+    own_keys, sizes = {f.name for f in fields(keys)}, _sizes(decoder).keys() - FREE
     for source in ("additional_configs", "extra_config"):
         for name, value in _mapping(source, getattr(keys, source)).items():
             plain = str(name).rpartition(".")[2]  # Megatron-Bridge writes model.name
-            if plain in own:
+            if plain in own_keys:
                 raise ConfigError(f"{source}: {plain} is a key of its own; write {plain}: {value}")
             if plain in sizes:
                 raise ConfigError(f"{source}: {plain} follows from the model's configuration, which is converted by it")

@@ -10,20 +10,27 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as ranks
+from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dataflex_mega.engines.hf_names import Fused, disk_shapes, fused
-from dataflex_mega.engines.megatron.checkpoint import bare
-from dataflex_mega.engines.megatron.convert import Cut, Recipe, global_name, is_expert, join, recipe
-from dataflex_mega.engines.megatron.shape import Shape
+from dataflex_mega.engines.hf_names import FusedExpert, checkpoint_shapes, locate_fused_expert
+from dataflex_mega.engines.megatron.decoder_config import DecoderConfig
+from dataflex_mega.engines.megatron.hf_mapping import (
+    MappingRecipe,
+    ShardPosition,
+    global_name,
+    is_expert,
+    join_groups,
+    mapping_recipe,
+)
+from dataflex_mega.engines.megatron.wrapping import unwrap
 from dataflex_mega.errors import ConfigError, DataError, did_you_mean
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-class Source(Protocol):
+class WeightSource(Protocol):
     """Where weights come from, by their names in a Hugging Face checkpoint."""
 
     def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
@@ -32,26 +39,26 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Held:
+class LocalParameter:
     """A parameter of this rank by its global name."""
 
     name: str
     parameter: nn.Parameter
 
     def group(self) -> Any:
-        """The ranks among which the parameter is cut."""
+        """The ranks that hold shards of the parameter."""
         if is_expert(self.name):
-            return ranks.get_expert_tensor_parallel_group()
-        return ranks.get_tensor_model_parallel_group()
+            return parallel_state.get_expert_tensor_parallel_group()
+        return parallel_state.get_tensor_model_parallel_group()
 
-    def cut(self) -> Cut:
-        """This rank's place among those."""
+    def position(self) -> ShardPosition:
+        """The shard of this rank among those of the group."""
         group = self.group()
-        return Cut(dist.get_rank(group), dist.get_world_size(group), len(self.parameter))
+        return ShardPosition(dist.get_rank(group), dist.get_world_size(group), len(self.parameter))
 
 
-class HFFolder:
-    """A Hugging Face folder of safetensors: one file, or several with an index. Only what is asked for is read.
+class HFCheckpointReader:
+    """A Hugging Face folder of safetensors: one file, or several with an index. Only the slices asked for are read.
 
     Attributes:
         shapes: every tensor of the model -> its shape.
@@ -62,29 +69,29 @@ class HFFolder:
         """Raises DataError when the folder has no safetensors weights, or not all that the configuration asks for."""
         self.folder = folder
         self.bytes_read = 0
-        self.shapes = disk_shapes(hf_config)
+        self.shapes = checkpoint_shapes(hf_config)
         self._kind = str(hf_config.model_type)
         self._open: dict[Path, Any] = {}
         self._files = self._listed()
         for name in self.shapes:
-            self._place(name)
+            self._locate(name)
 
     def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Entries start..stop-1 along `dim` of the tensor `name`. Raises DataError when its shape is not the model's."""
-        key, inside = self._place(name)
+        key, location = self._locate(name)
         stored, file = self._handle(key).get_slice(key), self._files[key]
         shape, found = self.shapes[name], tuple(stored.get_shape())
-        if _shape_within(found, inside) != shape:
+        if _shape_within(found, location) != shape:
             raise DataError(f"{file}: {key} has shape {list(found)}; {name} of this model has shape {list(shape)}")
         window = [slice(0, length) for length in shape]
         window[dim] = slice(start, stop)
-        values = stored[_index(window, inside, shape)]
+        values = stored[_index(window, location, shape)]
         self.bytes_read += values.nbytes
         return values
 
     def dtypes(self) -> set[str]:
         """The dtypes of the tensors as safetensors calls them: `F32`, `BF16`, ..."""
-        return {self._handle(key).get_slice(key).get_dtype() for key in {self._place(name)[0] for name in self.shapes}}
+        return {self._handle(key).get_slice(key).get_dtype() for key in {self._locate(name)[0] for name in self.shapes}}
 
     def _listed(self) -> dict[str, Path]:
         """Every tensor in the folder -> its file."""
@@ -114,67 +121,67 @@ class HFFolder:
     def _handle(self, key: str) -> Any:
         return self._opened(self._files[key])
 
-    def _place(self, name: str) -> tuple[str, Fused | None]:
-        """The key that a tensor has in the files, and which part of that it is when experts are kept together."""
+    def _locate(self, name: str) -> tuple[str, FusedExpert | None]:
+        """The key that a tensor has in the files, and where it is in that tensor when experts are fused."""
         if name in self._files:
             return name, None
-        inside = fused(self._kind, name)
-        if inside is not None and inside.name in self._files:
-            return inside.name, inside
-        unblocked = name.replace(".block_sparse_moe.", ".mlp.")  # the router, where experts are kept together
+        location = locate_fused_expert(self._kind, name)
+        if location is not None and location.name in self._files:
+            return location.name, location
+        unblocked = name.replace(".block_sparse_moe.", ".mlp.")  # the router, where experts are fused
         if unblocked in self._files:
             return unblocked, None
         raise DataError(f"{self.folder}: no tensor {name}{did_you_mean(name, self._files)}, which the model has")
 
 
-def _shape_within(found: tuple[int, ...], inside: Fused | None) -> tuple[int, ...]:
+def _shape_within(found: tuple[int, ...], location: FusedExpert | None) -> tuple[int, ...]:
     """The shape of one expert's tensor in a tensor of all experts [E, rows, columns]."""
-    if inside is None:
+    if location is None:
         return found
-    return (found[1] // 2 if inside.half is not None else found[1], *found[2:])
+    return (found[1] // 2 if location.half is not None else found[1], *found[2:])
 
 
-def _index(window: list[slice], inside: Fused | None, shape: tuple[int, ...]) -> tuple[int | slice, ...]:
-    if inside is None:
+def _index(window: list[slice], location: FusedExpert | None, shape: tuple[int, ...]) -> tuple[int | slice, ...]:
+    if location is None:
         return tuple(window)
-    first = shape[0] * (inside.half or 0)
+    first = shape[0] * (location.half or 0)
     rows = slice(first + window[0].start, first + window[0].stop)
-    return (inside.expert, rows, *window[1:])
+    return (location.expert, rows, *window[1:])
 
 
-def held(chunks: Sequence[nn.Module], shape: Shape) -> Iterator[Held]:
+def local_parameters(chunks: Sequence[nn.Module], decoder: DecoderConfig) -> Iterator[LocalParameter]:
     """Every parameter of this rank, in the same order on all ranks that share one. `chunks` may be wrapped."""
     first_expert = 0
-    if shape.experts is not None:
-        here = shape.experts.count // ranks.get_expert_model_parallel_world_size()
-        first_expert = here * ranks.get_expert_model_parallel_rank()
+    if decoder.experts is not None:
+        num_local = decoder.experts.num_experts // parallel_state.get_expert_model_parallel_world_size()
+        first_expert = num_local * parallel_state.get_expert_model_parallel_rank()
     for chunk in chunks:
-        model = bare(chunk)
+        model = unwrap(chunk)
         numbers = [layer.layer_number - 1 for layer in model.decoder.layers]
         for name, parameter in model.named_parameters():
-            yield Held(global_name(name, numbers.__getitem__, first_expert), parameter)
+            yield LocalParameter(global_name(name, numbers.__getitem__, first_expert), parameter)
 
 
 @torch.no_grad()
-def load(chunks: Sequence[nn.Module], hf_config: Any, source: Source) -> None:
+def load(chunks: Sequence[nn.Module], hf_config: Any, source: WeightSource) -> None:
     """Fill every parameter of this rank from `source`, in place; each rank reads its slices only, no rank waits.
 
-    Rows of the vocabulary's padding become zero. Call it before the optimizer is made, which copies the weights.
-    Raises ConfigError when the model cannot be cut or converted so, DataError when the source does not fit.
+    Rows of the vocabulary's padding become zero. Call it before the optimizer is recipe, which copies the weights.
+    Raises ConfigError when the model cannot be sharded or converted so, DataError when the source does not fit.
     """
-    shape = Shape.of(hf_config)
-    for item in held(chunks, shape):
-        made = recipe(shape, item.name, item.cut())
-        parts = [source.read(s.name, s.dim, s.start, s.stop) for s in made.slices]
-        _fill(item, made, join(parts, made.groups))
+    decoder = DecoderConfig.from_hf_config(hf_config)
+    for item in local_parameters(chunks, decoder):
+        recipe = mapping_recipe(decoder, item.name, item.position())
+        slices = [source.read(s.name, s.dim, s.start, s.stop) for s in recipe.slices]
+        _fill(item, recipe, join_groups(slices, recipe.groups))
 
 
-def _fill(item: Held, made: Recipe, values: Tensor) -> None:
-    rows, wanted = len(values), tuple(item.parameter.shape)
-    fits = rows == wanted[0] or (made.padded and rows < wanted[0])
-    if not fits or tuple(values.shape[1:]) != wanted[1:]:
+def _fill(item: LocalParameter, recipe: MappingRecipe, values: Tensor) -> None:
+    rows, expected = len(values), tuple(item.parameter.shape)
+    fits = rows == expected[0] or (recipe.padded and rows < expected[0])
+    if not fits or tuple(values.shape[1:]) != expected[1:]:
         raise ConfigError(
-            f"engine: megatron: parameter {item.name} has shape {list(wanted)} on this rank, its weights have "
+            f"engine: megatron: parameter {item.name} has shape {list(expected)} on this rank, its weights have "
             f"{list(values.shape)}; the configuration of Megatron contradicts that of the model"
         )
     item.parameter[:rows].copy_(values)

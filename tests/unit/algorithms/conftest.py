@@ -1,4 +1,4 @@
-"""Files that some algorithms cannot do without, for the tests of the contract."""
+"""Files that some algorithms require, for the tests of the contract."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.unit.algorithms.examples import DOMAINS
 @pytest.fixture(scope="session", autouse=True)
 def offline_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Neighbours and chances that name every sample of DOMAINS."""
-    folder, samples, rng = tmp_path_factory.mktemp("offline"), sum(DOMAINS.sizes), np.random.default_rng(0)
+    folder, samples, rng = tmp_path_factory.mktemp("offline"), sum(DOMAINS.num_samples), np.random.default_rng(0)
     np.save(folder / "indices.npy", rng.permutation(samples).reshape(5, -1))
     np.save(folder / "probs.npy", rng.random(samples) + 0.1)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Small inputs that tests of algorithms share."""
+"""Small inputs shared by the tests of algorithms."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from collections.abc import Mapping
 
 import torch
 
-from dataflex_mega.algorithms.base import Domains
-from dataflex_mega.types import Clock, SampleObs, SignalTable, StepStats
+from dataflex_mega.algorithms.base import DomainInfo
+from dataflex_mega.types import SampleStats, SignalTable, StepStats, UpdateContext
 
-DOMAINS = Domains(names=("web", "wiki", "code"), sizes=(40, 10, 25), initial=(0.5, 0.3, 0.2))
+DOMAINS = DomainInfo(names=("web", "wiki", "code"), num_samples=(40, 10, 25), initial_proportions=(0.5, 0.3, 0.2))
 
 
-def clock(step: int = 10) -> Clock:
-    return Clock(step=step, total_steps=100, update=1, seed=3)
+def update_context(step: int = 10) -> UpdateContext:
+    return UpdateContext(step=step, total_steps=100, update_index=1, seed=3)
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def observed(losses: list[float] | torch.Tensor, tokens: int = 4) -> SampleObs:
+def observed(losses: list[float] | torch.Tensor, tokens: int = 4) -> SampleStats:
     """Samples with these mean losses over `tokens` tokens each, and some vector."""
     losses = torch.as_tensor(losses, dtype=torch.float32)
     count = torch.full((len(losses),), tokens)
     ids = torch.arange(len(losses))
     hidden = torch.nn.functional.normalize(torch.randn(len(losses), 5, generator=generator(4)))
-    return SampleObs(sample_id=ids, domain=ids % 3, loss_sum=losses * tokens, tokens=count, hidden=hidden)
+    return SampleStats(
+        sample_ids=ids, domain_ids=ids % 3, loss_sum=losses * tokens, num_tokens=count, embeddings=hidden
+    )
 
 
 def stats(mean_losses: Mapping[int, float], domains: int = 3, tokens: float = 8.0) -> StepStats:
@@ -40,26 +42,28 @@ def stats(mean_losses: Mapping[int, float], domains: int = 3, tokens: float = 8.
         domain_loss=sums,
         domain_tokens=counts,
         domain_samples=counts / 4,
-        tokens=int(counts.sum()),
-        domain_excess=sums / 4,
+        num_tokens=int(counts.sum()),
+        domain_excess_loss=sums / 4,
         expert_load=torch.stack([counts + sums, counts, counts.flip(0)], dim=1).unsqueeze(0),
     )
 
 
-def table(needs: frozenset[str], rows: int = 75) -> SignalTable:
+def table(names: frozenset[str], rows: int = 75) -> SignalTable:
     """Candidates with a random value for every signal asked for."""
     ids = torch.arange(rows)
     values: dict[str, torch.Tensor] = {}
-    for name in sorted(needs):
+    for name in sorted(names):
         if name.startswith(("gradient_", "cluster_", "policy_")):
             values["dot"] = torch.randn(rows, 2, generator=generator(len(name)))
             values["norm2"] = torch.rand(rows, generator=generator(len(name) + 1)) + 0.1
         elif name == "clusters":
-            values |= {"cluster": ids // 10, "turn": (ids * 7) % 10}
-            values |= {key: torch.rand(8, generator=generator(len(key)))[ids // 10] for key in ("density", "transfer")}
+            values |= {"cluster": ids // 10, "order": (ids * 7) % 10}
+            values |= {
+                key: torch.rand(8, generator=generator(len(key)))[ids // 10] for key in ("density", "transferability")
+            }
         else:
             values[name] = torch.rand(rows, generator=generator(len(name))) * 3
-    return SignalTable(sample_id=ids, domain=ids % 3, signals=values)
+    return SignalTable(sample_ids=ids, domain_ids=ids % 3, signals=values)
 
 
 def softmax(values: list[float]) -> list[float]:

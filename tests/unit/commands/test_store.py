@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dataflex_mega import cli
+from dataflex_mega.commands import _launcher
 from dataflex_mega.commands import store as store_command
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.store import build
@@ -14,18 +15,18 @@ from dataflex_mega.store.layout import StoreLayout
 
 @pytest.fixture
 def built(tmp_path):
-    layout = StoreLayout(samples=20, width=4, shards=2, block=8)
+    layout = StoreLayout(num_samples=20, width=4, num_shards=2, block_size=8)
     for shard in range(2):
-        writer = build.ShardWriter(tmp_path, build.begin(tmp_path, {"model": "abc"}, layout), shard)
-        for block in writer.missing:
-            writer.write(torch.full((len(layout.samples_of(block)), 4), float(block)))
+        writer = build.ShardWriter(tmp_path, build.create_or_resume(tmp_path, {"model": "abc"}, layout), shard)
+        for block in writer.missing_blocks:
+            writer.write(torch.full((len(layout.ids_of_block(block)), 4), float(block)))
         writer.close()
-    build.finish(tmp_path, {"model": "abc"}, layout)
+    build.finalize(tmp_path, {"model": "abc"}, layout)
     return tmp_path
 
 
 def test_help_says_how_and_needs_no_process(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "device_count", lambda: 8)
+    monkeypatch.setattr(_launcher, "device_count", lambda: 8)
     assert cli.main(["store", "--help"]) == 0
     printed = capsys.readouterr().out
     assert all(f"dataflex-cli store {command}" in printed for command in store_command.COMMANDS)
@@ -56,7 +57,7 @@ def test_what_it_does_not_take_is_one_line(capsys, argv, message):
 
 
 def test_options_may_stand_anywhere():
-    given = store_command.arguments_of(
+    given = store_command.parse_arguments(
         ["score", "run.yaml", "--top", "3", "selector.side=4", "--folder", "x", "seed=1"]
     )
     assert (given.what, given.overrides, given.top, str(given.folder)) == (
@@ -66,7 +67,7 @@ def test_options_may_stand_anywhere():
         "x",
     )
     with pytest.raises(ConfigError):
-        store_command.arguments_of(["score", "run.yaml", "--tpo", "3"])
+        store_command.parse_arguments(["score", "run.yaml", "--tpo", "3"])
 
 
 def test_info_and_verify_read_a_store(built, capsys):
@@ -89,9 +90,9 @@ def test_info_and_verify_read_a_store(built, capsys):
 def test_building_goes_through_torchrun_where_there_are_several_processes(monkeypatch, tmp_path):
     started = []
     monkeypatch.setenv("NPROC_PER_NODE", "4")
-    monkeypatch.setattr(cli, "check", lambda given: started.append(given))
+    monkeypatch.setattr(_launcher, "check_configuration", lambda given: started.append(given))
     monkeypatch.setattr(
-        cli.subprocess, "run", lambda command: started.append(command) or type("Done", (), {"returncode": 7})
+        _launcher.subprocess, "run", lambda command: started.append(command) or type("Done", (), {"returncode": 7})
     )
     assert cli.main(["store", "build", "run.yaml", "--folder", "x", "seed=1"]) == 7
     assert started[0] == ["run.yaml", "seed=1"]

@@ -1,3 +1,5 @@
+"""Perplexity of held-out text: exp of the model's own loss for any batch size, as a function and in a run."""
+
 import math
 
 import numpy as np
@@ -5,8 +7,8 @@ import pytest
 import torch
 
 from dataflex_mega.compare import perplexity
-from dataflex_mega.compare.perplexity import Measured
-from dataflex_mega.data.pool import Domain, Pool
+from dataflex_mega.compare.perplexity import EvaluationSums
+from dataflex_mega.data.pool import Domain, SamplePool
 from tests.support import corpus
 
 
@@ -48,26 +50,26 @@ def by_hugging_face(model, rows):
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
-def test_perplexity_is_exp_of_the_models_own_loss_on_the_same_windows_for_any_batch_size(model, size):
-    pool = Pool([Domain(name, rows) for name, rows in DOMAINS.items()])
-    loss, tokens = perplexity.sums(model, pool, (0, size, None))
+def test_perplexity_is_exp_of_the_models_own_loss_on_the_same_rows_for_any_batch_size(model, size):
+    pool = SamplePool([Domain(name, rows) for name, rows in DOMAINS.items()])
+    loss, tokens = perplexity.domain_sums(model, pool, (0, size, None))
     for d, rows in enumerate(DOMAINS.values()):
         count, mean = by_hugging_face(model, rows)
         assert int(tokens[d]) == count
         assert float(loss[d] / tokens[d]) == pytest.approx(mean, rel=2e-6)
-        measured = Measured(float(loss[d]), int(tokens[d]), len(rows)).as_dict()
+        measured = EvaluationSums(float(loss[d]), int(tokens[d]), len(rows)).as_dict()
         assert measured["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
 
 
 def test_progress_counts_batches(model):
     told = []
-    pool = Pool([Domain("even", DOMAINS["even"])])
-    perplexity.sums(model, pool, (0, 2, None), lambda done, total: told.append((done, total)))
+    pool = SamplePool([Domain("even", DOMAINS["even"])])
+    perplexity.domain_sums(model, pool, (0, 2, None), lambda done, total: told.append((done, total)))
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_overall_weighs_tokens_and_macro_weighs_domains():
-    found = perplexity.summary({"a": Measured(6.0, 3, 1), "b": Measured(9.0, 9, 2)})
+    found = perplexity.summary({"a": EvaluationSums(6.0, 3, 1), "b": EvaluationSums(9.0, 9, 2)})
     assert found["domains"]["a"]["perplexity"] == pytest.approx(math.exp(2))
     assert found["overall"] == {
         "perplexity": pytest.approx(math.exp(15 / 12)),
@@ -85,12 +87,12 @@ def test_the_keys_of_a_run_evaluate_the_trained_model_on_the_named_sets(tmp_path
     }  # fmt: skip
     known = dict.fromkeys([*config, "disable_gradient_checkpointing"], "str")
     del known["mixer"]
-    keys = perplexity.keys_of_run(config, known, tmp_path, ["v", "w"])
+    keys = perplexity.evaluation_keys(config, known, tmp_path, ["v", "w"])
     assert keys == {
         "model_name_or_path": str(tmp_path), "dataset": "v,w", "cutoff_len": 8, "finetuning_type": "full",
         "output_dir": str(tmp_path / "perplexity"), "disable_gradient_checkpointing": True,
     }  # fmt: skip
     (tmp_path / "adapter_config.json").write_text("{}")
-    keys = perplexity.keys_of_run(config | {"finetuning_type": "lora"}, known, tmp_path, ["v"])
+    keys = perplexity.evaluation_keys(config | {"finetuning_type": "lora"}, known, tmp_path, ["v"])
     assert (keys["model_name_or_path"], keys["adapter_name_or_path"]) == ("base", str(tmp_path))
     assert keys["finetuning_type"] == "lora"

@@ -1,3 +1,5 @@
+"""RegMix: the fit recovers known optima, mixtures are Dirichlet draws, and bad studies are refused."""
+
 import json
 
 import numpy as np
@@ -18,43 +20,45 @@ def bowl(mixtures):
 
 
 def test_it_recovers_the_optimum_of_a_quadratic_from_noisy_runs():
-    draw, rng = regmix.Draw(NATURAL), np.random.default_rng(0)
-    tried = draw.mixtures(40, rng)
+    sampler, rng = regmix.MixtureSampler(NATURAL), np.random.default_rng(0)
+    tried = sampler.sample(40, rng)
     found = regmix.fit(tried, bowl(tried) + rng.normal(scale=1e-3, size=40))
-    best = regmix.propose(found, draw, 100_000, 128, rng)
+    best = regmix.propose(found, sampler, 100_000, 128, rng)
     assert np.abs(best - OPTIMUM).max() < 0.02 and best.sum() == pytest.approx(1)
     assert found.correlation > 0.99 and found.error < 0.005
 
 
 def test_a_fit_of_noise_says_so():
     rng = np.random.default_rng(1)
-    tried = regmix.Draw(NATURAL).mixtures(40, rng)
+    tried = regmix.MixtureSampler(NATURAL).sample(40, rng)
     assert regmix.fit(tried, rng.normal(size=40)).correlation < 0.3
 
 
 def test_a_linear_fit_goes_to_the_domain_with_the_lowest_loss():
-    draw, rng = regmix.Draw(NATURAL), np.random.default_rng(2)
-    tried = draw.mixtures(20, rng)
+    sampler, rng = regmix.MixtureSampler(NATURAL), np.random.default_rng(2)
+    tried = sampler.sample(20, rng)
     found = regmix.fit(tried, tried @ np.asarray([3.0, 2.0, 4.0]), degree=1)
-    assert regmix.propose(found, draw, 20_000, 16, rng)[1] > 0.99
+    assert regmix.propose(found, sampler, 20_000, 16, rng)[1] > 0.99
 
 
 def test_drawn_mixtures_have_the_moments_of_the_dirichlet():
-    fixed = regmix.Draw(NATURAL, strengths=(4.0, 4.0), temperature=1.0).mixtures(200_000, np.random.default_rng(3))
+    fixed = regmix.MixtureSampler(NATURAL, strengths=(4.0, 4.0), temperature=1.0).sample(
+        200_000, np.random.default_rng(3)
+    )
     assert fixed.sum(axis=1) == pytest.approx(1) and fixed.min() >= 0
     assert fixed.mean(axis=0) == pytest.approx(NATURAL, abs=2e-3)
     assert fixed.var(axis=0) == pytest.approx(NATURAL * (1 - NATURAL) / 5, abs=1e-3)
-    flat = regmix.Draw(NATURAL, strengths=(4.0, 4.0)).mixtures(200_000, np.random.default_rng(3))
+    flat = regmix.MixtureSampler(NATURAL, strengths=(4.0, 4.0)).sample(200_000, np.random.default_rng(3))
     assert flat.mean(axis=0) == pytest.approx(np.sqrt(NATURAL) / np.sqrt(NATURAL).sum(), abs=2e-3)
 
 
 def test_very_weak_draws_are_still_mixtures():
-    drawn = regmix.Draw(NATURAL, strengths=(1e-4, 1e-4)).mixtures(1000, np.random.default_rng(4))
+    drawn = regmix.MixtureSampler(NATURAL, strengths=(1e-4, 1e-4)).sample(1000, np.random.default_rng(4))
     assert np.isfinite(drawn).all() and drawn.sum(axis=1) == pytest.approx(1)
 
 
 def test_the_first_mixtures_stay_the_same_for_a_seed():
-    first, again = (regmix.Draw(NATURAL).mixtures(5, np.random.default_rng([1, 0])) for _ in range(2))
+    first, again = (regmix.MixtureSampler(NATURAL).sample(5, np.random.default_rng([1, 0])) for _ in range(2))
     assert (first == again).all()
 
 
@@ -62,7 +66,7 @@ def test_ranks_agree_with_scipys():
     from scipy.stats import rankdata
 
     values = np.asarray([3.0, 1.0, 3.0, -2.0, 1.0, 7.0])
-    assert (regmix.ranks(values) == rankdata(values) - 1).all()
+    assert (regmix.average_ranks(values) == rankdata(values) - 1).all()
 
 
 def test_too_few_runs_are_refused():
@@ -85,8 +89,8 @@ def test_every_mixture_is_a_static_run_of_its_own(tmp_path):
     found = read(tmp_path, "runs=6", natural=[5, 3, 2])
     natural = study.natural_proportions(found)
     assert natural == pytest.approx([0.5, 0.3, 0.2])
-    mixtures = regmix.Draw(natural).mixtures(6, found.random(0))
-    chosen = study.as_suite(found, mixtures, "study.yaml")
+    mixtures = regmix.MixtureSampler(natural).sample(6, found.generator(0))
+    chosen = study.build_suite(found, mixtures, "study.yaml")
     assert [run.key for run in chosen.runs][:2] == ["mix-000/seed-1", "mix-001/seed-1"]
     for run, mixture in zip(chosen.runs, mixtures, strict=True):
         assert run.config["mixer"] == "static"
@@ -121,11 +125,11 @@ def test_natural_needs_a_number_for_each_domain(tmp_path):
 
 def test_what_is_written_is_what_init_mixture_proportions_file_reads(tmp_path):
     found = read(tmp_path, natural=[5, 3, 2])
-    draw = regmix.Draw(NATURAL)
-    tried = draw.mixtures(40, found.random(0))
+    sampler = regmix.MixtureSampler(NATURAL)
+    tried = sampler.sample(40, found.generator(0))
     fitted = regmix.fit(tried, bowl(tried))
-    best = regmix.propose(fitted, draw, 10_000, 64, found.random(1))
+    best = regmix.propose(fitted, sampler, 10_000, 64, found.generator(1))
     target = tmp_path / study.PROPORTIONS_FILE
-    target.write_text(json.dumps(study.describe(found, draw, fitted, best)))
+    target.write_text(json.dumps(study.proportions_record(found, sampler, fitted, best)))
     assert proportions.read(str(target)) == best.tolist()
     proportions.check_names(str(target), ["a", "b", "c"])

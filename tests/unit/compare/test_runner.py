@@ -1,3 +1,5 @@
+"""The runner of a comparison: each run trains once, and continues after failures and kills."""
+
 import json
 import os
 import signal
@@ -17,36 +19,36 @@ BASE = {"model_name_or_path": "m", "max_steps": 4, "dataset": "a,b", "eval_datas
 
 class Silent:
     def __init__(self):
-        self.notes, self.started, self.problems = [], [], {}
+        self.lines, self.started, self.problems = [], [], {}
 
-    def begin(self, done, total):
+    def on_begin(self, done, total):
         pass
 
-    def start(self, run, step):
+    def on_run_start(self, run, step):
         self.started.append((run.key, step))
 
-    def step(self, run, step):
+    def on_step(self, run, step):
         pass
 
-    def finish(self, run, problem):
+    def on_run_end(self, run, problem):
         self.problems[run.key] = problem
 
-    def note(self, text):
-        self.notes.append(text)
+    def print_line(self, text):
+        self.lines.append(text)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(runner, "TRAIN_MODULE", FAKE)
-    monkeypatch.setattr(runner, "POLL", 0.01)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
 
 
-def built(folder, methods=None, **base):
+def build(folder, methods=None, **base):
     given = {"base": BASE | base, "methods": methods or {"one": None, "two": {"mixer": "odm"}}, "seeds": [1]}
     return suite.build(given | {"output_dir": str(folder)}, "s.yaml")
 
 
-def trained(chosen, rerun=()):
+def train(chosen, rerun=()):
     silent = Silent()
     return runner.train(chosen, runner.prepare(chosen, rerun), silent), silent
 
@@ -56,16 +58,16 @@ def starts(run):
 
 
 def test_every_run_is_trained_once(tmp_path):
-    chosen = built(tmp_path)
-    outcome, _ = trained(chosen)
+    chosen = build(tmp_path)
+    outcome, _ = train(chosen)
     assert outcome.trained == ["one/seed-1", "two/seed-1"] and outcome.failed == {}
-    again, _ = trained(chosen)
+    again, _ = train(chosen)
     assert again.trained == [] and [starts(run) for run in chosen.runs] == [["seed-1 0"], ["seed-1 0"]]
-    assert yaml.safe_load(chosen.runs[1].beside(".yaml").read_text())["mixer"] == "odm"
+    assert yaml.safe_load(chosen.runs[1].sibling_file(".yaml").read_text())["mixer"] == "odm"
 
 
-def test_a_run_that_fails_is_told_with_its_error_and_does_not_stop_the_others(tmp_path):
-    outcome, silent = trained(built(tmp_path, {"bad": {"fail": True}, "good": None}))
+def test_a_run_that_fails_is_reported_with_its_error_and_does_not_stop_the_others(tmp_path):
+    outcome, silent = train(build(tmp_path, {"bad": {"fail": True}, "good": None}))
     assert outcome.trained == ["good/seed-1"]
     assert outcome.failed["bad/seed-1"].startswith("error: fail: found True (exit status 2;")
     assert silent.problems == {"bad/seed-1": outcome.failed["bad/seed-1"], "good/seed-1": None}
@@ -73,28 +75,28 @@ def test_a_run_that_fails_is_told_with_its_error_and_does_not_stop_the_others(tm
 
 def test_phases_after_a_failed_one_are_left_out(tmp_path):
     phases = [{"phase": "a", "fail": True}, {"phase": "b"}]
-    chosen = built(tmp_path, {"bad": phases})
-    outcome, _ = trained(chosen)
+    chosen = build(tmp_path, {"bad": phases})
+    outcome, _ = train(chosen)
     assert outcome.failed["bad/seed-1/b"] == "bad/seed-1/a failed" and not chosen.runs[1].folder.exists()
 
 
 def test_an_unfinished_run_continues_from_its_checkpoint_and_starts_anew_without_one(tmp_path):
-    chosen = built(tmp_path)
+    chosen = build(tmp_path)
     one, two = chosen.runs
     runner.prepare(chosen)
     (one.folder / "checkpoint-2").mkdir(parents=True)
     (one.folder / "times.jsonl").write_text('{"step": 2, "seconds": 0.5}\n')
     (two.folder).mkdir(parents=True)
     (two.folder / "left.over").write_text("")
-    _, silent = trained(chosen)
+    _, silent = train(chosen)
     assert starts(one) == ["seed-1 2"] and starts(two) == ["seed-1 0"] and not (two.folder / "left.over").exists()
     assert silent.started == [("one/seed-1", 2), ("two/seed-1", 0)]
 
 
 @pytest.mark.parametrize("missing", ["trainer_state.json", "tokenizer_config.json"])
 def test_a_run_counts_as_finished_only_with_its_last_step_and_its_model(tmp_path, missing):
-    chosen = built(tmp_path)
-    trained(chosen)
+    chosen = build(tmp_path)
+    train(chosen)
     assert runner.is_finished(chosen.runs[0])
     (chosen.runs[0].folder / missing).unlink()
     assert not runner.is_finished(chosen.runs[0])
@@ -103,24 +105,24 @@ def test_a_run_counts_as_finished_only_with_its_last_step_and_its_model(tmp_path
 
 
 def test_a_run_whose_keys_changed_is_refused_by_name_and_rerun_when_named(tmp_path):
-    trained(built(tmp_path))
-    changed = built(tmp_path, {"one": None, "two": {"mixer": "ado"}})
+    train(build(tmp_path))
+    changed = build(tmp_path, {"one": None, "two": {"mixer": "ado"}})
     with pytest.raises(ConfigError, match="two/seed-1: mixer was 'odm', is 'ado'.*--rerun two/seed-1"):
         runner.prepare(changed)
-    outcome, _ = trained(changed, ["two/seed-1"])
+    outcome, _ = train(changed, ["two/seed-1"])
     assert outcome.trained == ["two/seed-1"] and starts(changed.runs[0]) == ["seed-1 0"]
 
 
 def test_another_number_of_processes_is_a_change_and_another_logging_interval_is_none(tmp_path):
-    chosen = built(tmp_path)
-    trained(chosen)
-    assert runner.prepare(built(tmp_path, logging_steps=7)) == []
-    assert runner.differences(chosen.runs[0], 2) == ["processes was 1, is 2"]
+    chosen = build(tmp_path)
+    train(chosen)
+    assert runner.prepare(build(tmp_path, logging_steps=7)) == []
+    assert runner.changed_keys(chosen.runs[0], 2) == ["processes was 1, is 2"]
 
 
 def test_rerun_of_a_phase_takes_the_later_ones_with_it(tmp_path):
-    chosen = built(tmp_path, {"m": [{"phase": "a"}, {"phase": "b"}, {"phase": "c"}], "n": None})
-    trained(chosen)
+    chosen = build(tmp_path, {"m": [{"phase": "a"}, {"phase": "b"}, {"phase": "c"}], "n": None})
+    train(chosen)
     assert [run.key for run in runner.prepare(chosen, ["m/seed-1/b"])] == ["m/seed-1/b", "m/seed-1/c"]
     assert [run.key for run in runner.prepare(chosen, ["m"])] == ["m/seed-1/a", "m/seed-1/b", "m/seed-1/c"]
     with pytest.raises(ConfigError, match="did you mean 'm/seed-1/b'"):
@@ -128,7 +130,7 @@ def test_rerun_of_a_phase_takes_the_later_ones_with_it(tmp_path):
 
 
 def test_launch_lines_are_torchrun_commands_of_what_is_missing(tmp_path):
-    chosen = built(tmp_path)
+    chosen = build(tmp_path)
     first, second = runner.launch_lines(runner.prepare(chosen), 4)
     assert first == (
         f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=4 -m {FAKE} {tmp_path}/one/seed-1.yaml"
@@ -138,9 +140,9 @@ def test_launch_lines_are_torchrun_commands_of_what_is_missing(tmp_path):
 
 PARENT = """
 import sys
-from tests.unit.compare.test_runner import BASE, FAKE, Silent, built, runner
+from tests.unit.compare.test_runner import BASE, FAKE, Silent, build, runner
 runner.TRAIN_MODULE = FAKE
-chosen = built(sys.argv[1], {"one": None, "two": {"delay": 0.3}})
+chosen = build(sys.argv[1], {"one": None, "two": {"delay": 0.3}})
 runner.train(chosen, runner.prepare(chosen), Silent())
 """
 
@@ -161,9 +163,9 @@ def killed_during_the_second_run(folder, with_child):
 
 def test_killed_with_its_training_it_goes_on_and_leaves_finished_runs_alone(tmp_path):
     killed_during_the_second_run(tmp_path, with_child=True)
-    chosen = built(tmp_path, {"one": None, "two": {"delay": 0.3}})
+    chosen = build(tmp_path, {"one": None, "two": {"delay": 0.3}})
     before = (chosen.runs[0].folder / "trainer_state.json").stat()
-    outcome, _ = trained(chosen)
+    outcome, _ = train(chosen)
     assert outcome.trained == ["two/seed-1"] and starts(chosen.runs[1]) == ["seed-1 0", "seed-1 2"]
     after = (chosen.runs[0].folder / "trainer_state.json").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
@@ -171,23 +173,23 @@ def test_killed_with_its_training_it_goes_on_and_leaves_finished_runs_alone(tmp_
 
 def test_a_training_that_outlives_it_is_waited_for_and_not_trained_twice(tmp_path):
     killed_during_the_second_run(tmp_path, with_child=False)
-    chosen = built(tmp_path, {"one": None, "two": {"delay": 0.3}})
+    chosen = build(tmp_path, {"one": None, "two": {"delay": 0.3}})
     with pytest.raises(ConfigError, match="two/seed-1 is being trained now"):
         runner.prepare(chosen, ["two"])
-    outcome, silent = trained(chosen)
+    outcome, silent = train(chosen)
     assert outcome.trained == ["two/seed-1"] and starts(chosen.runs[1]) == ["seed-1 0"]
-    assert silent.notes == ["waiting: two/seed-1 is still being trained by an earlier command"]
+    assert silent.lines == ["waiting: two/seed-1 is still being trained by an earlier command"]
 
 
 def test_a_training_is_ended_when_we_are(tmp_path):
     class Leaves(Silent):
-        def step(self, run, step):
+        def on_step(self, run, step):
             if step >= 1:
                 raise KeyboardInterrupt
 
-    chosen = built(tmp_path, {"one": {"delay": 0.3, "max_steps": 100}}, max_steps=100)
+    chosen = build(tmp_path, {"one": {"delay": 0.3, "max_steps": 100}}, max_steps=100)
     with pytest.raises(KeyboardInterrupt):
         runner.train(chosen, runner.prepare(chosen), Leaves())
-    with runner.locked(chosen.runs[0]) as lock:
+    with runner.lock_run(chosen.runs[0]) as lock:
         assert lock is not None
     assert not runner.is_finished(chosen.runs[0])

@@ -1,3 +1,5 @@
+"""A comparison's YAML: which runs it describes, and what makes two of them incomparable."""
+
 import pytest
 import yaml
 
@@ -16,32 +18,37 @@ def keys(**changes):
     } | changes
 
 
-def built(**changes):
+def build(**changes):
     return suite.build(keys(**changes), "s.yaml")
 
 
-def refused(**changes):
+def refusal(**changes):
     with pytest.raises(ConfigError) as error:
-        built(**changes)
+        build(**changes)
     return str(error.value)
 
 
 def test_runs_are_methods_within_seeds_with_complete_configurations():
-    found = built()
-    assert [run.key for run in found.runs] == ["plain/seed-1", "odm/seed-1", "plain/seed-2", "odm/seed-2"]
-    odm = found.of("odm", 2)[0]
-    assert odm.config == BASE | {"mixer": "odm", "seed": 2, "output_dir": "out/odm/seed-2", "callbacks": [suite.CLOCK]}
-    assert odm.steps == 4 and odm.final and not odm.waits and found.baseline == "plain"
+    plan = build()
+    assert [run.key for run in plan.runs] == ["plain/seed-1", "odm/seed-1", "plain/seed-2", "odm/seed-2"]
+    odm = plan.phases_of("odm", 2)[0]
+    assert odm.config == BASE | {
+        "mixer": "odm",
+        "seed": 2,
+        "output_dir": "out/odm/seed-2",
+        "callbacks": [suite.STEP_TIMER],
+    }
+    assert odm.num_steps == 4 and odm.is_final and not odm.needs_earlier_phase and plan.baseline == "plain"
     assert "seed" not in BASE
 
 
 def test_a_method_takes_a_key_out_with_null():
-    run = built(base=BASE | {"weight_decay": 0.1}, methods={"plain": None, "none": {"weight_decay": None}}).runs[1]
+    run = build(base=BASE | {"weight_decay": 0.1}, methods={"plain": None, "none": {"weight_decay": None}}).runs[1]
     assert "weight_decay" not in run.config
 
 
 def test_the_base_may_refer_to_its_own_keys():
-    run = built(base=BASE | {"run_name": "steps-${max_steps}"}, methods={"long": {"max_steps": 9}}).runs[0]
+    run = build(base=BASE | {"run_name": "steps-${max_steps}"}, methods={"long": {"max_steps": 9}}).runs[0]
     assert run.config["run_name"] == "steps-9"
 
 
@@ -53,23 +60,23 @@ PHASES = [
 
 
 def test_phases_are_handed_the_folders_of_earlier_ones_and_the_last_is_compared():
-    first, second, third = built(methods={"doremi": PHASES}, seeds=[7]).runs
+    first, second, third = build(methods={"doremi": PHASES}, seeds=[7]).runs
     assert second.config["reference_model"] == "out/doremi/seed-7/reference" == first.config["output_dir"]
     assert third.config["extra"] == ["out/doremi/seed-7/proxy/w.json"]
-    assert [r.final for r in (first, second, third)] == [False, False, True]
-    assert [r.waits for r in (first, second, third)] == [False, True, True]
+    assert [r.is_final for r in (first, second, third)] == [False, False, True]
+    assert [r.needs_earlier_phase for r in (first, second, third)] == [False, True, True]
     assert third.key == "doremi/seed-7/final"
 
 
 def test_a_phase_that_is_not_an_earlier_one_is_refused_with_the_nearest_name():
     phases = [PHASES[0], {"phase": "final", "reference_model": "${referenze.output_dir}"}]
-    said = refused(methods={"doremi": phases})
+    said = refusal(methods={"doremi": phases})
     assert "methods.doremi.final" in said and "did you mean 'reference'" in said
 
 
 def test_phases_need_names_of_their_own():
-    assert "name of its own" in refused(methods={"doremi": [{"phase": "a"}, {"phase": "a"}]})
-    assert "name of its own" in refused(methods={"doremi": [{"mixer": "odm"}]})
+    assert "name of its own" in refusal(methods={"doremi": [{"phase": "a"}, {"phase": "a"}]})
+    assert "name of its own" in refusal(methods={"doremi": [{"mixer": "odm"}]})
 
 
 @pytest.mark.parametrize(
@@ -82,23 +89,23 @@ def test_phases_need_names_of_their_own():
         ({"eval_dataset": "a_v"}, "eval_dataset is ['a_v']"),
     ],
 )
-def test_another_budget_or_other_held_out_data_is_refused(change, key):
-    assert key in refused(methods={"plain": None, "other": change})
+def test_another_budget_or_other_held_out_data_is_refusal(change, key):
+    assert key in refusal(methods={"plain": None, "other": change})
 
 
 def test_the_same_budget_may_be_cut_differently():
     cut = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "eval_dataset": ["a_v", "b_v"]}
-    assert len(built(methods={"plain": None, "other": cut}).runs) == 4
+    assert len(build(methods={"plain": None, "other": cut}).runs) == 4
 
 
-@pytest.mark.parametrize("key", sorted(suite.OWN_KEYS))
+@pytest.mark.parametrize("key", sorted(suite.RESERVED_KEYS))
 def test_keys_that_compare_sets_itself_are_refused_in_methods(key):
-    assert f"methods.odm: {key} cannot be set here" in refused(methods={"odm": {key: 1}})
+    assert f"methods.odm: {key} cannot be set here" in refusal(methods={"odm": {key: 1}})
 
 
-def test_a_base_that_would_start_over_or_stop_early_is_refused():
-    assert "base.overwrite_output_dir" in refused(base=BASE | {"overwrite_output_dir": True})
-    assert "base.early_stopping_steps" in refused(base=BASE | {"early_stopping_steps": 3})
+def test_a_base_that_would_start_over_or_stop_early_is_refusal():
+    assert "base.overwrite_output_dir" in refusal(base=BASE | {"overwrite_output_dir": True})
+    assert "base.early_stopping_steps" in refusal(base=BASE | {"early_stopping_steps": 3})
 
 
 @pytest.mark.parametrize(
@@ -118,17 +125,17 @@ def test_a_base_that_would_start_over_or_stop_early_is_refused():
     ],
 )
 def test_mistakes_name_the_key_and_what_is_allowed(change, said):
-    assert said in refused(**change)
-    assert "s.yaml" in refused(**change)
+    assert said in refusal(**change)
+    assert "s.yaml" in refusal(**change)
 
 
 def test_a_file_names_its_base_and_is_overridden(tmp_path):
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
     path = tmp_path / "s.yaml"
     path.write_text(yaml.safe_dump(keys(base=str(tmp_path / "base.yaml")), sort_keys=False))
-    found = suite.read(str(path), ["base.max_steps=9", "base.mixer.name=odm", "seeds=[5]", "output_dir=there"])
-    assert found.seeds == (5,) and found.runs[0].folder.parts[0] == "there"
-    assert found.runs[0].config["max_steps"] == 9 and found.runs[0].config["mixer"] == {"name": "odm"}
+    plan = suite.read(str(path), ["base.max_steps=9", "base.mixer.name=odm", "seeds=[5]", "output_dir=there"])
+    assert plan.seeds == (5,) and plan.runs[0].folder.parts[0] == "there"
+    assert plan.runs[0].config["max_steps"] == 9 and plan.runs[0].config["mixer"] == {"name": "odm"}
 
 
 def test_an_override_of_an_unknown_key_and_a_missing_base_are_named(tmp_path):

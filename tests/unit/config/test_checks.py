@@ -1,7 +1,9 @@
+"""Checks that need the configuration alone: what dynamic training does not do, and paths that must exist."""
+
 import pytest
 
-from dataflex_mega.config.checks import REFUSED, check_dynamic, listed
-from dataflex_mega.config.parse import split
+from dataflex_mega.config.checks import REFUSED, check_dynamic, split_names
+from dataflex_mega.config.parse import parse_config
 from dataflex_mega.errors import ConfigError
 from tests.unit.config.conftest import LF_KEYS
 
@@ -19,7 +21,7 @@ def check(tmp_path):
 
     def check(**keys):
         config = {key: value for key, value in {**right, **keys}.items() if value is not None}
-        check_dynamic(split(config, {**dict.fromkeys(REFUSED, "bool"), **LF_KEYS}))
+        check_dynamic(parse_config(config, {**dict.fromkeys(REFUSED, bool), **LF_KEYS}))
 
     return check
 
@@ -157,4 +159,4 @@ def test_a_folder_that_holds_no_model_is_named(check, tmp_path):
 
 @pytest.mark.parametrize("value", [None, "a, b", ["a", "b"], " a ,b,"])
 def test_lists_in_every_spelling(value):
-    assert listed(value) == ([] if value is None else ["a", "b"])
+    assert split_names(value) == ([] if value is None else ["a", "b"])

@@ -1,3 +1,5 @@
+"""The generated page of keys: every key and parameter has a row, and docs/ holds the current page."""
+
 import dataclasses
 import importlib.util
 from pathlib import Path
@@ -5,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from dataflex_mega.config.checks import REFUSED
+from dataflex_mega.config.dataflex_parse import RunArguments
 from dataflex_mega.config.megatron import MegatronArguments
-from dataflex_mega.config.ours import RunArguments
-from dataflex_mega.registry import CONTRACTS, available, parameters
+from dataflex_mega.registry import CONTRACTS, get_parameters, list_builtin_names
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -26,9 +28,9 @@ def test_every_key_and_every_parameter_has_a_row(tool):
         for field in dataclasses.fields(cls):
             assert f"\n| `{field.name}` | " in text
     for role in CONTRACTS:
-        for name in available(role):
+        for name in list_builtin_names(role):
             section = text.partition(f"#### {role}: `{name}`")[2].partition("\n#")[0]
-            for key in parameters(role, name):
+            for key in get_parameters(role, name):
                 assert f"\n| `{key}` | " in section
     for key in REFUSED:
         assert f"\n| `{key}` | " in text
@@ -36,10 +38,10 @@ def test_every_key_and_every_parameter_has_a_row(tool):
 
 def test_every_parameter_of_an_algorithm_is_explained(tool):
     for role in CONTRACTS:
-        for name in available(role):
+        for name in list_builtin_names(role):
             doc = tool.load_class(role, name).__doc__
             explained = tool.argument_help(doc)
-            assert {p.attribute for p in parameters(role, name).values()} <= set(explained), (role, name)
+            assert {p.attribute for p in get_parameters(role, name).values()} <= set(explained), (role, name)
 
 
 def test_the_page_in_docs_is_what_the_code_says(tool):
@@ -54,7 +56,7 @@ def test_check_finds_a_page_that_differs_or_is_missing(tool, tmp_path, capsys):
     assert tool.main(["--check", "--output", str(page)]) == 0
     page.write_text(page.read_text().replace("| `0` |", "| `1` |", 1))
     assert tool.main(["--check", "--output", str(page)]) == 1
-    assert "is not what the code says" in capsys.readouterr().err
+    assert "is out of date" in capsys.readouterr().err
 
 
 def test_writing_twice_gives_the_same_bytes(tool):

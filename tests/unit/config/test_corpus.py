@@ -4,7 +4,7 @@ import pytest
 
 from dataflex_mega.config.checks import REFUSED, check_dynamic
 from dataflex_mega.config.corpus import with_names
-from dataflex_mega.config.parse import split
+from dataflex_mega.config.parse import parse_config
 from dataflex_mega.data import manifest
 from dataflex_mega.data.manifest import Corpus, CorpusDomain, CorpusTokenizer
 from dataflex_mega.errors import ConfigError, DataError
@@ -39,7 +39,7 @@ def check(tmp_path):
             if keys.get(key):
                 keys[key] = str(tmp_path / keys[key])
         given = {key: value for key, value in {**right, **keys}.items() if value is not None}
-        config = split(given, known)
+        config = parse_config(given, known)
         check_dynamic(config)
         return config
 
@@ -73,7 +73,7 @@ def test_right_configurations_pass(check, keys):
         ({"eval_strategy": "steps"}, "eval_strategy: steps needs eval_corpus_dir"),
         ({"corpus_dir": None, "dataset": "a", "eval_corpus_dir": "held"}, "eval_corpus_dir: needs corpus_dir"),
         ({"stage": "sft"}, "corpus_dir: a corpus is for stage: pt, found stage: sft"),
-        ({"cutoff_len": 1}, "cutoff_len: a window needs at least 2 tokens, found 1"),
+        ({"cutoff_len": 1}, "cutoff_len: a row needs at least 2 tokens, found 1"),
         ({"packing": False}, "packing: has no effect with corpus_dir"),
         ({"packing": True}, "packing: has no effect with corpus_dir"),
         ({"neat_packing": True}, "neat_packing: has no effect with corpus_dir"),
@@ -97,15 +97,15 @@ def test_contradictions_are_refused_by_name(check, keys, words):
 
 def test_plain_training_on_megatron_may_read_a_corpus(check):
     config = check(mixer=None, train_type="static", engine="megatron")
-    assert config.ours.corpus_dir is not None
+    assert config.dataflex.corpus_dir is not None
 
 
 def test_all_domains_stand_in_for_a_dataset_that_is_left_out(check):
     config = check(eval_corpus_dir="held")
-    every = with_names(config.ours, config.lf, [], [])
+    every = with_names(config.dataflex, config.llamafactory, [], [])
     assert (every["dataset"], every["eval_dataset"]) == (["code", "prose", "tables"], ["code", "prose"])
-    some = with_names(config.ours, config.lf, ["prose"], ["code"])
+    some = with_names(config.dataflex, config.llamafactory, ["prose"], ["code"])
     assert (some["dataset"], some["eval_dataset"]) == (["prose"], ["code"])
-    assert "dataset" not in config.lf
+    assert "dataset" not in config.llamafactory
     config = check()
-    assert "eval_dataset" not in with_names(config.ours, config.lf, [], [])
+    assert "eval_dataset" not in with_names(config.dataflex, config.llamafactory, [], [])

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dataflex_mega.config import components
-from dataflex_mega.config.parse import split
+from dataflex_mega.config.parse import parse_config
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.registry import build
 
@@ -86,7 +86,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(("section", "name"), [(s, n) for s, entries in SHIPPED.items() for n in entries])
 def test_every_entry_builds(file: str, section: str, name: str) -> None:
     role = ROLES[section]
-    spec = components.pick(file, role, name)
+    spec = components.read_component(file, role, name).spec
     if section == "selectors":
         assert spec["cache_dir"] == f"../dataflex_saves/{name}_output", "substituted"
     try:
@@ -97,18 +97,19 @@ def test_every_entry_builds(file: str, section: str, name: str) -> None:
 
 def test_the_path_of_dataflexs_own_file_means_the_packaged_one() -> None:
     keys = {"train_type": "dynamic_mix", "component_name": "odm", "update_step": 1}
-    run = split({**keys, "components_cfg_file": "src/dataflex/configs/components.yaml"}, {})
-    assert run.ours.components_cfg_file is None and (run.ours.roles()["mixer"] or {})["name"] == "odm"
+    run = parse_config({**keys, "components_cfg_file": "src/dataflex/configs/components.yaml"}, {})
+    assert run.dataflex.components_cfg_file is None and run.roles["mixer"]["name"] == "odm"
     assert [note for note in run.notes if "components_cfg_file: src/dataflex" in note]
     with pytest.raises(ConfigError, match=r"mine/components.yaml not found"):
-        split({**keys, "components_cfg_file": "mine/components.yaml"}, {})
+        parse_config({**keys, "components_cfg_file": "mine/components.yaml"}, {})
 
 
 def test_the_evaluation_of_dynamic_moe_has_nothing_to_set_here(file: str) -> None:
     keys = {"components_cfg_file": file, "train_type": "dynamic_mix", "component_name": "dynamic_moe", "update_step": 1}
-    run = split(keys, {})
-    assert run.ours.roles()["mixer"] == {"name": "dynamic_moe", "eta": 10.0, "c": 0.05}
-    assert len([note for note in run.notes if "is not used; routers are counted" in note]) == 3
+    run = parse_config(keys, {})
+    assert run.roles["mixer"] == {"name": "dynamic_moe", "eta": 10.0, "c": 0.05}
+    (note,) = (note for note in run.notes if note.startswith("mixer dynamic_moe: no effect here: "))
+    assert "collect_steps, eval_batch_size, eval_samples (routers are counted" in note
 
 
 def test_parameters_that_are_keys_of_the_run_here_become_those(tmp_path: Path) -> None:
@@ -118,12 +119,12 @@ def test_parameters_that_are_keys_of_the_run_here_become_those(tmp_path: Path) -
     selectors = {"easy": {"name": "loss", "params": params}}
     path.write_text(yaml.safe_dump({"selectors": selectors, "mixers": mixers}))
     keys = {"components_cfg_file": str(path), "update_step": 1}
-    run = split({**keys, "train_type": "dynamic_select", "component_name": "easy"}, {})
-    assert run.ours.score_batch_size == 3 and run.ours.roles()["selector"] == {"name": "loss", "focus": "low"}
+    run = parse_config({**keys, "train_type": "dynamic_select", "component_name": "easy"}, {})
+    assert run.dataflex.score_batch_size == 3 and run.roles["selector"] == {"name": "loss", "focus": "low"}
     assert [note for note in run.notes if "score_num_workers" in note]
-    run = split({**keys, "train_type": "dynamic_mix", "component_name": "doremi"}, {})
-    assert run.ours.reference_model == "a/model"
+    run = parse_config({**keys, "train_type": "dynamic_mix", "component_name": "doremi"}, {})
+    assert run.dataflex.reference_model == "a/model"
     with pytest.raises(
         ConfigError, match="reference_model: 'b' contradicts component_name 'doremi', which says 'a/model'"
     ):
-        split({**keys, "train_type": "dynamic_mix", "component_name": "doremi", "reference_model": "b"}, {})
+        parse_config({**keys, "train_type": "dynamic_mix", "component_name": "doremi", "reference_model": "b"}, {})

@@ -1,22 +1,23 @@
-"""Against the keys of the installed LLaMA-Factory."""
+"""Keys and values against the argument classes of the installed LLaMA-Factory."""
 
 import dataclasses
+import typing
 
 import pytest
 
-from dataflex_mega.config.checks import ALLOWED, AT_LEAST, REFUSED, REQUIRED
-from dataflex_mega.config.legacy import DROPPED, INTO_FSDP_CONFIG, RENAMED
-from dataflex_mega.config.parse import MEGATRON_KEYS, OUR_KEYS, split
-from dataflex_mega.config.values import fit_loosely, kinds
+from dataflex_mega.config.checks import ALLOWED, LF_MIN_VALUES, REFUSED, REQUIRED
+from dataflex_mega.config.legacy import DROPPED, INTO_FSDP_CONFIG, OUR_RENAMED, RENAMED
+from dataflex_mega.config.parse import MEGATRON_KEYS, OUR_KEYS, parse_config
 from dataflex_mega.errors import ConfigError
-from tests.unit.config.conftest import LF_KEYS
+from dataflex_mega.schema.coercion import WORDS, alternatives, coerce_lenient, describe
+from tests.unit.config.conftest import LF_KEYS, Other
 
 
 @pytest.fixture(scope="module")
 def keys():
-    from dataflex_mega.llamafactory.args import keys
+    from dataflex_mega.llamafactory.args import argument_types
 
-    return keys()
+    return argument_types()
 
 
 def test_none_of_our_names_is_llamafactorys(keys):
@@ -28,12 +29,18 @@ def test_none_of_megatrons_names_is_llamafactorys(keys):
 
 
 def test_the_small_table_of_the_other_tests_says_what_llamafactory_says(keys):
-    assert {key: keys.get(key) for key in LF_KEYS} == LF_KEYS
+    for key, hint in LF_KEYS.items():
+        known = tuple(
+            member if typing.get_origin(member) or member in WORDS else Other for member in alternatives(keys[key])
+        )
+        if key == "fsdp":
+            known = (list[Other], *known[1:])
+        assert known == alternatives(hint), key
 
 
 def test_every_annotation_can_be_read(keys):
     for key, annotation in keys.items():
-        assert kinds(annotation), key
+        assert describe(annotation), key
 
 
 def test_every_default_of_llamafactory_passes_the_check_unchanged(keys):
@@ -49,18 +56,19 @@ def test_every_default_of_llamafactory_passes_the_check_unchanged(keys):
     for cls in (ModelArguments, DataArguments, TrainingArguments, FinetuningArguments, GeneratingArguments):
         for field in dataclasses.fields(cls):
             if field.init and field.default is not dataclasses.MISSING:
-                assert fit_loosely(field.name, field.default, keys[field.name]) == field.default, field.name
+                assert coerce_lenient(field.name, field.default, keys[field.name]) == field.default, field.name
                 checked += 1
     assert checked > 300
 
 
-@pytest.mark.parametrize("table", [REFUSED, ALLOWED, AT_LEAST, REQUIRED])
+@pytest.mark.parametrize("table", [REFUSED, ALLOWED, LF_MIN_VALUES, REQUIRED])
 def test_checked_keys_exist(keys, table):
     assert not set(table) - set(keys)
 
 
 def test_old_keys_are_old_and_their_successors_exist(keys):
-    assert not {*RENAMED, *DROPPED, *INTO_FSDP_CONFIG, "group_by_length"} & set(keys)
+    assert not {*RENAMED, *OUR_RENAMED, *DROPPED, *INTO_FSDP_CONFIG, "group_by_length"} & set(keys)
+    assert {new for new, _ in OUR_RENAMED.values()} <= OUR_KEYS
     assert {*RENAMED.values(), "train_sampling_strategy", "fsdp_config"} <= set(keys)
 
 
@@ -76,14 +84,14 @@ def test_a_dataflex_configuration_splits_into_llamafactorys_part_and_ours(keys):
         "ddp_timeout": 180000000, "train_type": "dynamic_mix", "static_mix": True, "mixture_sample_rule": "mixture",
         "init_mixture_proportions": [0.7, 0.3], "train_step": 3,
     }  # fmt: skip
-    found = split(given, keys)
-    assert set(given) - set(found.lf) == {
+    found = parse_config(given, keys)
+    assert set(given) - set(found.llamafactory) == {
         "train_type", "static_mix", "mixture_sample_rule", "init_mixture_proportions", "train_step"
     }  # fmt: skip
-    assert found.ours.roles()["mixer"] == {"name": "static", "proportions": [0.7, 0.3]}
-    assert found.ours.train_step == 3
+    assert found.roles["mixer"] == {"name": "static", "proportions": [0.7, 0.3]}
+    assert found.dataflex.train_step == 3
 
 
 def test_a_misspelt_llamafactory_key_is_an_error(keys):
     with pytest.raises(ConfigError, match="'gradient_acumulation_steps' .did you mean 'gradient_accumulation_steps'"):
-        split({"gradient_acumulation_steps": 4}, keys)
+        parse_config({"gradient_acumulation_steps": 4}, keys)

@@ -1,3 +1,5 @@
+"""Loading a YAML or JSON file: scalars, interpolations, overrides, and files that cannot be read."""
+
 import json
 
 import pytest

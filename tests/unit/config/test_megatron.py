@@ -1,12 +1,14 @@
+"""Megatron's keys: which of them select the engine, which have no effect, and which are refused."""
+
 from dataclasses import fields
 
 import pytest
 
 from dataflex_mega.config.megatron import (
     MegatronArguments,
-    as_lf_keys,
-    asking,
     engine_of_environment,
+    implied_lf_keys,
+    keys_that_select_megatron,
     notes_of,
     parse,
     resolve_engine,
@@ -39,7 +41,7 @@ def test_every_default_passes_its_own_check():
     ],
 )
 def test_a_key_of_megatrons_asks_for_its_engine(key, value):
-    keys = asking(parse({key: value}))
+    keys = keys_that_select_megatron(parse({key: value}))
     assert keys == [key]
     assert resolve_engine("auto", keys, None) == resolve_engine("megatron", keys, None) == "megatron"
     with pytest.raises(ConfigError, match=f"^engine: fsdp, but {key} is a key of the Megatron engine"):
@@ -69,11 +71,11 @@ def test_what_is_done_anyway_is_said():
 
 
 def test_megatrons_words_for_llamafactorys_keys():
-    assert as_lf_keys(parse({"mixed_precision": "bf16_mixed", "sequence_packing": True}), {}) == {
+    assert implied_lf_keys(parse({"mixed_precision": "bf16_mixed", "sequence_packing": True}), {}) == {
         "packing": True, "bf16": True
     }  # fmt: skip
     with pytest.raises(ConfigError, match="^bf16: False, but Megatron's keys say True"):
-        as_lf_keys(parse({"mixed_precision": "bf16_mixed"}), {"bf16": False})
+        implied_lf_keys(parse({"mixed_precision": "bf16_mixed"}), {"bf16": False})
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_every_key_is_documented():
 
 
 def test_neutral_values_ask_for_nothing():
-    assert asking(parse({"tensor_model_parallel_size": 1, "ckpt_format": "torch_dist"})) == []
+    assert keys_that_select_megatron(parse({"tensor_model_parallel_size": 1, "ckpt_format": "torch_dist"})) == []
 
 
 def test_the_engine_is_fsdp_unless_megatron_is_asked_for():

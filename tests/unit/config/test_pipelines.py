@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from dataflex_mega.config import pipelines
-from dataflex_mega.config.ours import parse
+from dataflex_mega.config.dataflex_parse import parse
 from dataflex_mega.errors import ConfigError
 
 LOSS = {"family": "selector", "component": "loss"}
@@ -23,12 +23,11 @@ def lego(**keys):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_shipped_presets(name):
-    arguments, _ = lego(component_name=name)
-    pipeline, roles = arguments.stages(), arguments.roles()
-    stages = [*pipeline.chain.values(), *pipeline.weighters]
+    pipeline, roles = lego(component_name=name).roles.pipeline, lego(component_name=name).roles.specs
+    stages = [*pipeline.role_stages.values(), *pipeline.weighter_stages]
     assert [(s.family, roles[s.family]["name"], s.warmup_step, s.every) for s in stages] == PRESETS[name]
-    assert {role for role, spec in roles.items() if spec} == {family for family, *_ in PRESETS[name]}
-    assert pipelines.names(None) == list(PRESETS)
+    assert set(roles) == {family for family, *_ in PRESETS[name]}
+    assert pipelines.preset_names(None) == list(PRESETS)
 
 
 def test_a_file_as_dataflex_users_have_it(tmp_path):
@@ -51,16 +50,16 @@ def test_a_file_as_dataflex_users_have_it(tmp_path):
     }  # fmt: skip
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(content))
-    arguments, notes = lego(component_name="mine", components_cfg_file=str(path))
-    assert arguments.roles() == {
-        "selector": None, "mixer": {"name": "odm", "alpha": 0.5}, "reorder": {"name": "zigzag", "layers": 4},
+    parsed = lego(component_name="mine", components_cfg_file=str(path))
+    assert parsed.roles.specs == {
+        "mixer": {"name": "odm", "alpha": 0.5}, "reorder": {"name": "zigzag", "layers": 4},
         "weighter": {"name": "loss", "strategy": "extremes"},
     }  # fmt: skip
-    pipeline = arguments.stages()
-    assert pipeline.weighing == ({"name": "loss", "strategy": "extremes"}, {"name": "focal"})
-    assert list(pipeline.chain) == ["mixer", "reorder"] and pipeline.chain["mixer"].warmup_step == 7
-    assert arguments.score_batch_size == 3 and pipeline.arguments.cache_dir == "out/lego"
-    heard = "\n".join(notes)
+    pipeline = parsed.roles.pipeline
+    assert pipeline.weighter_specs == ({"name": "loss", "strategy": "extremes"}, {"name": "focal"})
+    assert list(pipeline.role_stages) == ["mixer", "reorder"] and pipeline.role_stages["mixer"].warmup_step == 7
+    assert parsed.arguments.score_batch_size == 3 and pipeline.arguments.cache_dir == "out/lego"
+    heard = "\n".join(parsed.notes)
     for said in (
         "seed",
         "score_num_workers",
@@ -73,12 +72,12 @@ def test_a_file_as_dataflex_users_have_it(tmp_path):
 
 def test_the_key_alone_and_beside_a_preset():
     stages = [{"family": "reorder", "component": {"name": "folding", "layers": 2, "kind": "static"}, "every": 3}]
-    arguments, _ = lego(pipeline={"stages": stages})
-    assert arguments.roles()["reorder"] == {"name": "folding", "layers": 2} and arguments.order().kind == "static"
-    arguments, _ = lego(component_name="hierarchical", pipeline={"stages": stages})
-    assert arguments.roles()["mixer"] is None and arguments.score_batch_size == 8
-    assert lego(pipeline="select_only")[0].stages().chain["selector"].mode == "draw"
-    one, other = (lego(pipeline={"stages": [{**LOSS, "every": n}]})[0].stages().identity() for n in (2, 3))
+    roles = lego(pipeline={"stages": stages}).roles
+    assert roles.specs["reorder"] == {"name": "folding", "layers": 2} and roles.reorder.kind == "static"
+    parsed = lego(component_name="hierarchical", pipeline={"stages": stages})
+    assert "mixer" not in parsed.roles.specs and parsed.arguments.score_batch_size == 8
+    assert lego(pipeline="select_only").roles.pipeline.role_stages["selector"].mode == "draw"
+    one, other = (lego(pipeline={"stages": [{**LOSS, "every": n}]}).roles.pipeline.identity() for n in (2, 3))
     assert one != other
 
 
@@ -100,7 +99,7 @@ def test_the_key_alone_and_beside_a_preset():
         ({"pipeline": {"stages": [LOSS, LOSS]}}, "2 of family selector; at most one can be enabled"),
         ({"pipeline": {"stages": [LOSS]}, "mixer": "odm"}, "mixer: train_type: dynamic_lego takes its roles from"),
         ({"pipeline": {"stages": [LOSS]}, "static_mix": True}, "static_mix: train_type: dynamic_lego takes its roles"),
-        ({"pipeline": {"stages": [LOSS]}, "candidates": 0.5}, "candidates: below 1 does not go with mode: filter"),
+        ({"pipeline": {"stages": [LOSS]}, "candidate_fraction": 0.5}, "candidate_fraction: below 1 does not go"),
         ({"pipeline": "select_only", "component_name": "hierarchical"}, "pipeline: select_only differs from component_name"),
         ({"pipeline": {"stages": ["loss"]}}, r"stages\[0\]: expected a mapping with family and component, found 'loss'"),
     ],

@@ -1,4 +1,4 @@
-"""Roles on clocks of their own, with the real sampler: what is drawn when, in which order, and never twice in a pass."""
+"""Roles on update schedules of their own, with the real sampler: what is drawn when and in which order."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex_mega.algorithms.base import Domains, Mixer, Selector
-from dataflex_mega.control.controller import Roles
-from dataflex_mega.control.passes import Direction, Ordering
-from dataflex_mega.control.schedule import Schedule
-from dataflex_mega.control.staged import Source, Staged, Stages
+from dataflex_mega.algorithms.base import DomainInfo, Mixer, Selector
+from dataflex_mega.control.controller import RoleSet
+from dataflex_mega.control.passes import OrderedPasses, OrderOptions
+from dataflex_mega.control.schedule import UpdateSchedule
+from dataflex_mega.control.staged import PipelineController, ScoreSource, StageConfig
 from dataflex_mega.data.sampler import Sampler
 from dataflex_mega.registry import build
 from dataflex_mega.types import SignalTable, TrainState
@@ -26,12 +26,12 @@ OFFSETS = np.concatenate([[0], np.cumsum(SIZES)])
 class Losses(Selector):
     """Keeps the lowest losses."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"loss"})
+    signals: ClassVar[frozenset[str]] = frozenset({"loss"})
 
     def score(self, table):
         return table["loss"]
 
-    def choose(self, scores, count, clock, rng):
+    def select(self, scores, count, context, rng):
         return scores.topk(count, largest=False).indices
 
 
@@ -39,57 +39,57 @@ class Losses(Selector):
 class Turning(Mixer):
     """Another domain leads at each update."""
 
-    def proportions(self, clock, rng):
+    def proportions(self, context, rng):
         weights = torch.ones(3, dtype=torch.float64)
-        weights[clock.update % 3] = 4
+        weights[context.update_index % 3] = 4
         return weights / weights.sum()
 
 
-class Measured:
+class CountedSignals:
     """Losses by id that may be exchanged; counts how many samples were measured."""
 
     def __init__(self, losses=None, ids=None, counts=None):
         self.losses = torch.arange(float(TOTAL)) if losses is None else losses
         self.ids, self.counts = ids, [] if counts is None else counts
 
-    def only(self, ids):
-        return Measured(self.losses, ids, self.counts)
+    def subset(self, ids):
+        return CountedSignals(self.losses, ids, self.counts)
 
-    def shares(self):
+    def rank_counts(self):
         return [TOTAL if self.ids is None else len(self.ids)]
 
-    def domains(self, ids):
+    def domain_ids(self, ids):
         return torch.bucketize(ids, torch.tensor(OFFSETS[1:-1]) - 1)
 
-    def table(self, needs):
+    def table(self, signals):
         ids = torch.arange(TOTAL) if self.ids is None else self.ids
         self.counts.append(len(ids))
-        return SignalTable(ids, self.domains(ids), {"loss": self.losses[ids]})
+        return SignalTable(ids, self.domain_ids(ids), {"loss": self.losses[ids]})
 
 
-def staged(pattern=None, clocks=None, source=None, direction=None, roles=None, **options):
+def staged(pattern=None, schedules=None, source=None, order_options=None, roles=None, **options):
     roles = dict(roles or {})
     if pattern is not None:
         roles["reorder"] = build("reorder", pattern)
     bounds = [0, TOTAL] if "mixer" not in roles else OFFSETS.tolist()
-    ordering = Ordering(roles["reorder"], direction or Direction(), bounds) if pattern is not None else None
-    given = {"selector": Schedule(0, 6, -1, False), "mixer": Schedule(0, 3, -1, False),
-             "weighter": Schedule(2, 1, -1, False), "reorder": Schedule(0, 3, -1, False), **(clocks or {})}  # fmt: skip
-    stages = Stages(given, source or Source(selector=Losses()), **options)
+    passes = OrderedPasses(roles["reorder"], order_options or OrderOptions(), bounds) if pattern is not None else None
+    given = {"selector": UpdateSchedule(0, 6, -1, False), "mixer": UpdateSchedule(0, 3, -1, False),
+             "weighter": UpdateSchedule(2, 1, -1, False), "reorder": UpdateSchedule(0, 3, -1, False), **(schedules or {})}  # fmt: skip
+    stages = StageConfig(given, source or ScoreSource(selector=Losses()), **options)
     sizes = tuple(size / TOTAL for size in SIZES)
-    return Staged(
-        Roles(**roles), Domains(("a", "b", "c"), SIZES, sizes), given["selector"], Sampler(SIZES, G, seed=5), ALONE,
-        Measured(), G, 100, 5, stages=stages, ordering=ordering,
+    return PipelineController(
+        RoleSet(**roles), DomainInfo(("a", "b", "c"), SIZES, sizes), given["selector"], Sampler(SIZES, G, seed=5), ALONE,
+        CountedSignals(), G, 100, 5, stages=stages, passes=passes,
     )  # fmt: skip
 
 
 def drive(made, steps, state=None, hook=None):
-    state = state or TrainState(0, made.first_plan())
+    state = state or TrainState(0, made.initial_plan())
     batches = []
     for _ in range(steps):
         if hook is not None:
             hook(made, state.step)
-        if made.due(state):
+        if made.needs_new_plan(state):
             state.plan = made.next_plan(state)
         batches.append(made.sampler.global_batch(state.plan, state.step))
         state.step += 1
@@ -109,7 +109,7 @@ def test_a_folding_run_goes_up_and_down_though_it_is_scored_anew_at_every_update
 
 def test_the_whole_pool_is_seen_once_a_pass_whatever_the_losses_do():
     def change(made, step):
-        made.scores.losses = torch.rand(TOTAL, generator=torch.Generator().manual_seed(step))
+        made.signal_source.losses = torch.rand(TOTAL, generator=torch.Generator().manual_seed(step))
 
     made = staged({"name": "saw", "num_sections": 3, "folding_ratio": 0.1})
     batches, _ = drive(made, 60, hook=change)
@@ -120,12 +120,16 @@ def test_the_whole_pool_is_seen_once_a_pass_whatever_the_losses_do():
 def test_only_what_is_left_is_scored():
     made = staged("sorting")
     drive(made, 12)
-    assert made.scores.counts == [120, 108, 96, 84]
-    assert made.last_order.scored == 84 and made.last_order.step == 9 and made.last_order.end == 12
+    assert made.signal_source.counts == [120, 108, 96, 84]
+    assert (
+        made.last_order_record.num_scored == 84
+        and made.last_order_record.step == 9
+        and made.last_order_record.end == 12
+    )
 
 
 def test_a_warmup_is_drawn_at_random_and_counts_as_seen():
-    made = staged("sorting", clocks={"reorder": Schedule(4, 3, -1, False)})
+    made = staged("sorting", schedules={"reorder": UpdateSchedule(4, 3, -1, False)})
     batches, _ = drive(made, 30)
     warm = set(np.concatenate(batches[:4]).tolist())
     assert len(warm) == 16
@@ -134,18 +138,20 @@ def test_a_warmup_is_drawn_at_random_and_counts_as_seen():
 
 def test_fixed_scores_and_descending():
     fixed = torch.arange(float(TOTAL)).flip(0)
-    made = staged("sorting", source=Source(fixed=fixed), direction=Direction(ascending=False), rescore=False)
+    made = staged(
+        "sorting", source=ScoreSource(fixed=fixed), order_options=OrderOptions(ascending=False), rescore=False
+    )
     batches, _ = drive(made, 30)
-    assert np.concatenate(batches).tolist() == list(range(TOTAL)) and made.scores.counts == []
+    assert np.concatenate(batches).tolist() == list(range(TOTAL)) and made.signal_source.counts == []
 
 
 def test_scored_once_and_every_other_time():
     once = staged("sorting", rescore=False)
     drive(once, 12)
-    assert once.scores.counts == [120]
+    assert once.signal_source.counts == [120]
     other = staged("sorting", score_every=2)
     drive(other, 12)
-    assert other.scores.counts == [120, 96]
+    assert other.signal_source.counts == [120, 96]
 
 
 def test_without_consume_once_every_update_begins_anew():
@@ -154,9 +160,9 @@ def test_without_consume_once_every_update_begins_anew():
 
 
 def test_a_sample_of_the_pool_is_scored_and_the_others_are_in_the_middle():
-    made = staged("sorting", source=Source(selector=Losses(), max_samples=20))
+    made = staged("sorting", source=ScoreSource(selector=Losses(), max_samples=20))
     batches, _ = drive(made, 3)
-    assert made.scores.counts == [20]
+    assert made.signal_source.counts == [20]
     low = np.concatenate(batches)[:6]
     assert low.tolist() == sorted(low.tolist()), "the lowest of those that were scored come first"
 
@@ -176,34 +182,34 @@ def test_with_a_mixture_the_counts_are_those_of_the_mixture_and_each_domain_is_i
 
 def test_filter_then_order_never_serves_a_sample_twice_though_the_pool_changes():
     def change(made, step):
-        made.scores.losses = torch.rand(TOTAL, generator=torch.Generator().manual_seed(step // 6))
+        made.signal_source.losses = torch.rand(TOTAL, generator=torch.Generator().manual_seed(step // 6))
 
     made = staged("sorting", roles={"selector": Losses()}, mode="filter", keep_ratio=0.5)
     batches, _ = drive(made, 15, hook=change)
     ids = np.concatenate(batches)
     assert len(set(ids.tolist())) == len(ids) == 60
-    assert [count for count in made.scores.counts if count == 120] == [120] * 3, (
+    assert [count for count in made.signal_source.counts if count == 120] == [120] * 3, (
         "the selections, whose losses serve the order too"
     )
-    assert len(made.scores.counts) == 5 and all(24 <= count <= 48 for count in made.scores.counts[1::2])
-    assert set(batches[-1].tolist()) <= set(made.kept.tolist())
+    assert len(made.signal_source.counts) == 5 and all(24 <= count <= 48 for count in made.signal_source.counts[1::2])
+    assert set(batches[-1].tolist()) <= set(made.selected_ids.tolist())
 
 
 def test_selecting_and_ordering_by_loss_at_one_step_measure_once():
     made = staged("sorting", roles={"selector": Losses()}, mode="filter", keep_ratio=0.5)
     drive(made, 3)
-    assert made.scores.counts == [120]
+    assert made.signal_source.counts == [120]
 
 
 def test_losses_may_be_some_steps_old():
-    made = staged("sorting", max_age={"reorder": 3})
+    made = staged("sorting", max_score_age={"reorder": 3})
     drive(made, 9)
-    assert made.scores.counts == [120, 96], "at step 3 those of step 0 will do, at step 6 they are too old"
+    assert made.signal_source.counts == [120, 96], "at step 3 those of step 0 will do, at step 6 they are too old"
 
 
 def test_a_drawn_selection_is_the_window_that_is_ordered():
-    made = staged("sorting", roles={"selector": Losses()}, direction=Direction(ascending=False),
-                  clocks={"selector": Schedule(0, 6, -1, False), "reorder": Schedule(0, 6, -1, False)})  # fmt: skip
+    made = staged("sorting", roles={"selector": Losses()}, order_options=OrderOptions(ascending=False),
+                  schedules={"selector": UpdateSchedule(0, 6, -1, False), "reorder": UpdateSchedule(0, 6, -1, False)})  # fmt: skip
     batches, _ = drive(made, 12)
     for first in (0, 6):
         assert np.concatenate(batches[first : first + 6]).tolist() == list(range(23, -1, -1))
@@ -220,8 +226,8 @@ def test_filter_then_mix_goes_on_in_the_same_choice():
 
 def test_weights_have_a_clock_of_their_own():
     made = staged("sorting", roles={"weighter": ByLoss()})
-    assert made.weigher(TrainState(1, made.first_plan())) is None
-    assert made.weigher(TrainState(2, made.first_plan())) is not None
+    assert made.weight_fn(TrainState(1, made.initial_plan())) is None
+    assert made.weight_fn(TrainState(2, made.initial_plan())) is not None
 
 
 @pytest.mark.parametrize("cut", [1, 5, 6, 8])
@@ -230,7 +236,7 @@ def test_weights_have_a_clock_of_their_own():
     [
         ({}, {}),
         ({"mixer": Turning}, {}),
-        ({"selector": Losses, "mixer": Turning}, {"mode": "filter", "max_age": {"reorder": 4}}),
+        ({"selector": Losses, "mixer": Turning}, {"mode": "filter", "max_score_age": {"reorder": 4}}),
     ],
 )
 def test_a_restart_changes_nothing(roles, options, cut):
@@ -240,16 +246,16 @@ def test_a_restart_changes_nothing(roles, options, cut):
     expected, _ = drive(made(), 14)
     first, again = made(), made()
     begun, state = drive(first, cut)
-    again.restore(first.state())
+    again.load_state_dict(first.state_dict())
     rest, _ = drive(again, 14 - cut, TrainState(state.step, state.plan))
     for one, other in zip(expected, begun + rest, strict=True):
         assert one.tolist() == other.tolist()
 
 
 def test_a_plan_that_another_batch_size_cut_short_loses_no_sample():
-    made = staged("sorting", clocks={"reorder": Schedule(0, 6, -1, False)})
+    made = staged("sorting", schedules={"reorder": UpdateSchedule(0, 6, -1, False)})
     batches, state = drive(made, 2)
-    state.plan = made.sampler.advance(state.plan, 2)
-    made.sampler, made.global_batch = Sampler(SIZES, 5, seed=5), 5
+    state.plan = made.sampler.plan_from(state.plan, 2)
+    made.sampler, made.global_batch_size = Sampler(SIZES, 5, seed=5), 5
     rest, _ = drive(made, 4, state)
     assert np.concatenate(batches + rest).tolist() == list(range(8 + 20))

@@ -30,9 +30,9 @@ def test_counts_stay_within_one_sample_of_the_target_in_thousands_of_random_case
         shares = random_proportions(rng, k)
         walk = Apportioner(shares, np.zeros(k), size)
         for step in range(1, int(rng.integers(2, 60))):
-            counts = walk.counts()
+            counts = walk.next_counts()
             assert counts.sum() == size and counts.min() >= 0
-            assert np.abs(walk.drawn - size * shares * step).max() < 1
+            assert np.abs(walk.cumulative_counts - size * shares * step).max() < 1
 
 
 @pytest.mark.parametrize(
@@ -44,9 +44,11 @@ def test_mixtures_in_which_serving_the_largest_lag_first_comes_a_sample_late(par
     total = sum(parts)
     walk = Apportioner(parts, [0.0] * len(parts), size)
     for step in range(1, 3 * total + 1):
-        walk.counts()
-        assert all(abs(int(c) * total - size * step * p) < total for c, p in zip(walk.drawn, parts, strict=True))
-    assert walk.drawn.tolist() == [3 * size * p for p in parts]
+        walk.next_counts()
+        assert all(
+            abs(int(c) * total - size * step * p) < total for c, p in zip(walk.cumulative_counts, parts, strict=True)
+        )
+    assert walk.cumulative_counts.tolist() == [3 * size * p for p in parts]
 
 
 def partitions(total: int, largest: int) -> list[list[int]]:
@@ -62,8 +64,8 @@ def test_all_mixtures_of_small_parts_stay_within_one_sample_exactly(size: int) -
         for parts in partitions(total, total):
             walk, shares = Apportioner(parts, [0.0] * len(parts), size), np.asarray(parts)
             for step in range(1, total + 1):
-                assert walk.counts().sum() == size
-                assert np.abs(walk.drawn * total - size * step * shares).max() < total
+                assert walk.next_counts().sum() == size
+                assert np.abs(walk.cumulative_counts * total - size * step * shares).max() < total
 
 
 @pytest.mark.parametrize("size", [1, 8])
@@ -71,43 +73,43 @@ def test_tiny_proportions_are_served_in_the_long_run_too(size: int) -> None:
     shares = np.asarray([1e-4, 3e-4, 0.2, 0.7996])
     walk = Apportioner(shares, np.zeros(4), size)
     for step in range(1, 20_001):
-        walk.counts()
-        assert np.abs(walk.drawn - size * shares * step).max() < 1
-    assert walk.drawn[0] == 2 * size
+        walk.next_counts()
+        assert np.abs(walk.cumulative_counts - size * shares * step).max() < 1
+    assert walk.cumulative_counts[0] == 2 * size
 
 
 def test_whole_multiples_are_met_exactly_and_repeat() -> None:
     """1/3 is no binary fraction: without a tolerance one of three would be late at every third step."""
     walk = Apportioner([1 / 3, 1 / 3, 1 / 3], [0.0] * 3, 1)
-    rounds = [tuple(walk.counts()) for _ in range(3000)]
-    assert walk.drawn.tolist() == [1000, 1000, 1000]
+    rounds = [tuple(walk.next_counts()) for _ in range(3000)]
+    assert walk.cumulative_counts.tolist() == [1000, 1000, 1000]
     assert len(set(rounds)) == 3 and rounds[:3] * 1000 == rounds
 
 
 def test_a_case_by_hand() -> None:
     walk = Apportioner([0.5, 0.25, 0.25], [0.0] * 3, 2)
-    assert [walk.counts().tolist() for _ in range(4)] == [[1, 1, 0], [1, 0, 1], [1, 1, 0], [1, 0, 1]]
+    assert [walk.next_counts().tolist() for _ in range(4)] == [[1, 1, 0], [1, 0, 1], [1, 1, 0], [1, 0, 1]]
 
 
 def test_zero_proportions_are_never_drawn() -> None:
     walk = Apportioner([0.0, 0.3, 0.0, 0.7], [0.0] * 4, 5)
     for _ in range(200):
-        assert walk.counts()[[0, 2]].tolist() == [0, 0]
+        assert walk.next_counts()[[0, 2]].tolist() == [0, 0]
 
 
 def test_one_domain_takes_all() -> None:
     walk = Apportioner([1.0], [0.0], 9)
-    assert [walk.counts().tolist() for _ in range(3)] == [[9]] * 3
+    assert [walk.next_counts().tolist() for _ in range(3)] == [[9]] * 3
 
 
 def test_credit_is_target_minus_drawn_by_exact_fractions() -> None:
     shares, start = [0.125, 0.375, 0.5], [0.25, -0.5, 0.25]
     walk = Apportioner(shares, start, 7)
     for step in range(1, 50):
-        walk.counts()
+        walk.next_counts()
         targets = [Fraction(c) + 7 * Fraction(p) * step for p, c in zip(shares, start, strict=True)]
-        owed = [float(t - int(c)) for t, c in zip(targets, walk.drawn, strict=True)]
-        assert walk.credit_now().tolist() == owed
+        owed = [float(t - int(c)) for t, c in zip(targets, walk.cumulative_counts, strict=True)]
+        assert walk.credits_now().tolist() == owed
 
 
 def test_continuing_from_the_credit_is_the_same_walk_bit_by_bit() -> None:
@@ -116,11 +118,11 @@ def test_continuing_from_the_credit_is_the_same_walk_bit_by_bit() -> None:
         shares = random_proportions(rng, 9)
         walk = Apportioner(shares, np.zeros(9), 24)
         for _ in range(int(rng.integers(1, 30))):
-            walk.counts()
-        again = Apportioner(shares, walk.credit_now(), 24)
+            walk.next_counts()
+        again = Apportioner(shares, walk.credits_now(), 24)
         for _ in range(30):
-            assert np.array_equal(walk.counts(), again.counts())
-        assert np.array_equal(walk.credit_now(), again.credit_now())
+            assert np.array_equal(walk.next_counts(), again.next_counts())
+        assert np.array_equal(walk.credits_now(), again.credits_now())
 
 
 @pytest.mark.parametrize("size", [8, 64, 512])
@@ -132,23 +134,23 @@ def test_lag_stays_small_when_the_mixture_changes_at_every_step(size: int, k: in
         credit = np.zeros(k)
         for _ in range(400):
             walk = Apportioner(rng.dirichlet(np.full(k, concentration)), credit, size)
-            counts = walk.counts()
+            counts = walk.next_counts()
             assert counts.sum() == size and counts.min() >= 0
-            credit = walk.credit_now()
+            credit = walk.credits_now()
             assert np.abs(credit).max() < 1.25
         assert abs(credit.sum()) < 1e-9
 
 
 def test_a_debt_no_step_can_pay_is_paid_by_largest_lag_first() -> None:
     walk = Apportioner([0.0, 0.0, 1.0], [6.0, 3.5, -9.5], 4)
-    served = [walk.counts().tolist() for _ in range(4)]
+    served = [walk.next_counts().tolist() for _ in range(4)]
     assert served[0] == [3, 1, 0]  # lags 6 5 4 and 3.5, then 3 and 2.5 are left
     assert served[1] == [2, 2, 0]  # 3, 2.5, 2 and 1.5
     assert np.cumsum(served, axis=0)[2].tolist()[:2] == [6, 3]
     for _ in range(20):
-        counts = walk.counts()
+        counts = walk.next_counts()
         assert counts.min() >= 0 and counts.sum() == 4
-    assert np.abs(walk.credit_now()).max() < 1
+    assert np.abs(walk.credits_now()).max() < 1
 
 
 def test_the_bound_returns_after_any_debt() -> None:
@@ -159,16 +161,16 @@ def test_the_bound_returns_after_any_debt() -> None:
         shares = rng.dirichlet(np.ones(k)) * 0.9 + 0.1 / k
         walk = Apportioner(shares, owed - owed.mean(), 16)
         for _ in range(600):
-            assert walk.counts().min() >= 0
-        assert np.abs(walk.credit_now()).max() < 1
+            assert walk.next_counts().min() >= 0
+        assert np.abs(walk.credits_now()).max() < 1
 
 
 def test_a_copy_is_a_snapshot() -> None:
     walk = Apportioner([0.4, 0.6], [0.0, 0.0], 3)
-    walk.counts()
+    walk.next_counts()
     kept = copy.copy(walk)
-    expected = [walk.counts().tolist() for _ in range(5)]
-    assert [kept.counts().tolist() for _ in range(5)] == expected
+    expected = [walk.next_counts().tolist() for _ in range(5)]
+    assert [kept.next_counts().tolist() for _ in range(5)] == expected
 
 
 @pytest.mark.parametrize("size", [2**15, 2**16, 2**20, 2**24])
@@ -176,8 +178,8 @@ def test_large_batches_do_not_overflow(size: int) -> None:
     shares = np.asarray([0.1, 0.2, 0.3, 0.4])
     walk = Apportioner(shares, np.zeros(4), size)
     for step in range(1, 200):
-        walk.counts()
-        assert np.abs(walk.drawn - size * shares * step).max() < 1
+        walk.next_counts()
+        assert np.abs(walk.cumulative_counts - size * shares * step).max() < 1
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def test_large_batches_do_not_overflow(size: int) -> None:
         ([1.5, -0.5], [0.0, 0.0], 4, "proportions must be finite"),
         ([0.0, 0.0], [0.0, 0.0], 4, "not all 0"),
         ([0.5, 0.5], [1.0, 0.0], 4, "sum to 0"),
-        ([0.5, 0.5], [float("inf"), 0.0], 4, "credit must be finite"),
+        ([0.5, 0.5], [float("inf"), 0.0], 4, "credits must be finite"),
         ([0.5, 0.5], [0.0, 0.0], 0, "batch_size"),
     ],
 )

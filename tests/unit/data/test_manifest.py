@@ -1,3 +1,5 @@
+"""The manifest of a corpus: what was written is read, and missing or damaged files are named."""
+
 import json
 
 import pytest
@@ -51,7 +53,7 @@ def test_domains_are_picked_in_the_order_asked_for(folder):
 def test_a_missing_folder_or_manifest_is_named_with_the_nearest_name(folder):
     assert f"(did you mean {folder.name!r}?)" in refused(folder.with_name(folder.name + "_"))
     (folder / manifest.NAME).unlink()
-    assert "manifest.json not found; tools/prepare_corpus.py makes it" in refused(folder, "eval_corpus_dir")
+    assert "manifest.json not found; `dataflex-cli corpus` writes it" in refused(folder, "eval_corpus_dir")
 
 
 def test_files_that_are_gone_or_of_another_size_are_named(folder):

@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from dataflex_mega.data.permutation import LARGEST, extend_key, mix_key, permute, permute_each, shuffled
+from dataflex_mega.data.permutation import LARGEST, extend_key, hash_key, permute, permute_each, shuffled_indices
 
 GOLDEN_KEYS = [2611923443488327891, 11756190979820361809, 254762264336823340, 15574732934893814642]
 GOLDEN_ORDER = [4, 2, 6, 1, 0, 3, 5, 7]
@@ -20,7 +20,7 @@ def whole(size: int, key: int) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [*range(1, 130), 255, 256, 257, 1000, 1021, 1024, 4095, 4097, 99_991])
 def test_every_size_gives_a_bijection(size: int) -> None:
-    for key in (0, 1, 2**64 - 1, mix_key(size)):
+    for key in (0, 1, 2**64 - 1, hash_key(size)):
         assert np.array_equal(np.sort(whole(size, key)), np.arange(size))
 
 
@@ -53,7 +53,7 @@ def test_small_sizes_send_every_index_everywhere_equally_often(size: int) -> Non
     keys = 4000
     seen = np.zeros((size, size))
     for key in range(keys):
-        seen[np.arange(size), whole(size, mix_key(key, size))] += 1
+        seen[np.arange(size), whole(size, hash_key(key, size))] += 1
     expected = keys / size
     freedom = (size - 1) ** 2
     statistic = ((seen - expected) ** 2 / expected).sum()
@@ -62,7 +62,7 @@ def test_small_sizes_send_every_index_everywhere_equally_often(size: int) -> Non
 
 @pytest.mark.parametrize("size", [4, 5])
 def test_all_orders_of_a_small_size_occur(size: int) -> None:
-    orders = {tuple(whole(size, mix_key(key))) for key in range(3000)}
+    orders = {tuple(whole(size, hash_key(key))) for key in range(3000)}
     assert len(orders) == len(list(itertools.permutations(range(size))))
 
 
@@ -82,7 +82,7 @@ def test_images_are_uniform_and_unrelated_to_the_index(size: int) -> None:
 
 
 def test_number_of_fixed_points_is_that_of_random_permutations() -> None:
-    fixed = [int((whole(500, mix_key(9, key)) == np.arange(500)).sum()) for key in range(600)]
+    fixed = [int((whole(500, hash_key(9, key)) == np.arange(500)).sum()) for key in range(600)]
     assert np.mean(fixed) == pytest.approx(1, abs=0.25)
     assert np.var(fixed) == pytest.approx(1, abs=0.4)
 
@@ -112,7 +112,7 @@ def test_out_of_range_is_refused(index: list[int], size: int) -> None:
 
 def test_keys_are_fixed_for_ever() -> None:
     """Resuming depends on it: these numbers must never change."""
-    assert [mix_key(), mix_key(0), mix_key(1, 2, 3), mix_key(-1)] == GOLDEN_KEYS
+    assert [hash_key(), hash_key(0), hash_key(1, 2, 3), hash_key(-1)] == GOLDEN_KEYS
     assert permute(np.arange(8), 8, 42).tolist() == GOLDEN_ORDER
 
 
@@ -125,22 +125,22 @@ def test_keys_follow_splitmix64_in_plain_integers() -> None:
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & word
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB & word
         state = z ^ (z >> 31)
-    assert mix_key(17, 2**63, 5) == state
+    assert hash_key(17, 2**63, 5) == state
 
 
 def test_keys_depend_on_order_and_number_of_values() -> None:
-    keys = [mix_key(*v) for n in range(4) for v in itertools.product(range(6), repeat=n)]
+    keys = [hash_key(*v) for n in range(4) for v in itertools.product(range(6), repeat=n)]
     assert len(set(keys)) == len(keys)
 
 
 def test_extending_a_key_is_mixing_one_value_more() -> None:
-    before = np.asarray([mix_key(1, d) for d in range(5)], np.uint64)
+    before = np.asarray([hash_key(1, d) for d in range(5)], np.uint64)
     extended = extend_key(before, np.arange(5, dtype=np.uint64))
-    assert extended.tolist() == [mix_key(1, d, d) for d in range(5)]
+    assert extended.tolist() == [hash_key(1, d, d) for d in range(5)]
 
 
 def test_shuffled_is_an_order_that_the_key_decides() -> None:
-    orders = [tuple(shuffled(50, key)) for key in range(100)]
+    orders = [tuple(shuffled_indices(50, key)) for key in range(100)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len(set(orders)) == 100
-    assert orders[3] == tuple(shuffled(50, 3))
+    assert orders[3] == tuple(shuffled_indices(50, 3))

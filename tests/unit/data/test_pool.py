@@ -1,7 +1,9 @@
+"""The sample pool: global ids, fetching by id, and fingerprints."""
+
 import numpy as np
 import pytest
 
-from dataflex_mega.data.pool import Domain, Pool
+from dataflex_mega.data.pool import Domain, SamplePool
 from dataflex_mega.errors import DataError
 
 
@@ -17,7 +19,7 @@ class ListRows:
 
 
 def pool(*sizes):
-    return Pool([Domain(f"d{d}", ListRows([[d, r, r] for r in range(n)])) for d, n in enumerate(sizes)])
+    return SamplePool([Domain(f"d{d}", ListRows([[d, r, r] for r in range(n)])) for d, n in enumerate(sizes)])
 
 
 def test_ids_say_domain_and_row():
@@ -29,7 +31,7 @@ def test_ids_say_domain_and_row():
 
 def test_fetch_keeps_the_order_asked_for_and_repeats():
     fetched = pool(3, 1, 4).fetch(np.array([7, 0, 3, 7]))
-    assert [(s.sample_id, s.domain, s.input_ids.tolist()) for s in fetched] == [
+    assert [(s.sample_id, s.domain_id, s.input_ids.tolist()) for s in fetched] == [
         (7, 2, [2, 3, 3]), (0, 0, [0, 0, 0]), (3, 1, [1, 0, 0]), (7, 2, [2, 3, 3]),
     ]  # fmt: skip
 
@@ -45,17 +47,20 @@ def test_fingerprint_notices_another_size_and_other_content():
 
 def test_the_content_of_every_row_counts_and_how_rows_are_cut():
     many = 5000  # more rows than a fingerprint looks at, and than are read at once
-    first = pool(3, many).content()
-    assert first == pool(3, many).content() and first["d0"] == pool(3, 5).content()["d0"]
+    first = pool(3, many).content_hash()
+    assert first == pool(3, many).content_hash() and first["d0"] == pool(3, 5).content_hash()["d0"]
     for row in (1, 1023, 1024, many - 1):
         changed = pool(3, many)
         changed.domains[1].rows.rows[row][1] = 99
-        assert changed.content()["d1"] != first["d1"], row
+        assert changed.content_hash()["d1"] != first["d1"], row
     one, two = ([[1, 2], [3]], [[1], [2, 3]])
-    assert Pool([Domain("d", ListRows(one))]).content() != Pool([Domain("d", ListRows(two))]).content()
+    assert (
+        SamplePool([Domain("d", ListRows(one))]).content_hash()
+        != SamplePool([Domain("d", ListRows(two))]).content_hash()
+    )
 
 
 @pytest.mark.parametrize("domains", [[], [Domain("hollow", ListRows([]))]])
 def test_nothing_to_draw_is_a_user_error(domains):
     with pytest.raises(DataError, match="hollow|at least one"):
-        Pool(domains)
+        SamplePool(domains)

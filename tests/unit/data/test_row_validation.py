@@ -1,3 +1,5 @@
+"""The first bad row of a data file is named, in a file or in a folder."""
+
 import json
 
 import pytest

@@ -13,7 +13,7 @@ import torch
 
 from dataflex_mega.data.sampler import Sampler
 from dataflex_mega.errors import DataError, TrainingFault
-from dataflex_mega.types import Plan
+from dataflex_mega.types import SamplingPlan
 
 SIZES, G = (50, 7, 1000, 1), 12
 MIX = (0.4, 0.1, 0.45, 0.05)
@@ -23,7 +23,7 @@ def sampler(seed: int = 5) -> Sampler:
     return Sampler(SIZES, G, seed)
 
 
-def batches(order: Sampler, plan: Plan, first: int, last: int) -> np.ndarray:
+def batches(order: Sampler, plan: SamplingPlan, first: int, last: int) -> np.ndarray:
     """[steps * G] the ids of steps first .. last - 1."""
     return np.concatenate([order.global_batch(plan, step) for step in range(first, last)])
 
@@ -49,9 +49,9 @@ def test_a_batch_holds_the_counts_the_sampler_announces() -> None:
     plan = order.next_plan(None, 0, MIX)
     total = np.zeros(4, np.int64)
     for step in range(200):
-        assert np.array_equal(order.drawn(plan, step), total)
+        assert np.array_equal(order.counts_before(plan, step), total)
         found = np.bincount(domains_of(order.global_batch(plan, step)), minlength=4)
-        assert np.array_equal(found, order.counts(plan, step)) and found.sum() == G
+        assert np.array_equal(found, order.counts_at(plan, step)) and found.sum() == G
         total += found
         assert np.abs(total - G * np.asarray(MIX) * (step + 1)).max() < 1
 
@@ -96,12 +96,12 @@ def test_the_seed_changes_the_rows_and_domains_do_not_share_an_order() -> None:
 @pytest.mark.parametrize("start", [1, 9, 37])
 def test_an_advanced_plan_has_the_same_future(start: int) -> None:
     order = sampler()
-    plan = order.next_plan(None, 0, MIX, loss_weights=(1.0, 2.0, 3.0, 4.0), phase="warmup")
-    moved = order.advance(plan, start)
-    assert (moved.start, moved.phase, moved.loss_weights) == (start, "warmup", (1.0, 2.0, 3.0, 4.0))
+    plan = order.next_plan(None, 0, MIX, domain_loss_weights=(1.0, 2.0, 3.0, 4.0), phase="warmup")
+    moved = order.plan_from(plan, start)
+    assert (moved.start_step, moved.phase, moved.domain_loss_weights) == (start, "warmup", (1.0, 2.0, 3.0, 4.0))
     assert np.array_equal(batches(sampler(), plan, start, start + 60), batches(sampler(), moved, start, start + 60))
-    twice = order.advance(order.advance(plan, start), start + 5)
-    assert twice.digest() == order.advance(plan, start + 5).digest()
+    twice = order.plan_from(order.plan_from(plan, start), start + 5)
+    assert twice.digest() == order.plan_from(plan, start + 5).digest()
 
 
 def test_an_advanced_selection_has_the_same_future() -> None:
@@ -109,9 +109,9 @@ def test_an_advanced_selection_has_the_same_future() -> None:
     chosen = torch.arange(10, 900, 7)
     pool = order.next_plan(None, 0, MIX)
     for proportions in (None, (0.5, 0.0, 0.5, 0.0)):
-        plan = order.next_plan(pool, 4, proportions, chosen=chosen)
-        moved = order.advance(plan, 9)
-        assert moved.pool_cursor == plan.pool_cursor and moved.chosen is chosen
+        plan = order.next_plan(pool, 4, proportions, selected_ids=chosen)
+        moved = order.plan_from(plan, 9)
+        assert moved.pool_cursors == plan.pool_cursors and moved.selected_ids is chosen
         assert np.array_equal(batches(sampler(), plan, 9, 40), batches(sampler(), moved, 9, 40))
 
 
@@ -134,15 +134,15 @@ def test_drawn_shares_follow_a_changing_mixture_within_a_sample_or_so() -> None:
         mixture = rng.dirichlet(np.ones(4))
         plan = order.next_plan(plan, step, mixture.tolist())
         for inner in range(step, step + 3):
-            drawn += order.counts(plan, inner)
+            drawn += order.counts_at(plan, inner)
             target += G * mixture
             assert np.abs(drawn - target).max() < 1.25
 
 
 def test_the_first_plan_starts_at_zero() -> None:
     plan = sampler().next_plan(None, 0, MIX)
-    assert plan.cursor == (0, 0, 0, 0) and plan.credit == (0.0, 0.0, 0.0, 0.0)
-    assert plan.chosen is None and plan.pool_cursor == () and plan.proportions == MIX
+    assert plan.cursors == (0, 0, 0, 0) and plan.credits == (0.0, 0.0, 0.0, 0.0)
+    assert plan.selected_ids is None and plan.pool_cursors == () and plan.proportions == MIX
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
@@ -157,7 +157,7 @@ def test_every_chosen_id_is_drawn_exactly_once(size: int) -> None:
             chosen[-1] = 401  # from the domain of two rows, at least once
             chosen = np.sort(chosen)
         pool = order.next_plan(None, 0, (0.2, 0.2, 0.2, 0.2, 0.2))
-        plan = order.next_plan(pool, 6, None, chosen=torch.from_numpy(chosen))
+        plan = order.next_plan(pool, 6, None, selected_ids=torch.from_numpy(chosen))
         assert np.array_equal(np.sort(batches(order, plan, 6, 6 + steps)), chosen)
 
 
@@ -166,15 +166,18 @@ def test_a_large_selection_is_drawn_exactly_once_despite_rounding() -> None:
     sizes = (200_003, 3, 99_991, 7)
     order = Sampler(sizes, 4, 0)
     chosen = torch.arange(sum(sizes) - sum(sizes) % 4)
-    plan = order.next_plan(None, 0, None, chosen=chosen)
+    plan = order.next_plan(None, 0, None, selected_ids=chosen)
     steps = len(chosen) // 4
-    assert order.drawn(plan, steps).tolist() == np.bincount(domains_of(chosen.numpy(), sizes), minlength=4).tolist()
+    assert (
+        order.counts_before(plan, steps).tolist()
+        == np.bincount(domains_of(chosen.numpy(), sizes), minlength=4).tolist()
+    )
 
 
 def test_duplicates_among_the_chosen_are_drawn_as_often_as_they_occur() -> None:
     order = sampler()
     chosen = ids(*sorted([3, 3, 3, 52, 52, 60, 61, 62, 63, 64, 1057, 1057]))
-    plan = order.next_plan(None, 0, None, chosen=chosen)
+    plan = order.next_plan(None, 0, None, selected_ids=chosen)
     assert np.array_equal(np.sort(order.global_batch(plan, 0)), chosen.numpy())
 
 
@@ -182,13 +185,13 @@ def test_after_a_selection_the_pool_goes_on_where_it_stood() -> None:
     order = sampler()
     plan = order.next_plan(None, 0, MIX)
     before = batches(order, plan, 0, 3)
-    stood = order.advance(plan, 3).cursor
-    selection = order.next_plan(plan, 3, None, chosen=torch.arange(24))
-    assert selection.pool_cursor == stood and selection.cursor == (0, 0, 0, 0)
-    again = order.next_plan(selection, 5, None, chosen=torch.arange(100, 124))  # one selection after the other
-    assert again.pool_cursor == stood
+    stood = order.plan_from(plan, 3).cursors
+    selection = order.next_plan(plan, 3, None, selected_ids=torch.arange(24))
+    assert selection.pool_cursors == stood and selection.cursors == (0, 0, 0, 0)
+    again = order.next_plan(selection, 5, None, selected_ids=torch.arange(100, 124))  # one selection after the other
+    assert again.pool_cursors == stood
     pool = order.next_plan(again, 7, MIX)
-    assert pool.cursor == stood and pool.chosen is None
+    assert pool.cursors == stood and pool.selected_ids is None
     both = np.concatenate([before, batches(order, pool, 7, 10)])
     big = both[domains_of(both) == 2]
     assert len(set(big.tolist())) == len(big)
@@ -198,8 +201,8 @@ def test_selection_and_mixture_together_keep_both() -> None:
     order = sampler()
     pool = order.next_plan(None, 0, MIX)
     chosen = torch.cat([torch.arange(0, 20), torch.arange(100, 400)])
-    plan = order.next_plan(pool, 5, (0.25, 0.0, 0.75, 0.0), chosen=chosen)
-    assert plan.credit == order.advance(pool, 5).credit and any(plan.credit)
+    plan = order.next_plan(pool, 5, (0.25, 0.0, 0.75, 0.0), selected_ids=chosen)
+    assert plan.credits == order.plan_from(pool, 5).credits and any(plan.credits)
     drawn = batches(order, plan, 5, 11)
     assert set(drawn.tolist()) <= set(chosen.tolist())
     assert np.abs(np.bincount(domains_of(drawn), minlength=4) - 72 * np.asarray([0.25, 0, 0.75, 0])).max() < 2
@@ -208,8 +211,8 @@ def test_selection_and_mixture_together_keep_both() -> None:
 def test_two_selections_of_the_same_ids_come_in_another_order() -> None:
     order = Sampler((1000,), 10, 0)
     chosen = torch.arange(200, 260)
-    first = order.next_plan(None, 0, None, chosen=chosen)
-    second = order.next_plan(first, 6, None, chosen=chosen)
+    first = order.next_plan(None, 0, None, selected_ids=chosen)
+    second = order.next_plan(first, 6, None, selected_ids=chosen)
     assert set(batches(order, first, 0, 1)) != set(batches(order, second, 6, 7))
 
 
@@ -258,7 +261,7 @@ def test_the_cache_stays_small_over_many_steps_and_plans() -> None:
     for n in range(20):
         plan = order.next_plan(None, n, MIX)
         for step in range(n, n + 100):
-            order.counts(plan, step)
+            order.counts_at(plan, step)
     assert len(order._plans) <= 4
     assert all(len(ready.steps) <= 32 for ready in order._plans.values())
 
@@ -269,13 +272,13 @@ def test_an_empty_domain_with_a_proportion_is_refused_by_index() -> None:
         order.next_plan(None, 0, (0.5, 0.2, 0.3))
     order.next_plan(None, 0, (0.5, 0.0, 0.5))
     with pytest.raises(DataError, match=r"domain 2 has proportion 0\.5 but no sample in the selection"):
-        plan = order.next_plan(None, 0, (0.5, 0.0, 0.5), chosen=ids(1, 2, 3))
+        plan = order.next_plan(None, 0, (0.5, 0.0, 0.5), selected_ids=ids(1, 2, 3))
         order.global_batch(plan, 0)
 
 
 def test_a_proportion_too_small_to_be_drawn_needs_no_chosen_sample() -> None:
     order = Sampler((100, 100), 4, 0)
-    plan = order.next_plan(None, 0, (0.999, 0.001), chosen=torch.arange(8))
+    plan = order.next_plan(None, 0, (0.999, 0.001), selected_ids=torch.arange(8))
     assert sorted(batches(order, plan, 0, 2)) == list(range(8))
 
 
@@ -298,7 +301,7 @@ def test_wrong_proportions_of_a_mixer_stop_the_run(mixture: tuple[float, ...]) -
 )
 def test_wrong_selections_are_refused(chosen: torch.Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        sampler().next_plan(None, 0, None, chosen=chosen)
+        sampler().next_plan(None, 0, None, selected_ids=chosen)
 
 
 def test_other_wrong_arguments_are_refused() -> None:

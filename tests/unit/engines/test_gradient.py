@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from dataflex_mega.data.collate import collate
-from dataflex_mega.distributed import mesh as meshes
-from dataflex_mega.engines.fsdp.engine import FSDPEngine, Options
-from dataflex_mega.engines.fsdp.parallel import Layout
+from dataflex_mega.distributed.parallel_info import init_distributed, shutdown_distributed
+from dataflex_mega.engines.fsdp.engine import FSDPEngine
+from dataflex_mega.engines.fsdp.parallel import FSDPLayout
+from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
+from dataflex_mega.engines.options import StepOptions
 from dataflex_mega.errors import NotFinite
 from tests.distributed.layouts import samples_of, tiny_llama
 
@@ -18,14 +20,15 @@ RATE = 0.1
 
 @pytest.fixture(scope="module")
 def alone():
-    yield meshes.start()
-    meshes.stop(orderly=True)
+    yield init_distributed()
+    shutdown_distributed(orderly=True)
 
 
 def engine_of(alone, model, **options):
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    return FSDPEngine(model, optimizer, scheduler, alone, Layout("single"), Options(2, max_grad_norm=0.0, **options))
+    runner = FSDPModelRunner(model, FSDPLayout("single"), alone)
+    return FSDPEngine(runner, optimizer, scheduler, StepOptions(2, max_grad_norm=0.0, **options))
 
 
 def by_hand(model, made, weights, normalization):
@@ -43,16 +46,16 @@ def by_hand(model, made, weights, normalization):
 
 @pytest.mark.parametrize("normalization", ["token", "sample"])
 @pytest.mark.parametrize("pack", [None, 64])
-@pytest.mark.parametrize("lookahead", ["micro", "exact"])
-def test_an_update_is_the_gradient_of_the_weighted_loss(alone, normalization, pack, lookahead):
+@pytest.mark.parametrize("weight_scope", ["micro_batch", "step"])
+def test_an_update_is_the_gradient_of_the_weighted_loss(alone, normalization, pack, weight_scope):
     model, made = tiny_llama(), samples_of(1)
     reference = copy.deepcopy(model)
     scale = torch.tensor([0.2, 1.7, 0.4, 1.9, 0.1, 2.5, 0.7, 0.5])
 
-    def weigh(obs):
-        return scale[obs.sample_id - 100]
+    def weigh(samples):
+        return scale[samples.sample_ids - 100]
 
-    engine = engine_of(alone, model, normalization=normalization, lookahead=lookahead)
+    engine = engine_of(alone, model, normalization=normalization, weight_scope=weight_scope)
     stats = engine.train_step([collate(made[:4], 0, pack), collate(made[4:], 0, pack)], weigh)
     loss = by_hand(reference, made, scale, normalization)
     loss.backward()
@@ -67,7 +70,7 @@ def test_other_weights_give_another_update(alone):
     made, after = samples_of(2), []
     for weights in (torch.ones(8), torch.linspace(0.2, 1.8, 8)):
         model = tiny_llama()
-        engine_of(alone, model).train_step([collate(made, 0)], lambda obs, w=weights: w)
+        engine_of(alone, model).train_step([collate(made, 0)], lambda samples, w=weights: w)
         after.append(model.lm_head.weight.detach().clone())
     assert (after[0] - after[1]).abs().max() > 1e-5
 
@@ -75,7 +78,7 @@ def test_other_weights_give_another_update(alone):
 def test_clipping_bounds_the_update(alone):
     model, before = tiny_llama(), tiny_llama()
     engine = engine_of(alone, model)
-    engine.options = Options(2, max_grad_norm=0.01)
+    engine.options = StepOptions(2, max_grad_norm=0.01)
     engine.train_step([collate(samples_of(3), 0)], None)
     moved = torch.sqrt(sum(((a - b) ** 2).sum() for a, b in zip(model.parameters(), before.parameters(), strict=True)))
     assert moved.item() == pytest.approx(RATE * 0.01, rel=1e-3)
@@ -90,7 +93,7 @@ def test_scoring_changes_nothing_and_equals_the_training_losses(alone):
     assert model.training and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     seen = []
-    engine.train_step([batch], lambda obs: seen.append(obs) or torch.ones(8))
+    engine.train_step([batch], lambda samples: seen.append(samples) or torch.ones(8))
     assert torch.equal(seen[0].loss_sum, scored.loss_sum)
 
 

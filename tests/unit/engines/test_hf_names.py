@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dataflex_mega.engines.hf_names import EXPERTS, disk_parts, disk_shapes, fused
+from dataflex_mega.engines.hf_names import EXPERTS, checkpoint_shapes, checkpoint_slices, locate_fused_expert
 from tests.unit.engines.megatron import small
 
 
@@ -14,9 +14,9 @@ def test_parts_of_a_model_are_the_tensors_that_transformers_saves(name, tmp_path
     model = small.hf_model(config)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
-    assert disk_shapes(config) == {key: tuple(tensor.shape) for key, tensor in saved.items()}
+    assert checkpoint_shapes(config) == {key: tuple(tensor.shape) for key, tensor in saved.items()}
     for parameter_name, parameter in model.named_parameters():
-        for part in disk_parts(config.model_type, parameter_name, parameter.shape):
+        for part in checkpoint_slices(config.model_type, parameter_name, parameter.shape):
             assert torch.equal(parameter[part.index] if part.index else parameter, saved[part.name]), part.name
 
 
@@ -24,8 +24,8 @@ def test_parts_of_a_model_are_the_tensors_that_transformers_saves(name, tmp_path
 def test_fused_says_where_a_part_lies(kind):
     whole = torch.arange(4 * 6 * 3).view(4, 6, 3)
     for name in ("gate_up_proj", "down_proj"):
-        for part in disk_parts(kind, f"model.layers.7.mlp.experts.{name}", whole.shape):
-            place = fused(kind, part.name)
+        for part in checkpoint_slices(kind, f"model.layers.7.mlp.experts.{name}", whole.shape):
+            place = locate_fused_expert(kind, part.name)
             assert place is not None and place.name == f"model.layers.7.mlp.experts.{name}"
             rows = whole[place.expert]
             found = rows if place.half is None else rows.chunk(2)[place.half]
@@ -33,5 +33,5 @@ def test_fused_says_where_a_part_lies(kind):
 
 
 def test_only_experts_are_ever_fused():
-    assert fused("mixtral", "model.layers.0.block_sparse_moe.gate.weight") is None
-    assert fused("llama", "model.layers.0.mlp.gate_proj.weight") is None
+    assert locate_fused_expert("mixtral", "model.layers.0.block_sparse_moe.gate.weight") is None
+    assert locate_fused_expert("llama", "model.layers.0.mlp.gate_proj.weight") is None

@@ -1,17 +1,19 @@
+"""The FSDP layout from Hugging Face's keys, and the attention mask of packed rows."""
+
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dataflex_mega.engines.fsdp.engine import attention_mask
 from dataflex_mega.engines.fsdp.parallel import read_layout
+from dataflex_mega.engines.fsdp.runner import attention_mask
 from dataflex_mega.errors import ConfigError
 
 CPU = torch.device("cpu")
 
 
-def mesh(world):
-    return SimpleNamespace(world=world, device=CPU)
+def parallel_info(world):
+    return SimpleNamespace(world_size=world, device=CPU)
 
 
 @pytest.mark.parametrize(
@@ -30,18 +32,18 @@ def mesh(world):
     ],
 )
 def test_hugging_face_keys_become_a_layout(keys, world, expected):
-    layout = read_layout(keys, mesh(world))
+    layout = read_layout(keys, parallel_info(world))
     assert (layout.mode, layout.precision, layout.reshard_after_forward) == expected
 
 
 def test_layer_classes_and_offload():
     keys = {"fsdp": "full_shard offload", "fsdp_config": {"fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}}
-    layout = read_layout(keys, mesh(2))
+    layout = read_layout(keys, parallel_info(2))
     assert layout.layer_classes == ("LlamaDecoderLayer",) and layout.offload
 
 
 def test_keys_without_effect_are_said():
-    layout = read_layout({"fsdp": True, "fsdp_config": {"fsdp_state_dict_type": "FULL_STATE_DICT"}}, mesh(2))
+    layout = read_layout({"fsdp": True, "fsdp_config": {"fsdp_state_dict_type": "FULL_STATE_DICT"}}, parallel_info(2))
     assert layout.notes == ("fsdp_config: state_dict_type has no effect on FSDP2",)
 
 
@@ -61,7 +63,7 @@ def test_keys_without_effect_are_said():
 )
 def test_what_is_not_understood_is_named(keys, said):
     with pytest.raises(ConfigError, match=said):
-        read_layout(keys, mesh(2))
+        read_layout(keys, parallel_info(2))
 
 
 def test_the_mask_is_causal_inside_a_sample_and_closed_between():

@@ -1,4 +1,4 @@
-"""Weights from a seed and their names."""
+"""Initial weights depend on the seed and the names of parameters alone."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Rows are read whatever torchvision is there."""
+"""Rows are read with any installation of torchvision, or none."""
 
 import sys
 from types import SimpleNamespace

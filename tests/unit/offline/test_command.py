@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from dataflex_mega import cli
-from dataflex_mega.algorithms.base import Domains
+from dataflex_mega.commands import _launcher, _offline
+from dataflex_mega.algorithms.base import DomainInfo
 from dataflex_mega.algorithms.selectors.near import Near
 from dataflex_mega.algorithms.selectors.tsds import Tsds
 from dataflex_mega.errors import ConfigError, DataError
 from dataflex_mega.offline import command
-from dataflex_mega.offline.sources import FileSource, text_of
-from tests.unit.algorithms.examples import clock, generator
+from dataflex_mega.offline.sample_sources import FileSource, text_of
+from tests.unit.algorithms.examples import generator, update_context
 from tests.unit.offline.test_neighbours import brute, vectors
 
 pytest.importorskip("faiss")
@@ -47,7 +48,7 @@ def test_help_teaches_the_next_step(name, capsys):
     said = capsys.readouterr().out
     assert end.value.code == 0 and f"dataflex-cli {name} " in said
     assert ("selector:" in said) == (name != "embed")
-    assert f"\n  {name}" in cli.HELP or f"| {name}" in cli.HELP
+    assert f"\n  {name}" in cli.help_text() or f"| {name}" in cli.help_text()
 
 
 def test_near_writes_what_the_selector_reads(files, capsys):
@@ -55,9 +56,9 @@ def test_near_writes_what_the_selector_reads(files, capsys):
     found = np.load(files / "top.npy")
     assert found.dtype == np.int64 and found.tolist() == brute(vectors(60, 0), vectors(4, 1), 10)[1].tolist()
     selector = Near(str(files / "top.npy"))
-    selector.setup(Domains(("a",), (60,), (1.0,)))
-    places = torch.where(selector._ranks >= 0, -selector._ranks.float(), -torch.inf)
-    assert set(selector.choose(places, 4, clock(), generator()).tolist()) >= set(found[:, 0].tolist())
+    selector.setup(DomainInfo(("a",), (60,), (1.0,)))
+    scores = torch.where(selector._ranks >= 0, -selector._ranks.float(), -torch.inf)
+    assert set(selector.select(scores, 4, update_context(), generator()).tolist()) >= set(found[:, 0].tolist())
     note = json.loads((files / "top.npy.json").read_text())["identity"]
     assert note["settings"]["k"] == 10 and note["candidates"]["samples"] == 60
     assert "10 neighbours of 4 queries" in capsys.readouterr().err
@@ -70,8 +71,8 @@ def test_tsds_writes_what_the_selector_reads(files):
     near = brute(vectors(60, 0), vectors(4, 1), 20)[1]
     assert set(np.flatnonzero(chances)) <= set(near.ravel().tolist()) and (chances > 0).sum() > 4
     selector = Tsds(str(files / "p.npy"))
-    selector.setup(Domains(("a",), (60,), (1.0,)))
-    drawn = selector.choose(selector._log_chances, 4, clock(), generator())
+    selector.setup(DomainInfo(("a",), (60,), (1.0,)))
+    drawn = selector.select(selector._log_chances, 4, update_context(), generator())
     assert (chances[drawn.numpy()] > 0).all()
 
 
@@ -135,10 +136,10 @@ def test_rows_are_text_or_alpacas_fields(tmp_path):
 
 
 def test_embeddings_of_different_models_are_not_compared(files, monkeypatch, capsys):
-    def opened(path):
+    def open_embeddings(path):
         return np.load(path), {"model": path.stem, "samples": 1}
 
-    monkeypatch.setattr(command, "opened", opened)
+    monkeypatch.setattr(command, "opened", open_embeddings)
     assert run("near", *pair(files)) == 2
     assert "--queries: model q, the candidates' is c; embed both alike" in capsys.readouterr().err
 
@@ -147,9 +148,9 @@ def test_the_command_is_launched_like_training(monkeypatch):
     heard = {}
     monkeypatch.setenv("NPROC_PER_NODE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.setattr(cli.subprocess, "run", lambda c: heard.update(command=c) or type("R", (), {"returncode": 0}))
+    monkeypatch.setattr(_launcher.subprocess, "run", lambda c: heard.update(command=c) or type("R", (), {"returncode": 0}))
     assert cli.main(["near", "--candidates", "a", "--queries", "b"]) == 0
-    assert heard["command"][-6:] == [cli.OFFLINE_MODULE, "near", "--candidates", "a", "--queries", "b"]
+    assert heard["command"][-6:] == [_offline.MODULE, "near", "--candidates", "a", "--queries", "b"]
     assert "--nproc_per_node=2" in heard["command"]
 
 

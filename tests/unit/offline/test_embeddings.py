@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from dataflex_mega.distributed.mesh import data_parallel
+from dataflex_mega.distributed.parallel_info import data_parallel
 from dataflex_mega.errors import CheckpointError
 from dataflex_mega.offline.embed import embed
-from dataflex_mega.offline.embeddings import Embeddings, opened
-from dataflex_mega.offline.encoders import Item
+from dataflex_mega.offline.embeddings import Embeddings, open_embeddings
+from dataflex_mega.offline.encoders import EmbedInput
 
 ALONE = data_parallel(0, 1, torch.device("cpu"))
 ROWS, SIZE, BLOCK = 45, 6, 4
@@ -30,7 +30,7 @@ class Numbers:
         return ROWS
 
     def fetch(self, rows):
-        return [Item(str(row)) for row in rows]
+        return [EmbedInput(str(row)) for row in rows]
 
 
 class Hashing:
@@ -52,12 +52,12 @@ class Hashing:
 
 
 def build(folder, encoder=None, **options):
-    given = {"mesh": ALONE, "dtype": "float32", "block": BLOCK, "progress": lambda done, total: None, **options}
+    given = {"parallel_info": ALONE, "dtype": "float32", "block": BLOCK, "progress": lambda done, total: None, **options}
     return embed(Numbers(), encoder or Hashing(), folder, **given)
 
 
 def whole():
-    return Hashing()([Item(str(row)) for row in range(ROWS)])
+    return Hashing()([EmbedInput(str(row)) for row in range(ROWS)])
 
 
 def test_a_build_is_a_plain_array_that_numpy_maps(tmp_path):
@@ -66,7 +66,7 @@ def test_a_build_is_a_plain_array_that_numpy_maps(tmp_path):
     assert made.complete() and seen[0] == (0, ROWS) and seen[-1] == (ROWS, ROWS)
     found = np.load(tmp_path / "embeddings.npy", mmap_mode="r")
     assert found.shape == (ROWS, SIZE) and np.array_equal(found, whole())
-    values, identity = opened(tmp_path)
+    values, identity = open_embeddings(tmp_path)
     assert np.array_equal(values, whole())
     assert identity["data"] == {"file": "numbers"} and identity["model"] == "h" and identity["samples"] == ROWS
     assert sorted(path.name for path in tmp_path.iterdir()) == ["embeddings.npy", "manifest.json"]
@@ -82,7 +82,7 @@ def test_a_killed_build_goes_on_at_the_last_whole_block(tmp_path):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     with pytest.raises(CheckpointError, match="not finished; give the same"):
-        opened(tmp_path)
+        open_embeddings(tmp_path)
     encoder = Hashing()
     build(tmp_path, encoder)
     assert encoder.calls == -(-ROWS // BLOCK) - 5, "five blocks were there"
@@ -107,7 +107,7 @@ def test_a_cut_record_or_a_damaged_block_is_made_again(tmp_path):
     assert made.missing() == [1, *range(3, 12)]
     encoder = Hashing()
     build(tmp_path, encoder)
-    assert encoder.calls == 10 and np.array_equal(opened(tmp_path)[0], whole())
+    assert encoder.calls == 10 and np.array_equal(open_embeddings(tmp_path)[0], whole())
 
 
 @pytest.mark.parametrize(
@@ -126,18 +126,18 @@ def test_a_folder_of_something_else_is_refused_by_name(tmp_path, options, said):
 
 def test_half_precision_halves_the_file(tmp_path):
     build(tmp_path, dtype="float16")
-    values, _ = opened(tmp_path)
+    values, _ = open_embeddings(tmp_path)
     assert values.dtype == np.float16 and np.array_equal(values, whole().astype(np.float16))
 
 
 def test_a_bare_array_is_read_and_anything_else_is_not(tmp_path):
     np.save(tmp_path / "a.npy", whole())
-    values, identity = opened(tmp_path / "a.npy")
+    values, identity = open_embeddings(tmp_path / "a.npy")
     assert np.array_equal(values, whole()) and set(identity) == {"file", "samples", "size"}
     np.save(tmp_path / "b.npy", np.arange(3))
     for path, said in ((tmp_path / "b.npy", r"expected \[N, D\] numbers"), (tmp_path / "no", "has no manifest.json")):
         with pytest.raises(CheckpointError, match=said):
-            opened(path)
+            open_embeddings(path)
 
 
 def test_what_a_process_holds_is_a_block(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dataflex_mega.errors import ConfigError, UserError
-from dataflex_mega.offline.encoders import Item, Settings, fingerprint, load, unit
+from dataflex_mega.offline.encoders import EmbedInput, EncoderSettings, fingerprint, load, unit
 from tests.support import corpus
 
 CPU = torch.device("cpu")
@@ -32,8 +32,8 @@ def by_hand(encoder, tokens):
 @pytest.mark.parametrize("kind", ["encoder", "model"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_vector_is_the_mean_over_the_samples_own_tokens(model, kind, batch_size):
-    encoder = load(Settings(str(model), kind, max_length=20, batch_size=batch_size), CPU)
-    found = encoder([Item(text) for text in TEXTS])
+    encoder = load(EncoderSettings(str(model), kind, max_length=20, batch_size=batch_size), CPU)
+    found = encoder([EmbedInput(text) for text in TEXTS])
     assert found.shape == (4, encoder.size) == (4, 16) and found.dtype == np.float32
     for vector, text in zip(found[:3], TEXTS, strict=False):
         tokens = encoder.tokenizer(text)["input_ids"][:20]
@@ -42,13 +42,13 @@ def test_a_vector_is_the_mean_over_the_samples_own_tokens(model, kind, batch_siz
 
 
 def test_the_model_being_trained_takes_the_tokens_themselves(model):
-    items = [Item("not this", np.array([5, 7, 11, 13])), Item("nor this", np.array([9]))]
-    encoder = load(Settings(str(model), "model"), CPU)
+    items = [EmbedInput("not this", np.array([5, 7, 11, 13])), EmbedInput("nor this", np.array([9]))]
+    encoder = load(EncoderSettings(str(model), "model"), CPU)
     np.testing.assert_allclose(encoder(items)[0], by_hand(encoder, [5, 7, 11, 13]), atol=1e-5)
-    other = load(Settings(str(model), "encoder"), CPU)
+    other = load(EncoderSettings(str(model), "encoder"), CPU)
     assert not np.allclose(other(items)[0], encoder(items)[0], atol=1e-3)
     with pytest.raises(UserError, match="knows 300 tokens, a sample has 300"):
-        encoder([Item("", np.array([300]))])
+        encoder([EmbedInput("", np.array([300]))])
 
 
 def test_a_lora_folder_is_the_base_model_with_its_adapter(model, tmp_path):
@@ -61,8 +61,8 @@ def test_a_lora_folder_is_the_base_model_with_its_adapter(model, tmp_path):
     adapted.save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((model / name).read_bytes())
-    item = Item("", np.arange(3, 20))
-    encoder = load(Settings(str(tmp_path), "model"), CPU)
+    item = EmbedInput("", np.arange(3, 20))
+    encoder = load(EncoderSettings(str(tmp_path), "model"), CPU)
     with torch.no_grad():
         states = adapted.eval()(torch.arange(3, 20).unsqueeze(0), output_hidden_states=True).hidden_states[-1][0]
     np.testing.assert_allclose(encoder([item])[0], unit(states.mean(0, keepdim=True).numpy())[0], atol=1e-5)
@@ -105,19 +105,19 @@ def test_a_folder_with_modules_is_read_by_sentence_transformers(model, tmp_path,
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "modules.json").write_text("[]")
     monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Fake))
-    encoder = load(Settings(str(tmp_path), max_length=100), CPU)
-    assert encoder([Item("abc")]).tolist() == [pytest.approx([0.6, 0.8, 0.0])]
+    encoder = load(EncoderSettings(str(tmp_path), max_length=100), CPU)
+    assert encoder([EmbedInput("abc")]).tolist() == [pytest.approx([0.6, 0.8, 0.0])]
     assert encoder.size == 3 and encoder.identity()["max_length"] == 64
-    assert load(Settings(str(tmp_path), normalize=False), CPU)([Item("abc")]).tolist() == [[3.0, 4.0, 0.0]]
-    assert load(Settings(str(tmp_path), "encoder"), CPU).identity()["encoder"] == "encoder"
+    assert load(EncoderSettings(str(tmp_path), normalize=False), CPU)([EmbedInput("abc")]).tolist() == [[3.0, 4.0, 0.0]]
+    assert load(EncoderSettings(str(tmp_path), "encoder"), CPU).identity()["encoder"] == "encoder"
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ConfigError, match="sentence-transformers is not installed"):
-        load(Settings(str(tmp_path)), CPU)
+        load(EncoderSettings(str(tmp_path)), CPU)
 
 
 def test_a_model_that_is_nowhere_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match="no_such/model is no folder"):
-        load(Settings("no_such/model"), CPU)
+        load(EncoderSettings("no_such/model"), CPU)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"model: .*empty"):
-        load(Settings(str(tmp_path / "empty")), CPU)
+        load(EncoderSettings(str(tmp_path / "empty")), CPU)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dataflex_mega.offline import transport
-from dataflex_mega.offline.embeddings import opened
+from dataflex_mega.offline.embeddings import open_embeddings
 from dataflex_mega.store import build
 from dataflex_mega.store.layout import StoreLayout
 from tests.unit.offline.test_command import run
@@ -26,11 +26,11 @@ def write_store(folder, rows, **changed):
     layout = StoreLayout(len(rows), rows.shape[1], 2, 8)
     identity = {**IDENTITY, **changed}
     for shard in range(2):
-        writer = build.ShardWriter(folder, build.begin(folder, identity, layout), shard)
-        for block in writer.missing:
-            writer.write(rows[layout.samples_of(block).start : layout.samples_of(block).stop])
+        writer = build.ShardWriter(folder, build.create_or_resume(folder, identity, layout), shard)
+        for block in writer.missing_blocks:
+            writer.write(rows[layout.ids_of_block(block).start : layout.ids_of_block(block).stop])
         writer.close()
-    build.finish(folder, identity, layout)
+    build.finalize(folder, identity, layout)
     return folder
 
 
@@ -106,7 +106,7 @@ def test_stores_that_cannot_be_compared_are_one_line(stores, capsys, changed, sa
 
 def test_a_store_and_embeddings_are_not_compared_and_damage_is_named(stores, capsys):
     folder, _, _ = stores
-    rows, _ = opened(folder / "train")
+    rows, _ = open_embeddings(folder / "train")
     assert rows.shape == (60, 12) and rows[np.array([10, 59])].shape == (2, 12) and np.linalg.norm(rows[10:11]) == 10
     shard = folder / "train" / "shard-00000-of-00002.bin"
     shard.write_bytes(b"\x07" + shard.read_bytes()[1:])

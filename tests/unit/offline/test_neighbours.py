@@ -10,7 +10,7 @@ import pytest
 
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.offline import neighbours
-from dataflex_mega.offline.neighbours import Picked, Search, nearest
+from dataflex_mega.offline.neighbours import RowSubset, NeighbourSearch, nearest
 from tests.unit.signals.test_clusters import Threads
 
 pytest.importorskip("faiss")
@@ -36,7 +36,7 @@ def same(found, expected):
 def test_exact_is_brute_force(monkeypatch, chunk):
     monkeypatch.setattr(neighbours, "CHUNK", chunk)
     candidates, queries = vectors(300, 0), vectors(11, 1)
-    same(Search()(candidates, queries, 40), brute(candidates, queries, 40))
+    same(NeighbourSearch()(candidates, queries, 40), brute(candidates, queries, 40))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -44,7 +44,7 @@ def test_exact_is_brute_force(monkeypatch, chunk):
 def test_processes_share_the_work_and_find_the_same(monkeypatch, ranks, index):
     monkeypatch.setattr(neighbours, "CHUNK", 50)
     candidates, queries = vectors(400, 2), vectors(5, 3)
-    search = Search(index, nlist=8, nprobe=3)
+    search = NeighbourSearch(index, nlist=8, nprobe=3)
     whole = search(candidates, queries, 25)
     threads = Threads(ranks)
 
@@ -61,7 +61,7 @@ def test_an_inverted_file_holds_a_chunk_and_finds_what_one_of_all_finds(monkeypa
     import faiss
 
     candidates, queries = vectors(400, 2), vectors(5, 3)
-    search = Search("ivf", nlist=8, nprobe=3)
+    search = NeighbourSearch("ivf", nlist=8, nprobe=3)
     whole = search(candidates, queries, 25)
     made = []
 
@@ -79,26 +79,26 @@ def test_an_inverted_file_holds_a_chunk_and_finds_what_one_of_all_finds(monkeypa
 def test_picked_rows_are_searched_as_if_they_were_an_array():
     candidates, queries, ids = vectors(90, 4), vectors(3, 5), np.arange(5, 90, 7)
     for index in ("exact", "ivf"):
-        search = Search(index, nlist=3, nprobe=2)
-        picked = Picked(candidates, ids)
+        search = NeighbourSearch(index, nlist=3, nprobe=2)
+        picked = RowSubset(candidates, ids)
         found = search(picked, queries, 6, search.centres(picked))
         same(found, search(candidates[ids], queries, 6))
 
 
 def test_an_inverted_file_with_all_lists_is_brute_force():
     candidates, queries = vectors(500, 4), vectors(9, 5)
-    same(Search("ivf", nlist=10, nprobe=10)(candidates, queries, 30), brute(candidates, queries, 30))
+    same(NeighbourSearch("ivf", nlist=10, nprobe=10)(candidates, queries, 30), brute(candidates, queries, 30))
 
 
 def test_a_query_that_finds_too_few_is_searched_exactly():
     """One list of about ten candidates cannot give forty neighbours."""
     candidates, queries = vectors(300, 6), vectors(9, 7)
-    same(Search("ivf", nlist=30, nprobe=1)(candidates, queries, 40), brute(candidates, queries, 40))
+    same(NeighbourSearch("ivf", nlist=30, nprobe=1)(candidates, queries, 40), brute(candidates, queries, 40))
 
 
 def test_few_lists_find_nearly_the_nearest():
     candidates, queries = vectors(2000, 8, 4), vectors(20, 9, 4)
-    found = Search("ivf")(candidates, queries, 10)[1]
+    found = NeighbourSearch("ivf")(candidates, queries, 10)[1]
     expected = brute(candidates, queries, 10)[1]
     hits = [len(set(a) & set(b)) / 10 for a, b in zip(found.tolist(), expected.tolist(), strict=True)]
     assert np.mean(hits) > 0.9
@@ -106,7 +106,7 @@ def test_few_lists_find_nearly_the_nearest():
 
 def test_more_neighbours_than_candidates_is_all_of_them_and_equal_ones_go_by_id():
     candidates, queries = np.repeat(vectors(3, 10), 2, axis=0), vectors(2, 11)
-    found = Search()(candidates, queries, 50)
+    found = NeighbourSearch()(candidates, queries, 50)
     same(found, brute(candidates, queries, 6))
     assert found[1].shape == (2, 6)
 
@@ -120,4 +120,4 @@ def test_merging_puts_what_is_not_there_last():
 
 def test_vectors_of_different_encoders_are_refused():
     with pytest.raises(ConfigError, match="vectors of 8 numbers, the candidates' have 12; embed both alike"):
-        Search()(vectors(5, 0), vectors(2, 0, 8), 3)
+        NeighbourSearch()(vectors(5, 0), vectors(2, 0, 8), 3)

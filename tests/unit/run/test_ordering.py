@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dataflex_mega.config.orders import ScoreParams
+from dataflex_mega.config.reorder_arguments import ScoreParams
 from dataflex_mega.errors import ConfigError, DataError
 from dataflex_mega.llamafactory.scores import raw_scores
 from dataflex_mega.run.ordering import _cached, _precomputed, read_scores

@@ -1,4 +1,4 @@
-"""k-means over divided rows against Lloyd's algorithm written out in NumPy; representatives by their distances."""
+"""k-means over sharded rows against Lloyd's algorithm written out in NumPy; representatives by their distances."""
 
 import threading
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex_mega.signals.kmeans import Divided, assign, cluster, representatives
+from dataflex_mega.signals.kmeans import ShardedRows, assign, choose_representatives, fit_kmeans
 
 
 class Threads:
@@ -26,33 +26,33 @@ class Rank:
     def _all(self, values):
         self.threads.sent[self.rank] = values.clone()
         self.threads.barrier.wait()
-        found = list(self.threads.sent)
+        values = list(self.threads.sent)
         self.threads.barrier.wait()
-        return found
+        return values
 
-    def sum(self, values):
+    def all_reduce_sum(self, values):
         return torch.stack(self._all(values)).sum(0)
 
-    def gather_uneven(self, rows, counts):
+    def all_gather_uneven(self, rows, counts):
         assert len(rows) == counts[self.rank]
         return torch.cat(self._all(rows))
 
 
-def divided(rows, counts, *arguments):
+def fit_on_ranks(rows, counts, *arguments):
     """`cluster` on len(counts) ranks -> ([N] clusters, [N] distances)."""
-    threads, found = Threads(len(counts)), [None] * len(counts)
+    threads, results = Threads(len(counts)), [None] * len(counts)
 
     def work(rank):
         first = sum(counts[:rank])
-        data = Divided(rows[first : first + counts[rank]], counts, rank)
-        found[rank] = cluster(data, *arguments, threads.of(rank))
+        data = ShardedRows(rows[first : first + counts[rank]], counts, rank)
+        results[rank] = fit_kmeans(data, *arguments, threads.of(rank))
 
-    started = [threading.Thread(target=work, args=(rank,)) for rank in range(len(counts))]
-    for thread in started:
+    workers = [threading.Thread(target=work, args=(rank,)) for rank in range(len(counts))]
+    for thread in workers:
         thread.start()
-    for thread in started:
+    for thread in workers:
         thread.join(30)
-    return tuple(torch.cat([one[part] for one in found]) for part in (0, 1))
+    return tuple(torch.cat([result[output] for result in results]) for output in (0, 1))
 
 
 def blobs(count=60, seed=0):
@@ -66,25 +66,25 @@ def lloyd(rows, k, rounds, seed):
     rows = rows.double().numpy()
     centres = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:k].numpy()]
     for _ in range(rounds):
-        own = ((rows[:, None] - centres[None]) ** 2).sum(2).argmin(1)
-        if len(set(own.tolist())) < k:
+        labels = ((rows[:, None] - centres[None]) ** 2).sum(2).argmin(1)
+        if len(set(labels.tolist())) < k:
             return None
-        centres = np.stack([rows[own == c].mean(0) for c in range(k)])
+        centres = np.stack([rows[labels == c].mean(0) for c in range(k)])
     distance = ((rows[:, None] - centres[None]) ** 2).sum(2)
     return distance.argmin(1), distance.min(1)
 
 
 @pytest.mark.parametrize("counts", [[60], [31, 0, 29], [15, 15, 15, 15]])
 def test_lloyds_algorithm_on_any_number_of_ranks(counts):
-    seed, (expected, distance) = next((s, f) for s in range(99) if (f := lloyd(blobs(), 7, 4, s)) is not None)
-    own, far = divided(blobs(), counts, 7, 4, seed, "kmeans")
-    assert own.tolist() == expected.tolist()
-    np.testing.assert_allclose(far.numpy(), distance, rtol=1e-4, atol=1e-4)
+    seed, (expected, expected_distances) = next((s, f) for s in range(99) if (f := lloyd(blobs(), 7, 4, s)) is not None)
+    labels, distances = fit_on_ranks(blobs(), counts, 7, 4, seed, "kmeans")
+    assert labels.tolist() == expected.tolist()
+    np.testing.assert_allclose(distances.numpy(), expected_distances, rtol=1e-4, atol=1e-4)
 
 
 def test_separate_groups_are_found():
-    own, _ = divided(blobs(), [30, 30], 5, 20, 5, "kmeans")
-    groups = [set(own[g::5].tolist()) for g in range(5)]
+    labels, _ = fit_on_ranks(blobs(), [30, 30], 5, 20, 5, "kmeans")
+    groups = [set(labels[g::5].tolist()) for g in range(5)]
     assert sum(len(group) == 1 for group in groups) >= 3
 
 
@@ -93,20 +93,20 @@ def test_a_cluster_that_lost_its_rows_starts_at_the_farthest_row():
     rows = torch.tensor([[0.0, 0.0]] * 6 + [[9.0, 0.0]])
     seed = next(s for s in range(50) if 6 not in torch.randperm(7, generator=torch.Generator().manual_seed(s))[:2])
     for counts in ([7], [3, 4]):
-        own, far = divided(rows, counts, 2, 5, seed, "kmeans")
-        assert len(set(own[:6].tolist())) == 1 and own[6] != own[0]
-        assert far.max() == 0
+        labels, distances = fit_on_ranks(rows, counts, 2, 5, seed, "kmeans")
+        assert len(set(labels[:6].tolist())) == 1 and labels[6] != labels[0]
+        assert distances.max() == 0
 
 
 def test_spherical_goes_by_angle_and_random_by_nothing():
     rows = torch.tensor([[1.0, 0.0], [100.0, 1.0], [0.0, 1.0], [0.5, 50.0]])
     for seed in range(6):
-        own, far = divided(rows, [2, 2], 2, 10, seed, "spherical_kmeans")
-        if own[0] != own[2]:
-            assert own[0] == own[1] and own[2] == own[3] and far.max() < 0.1
-    own, _ = divided(blobs(), [20, 40], 7, 10, 1, "random")
-    again, _ = divided(blobs(seed=9), [60], 7, 10, 1, "random")
-    assert torch.equal(own, again) and set(torch.bincount(own).tolist()) <= {8, 9}
+        labels, distances = fit_on_ranks(rows, [2, 2], 2, 10, seed, "spherical_kmeans")
+        if labels[0] != labels[2]:
+            assert labels[0] == labels[1] and labels[2] == labels[3] and distances.max() < 0.1
+    labels, _ = fit_on_ranks(blobs(), [20, 40], 7, 10, 1, "random")
+    other_labels, _ = fit_on_ranks(blobs(seed=9), [60], 7, 10, 1, "random")
+    assert torch.equal(labels, other_labels) and set(torch.bincount(labels).tolist()) <= {8, 9}
 
 
 def test_assignment_in_pieces_is_the_same(monkeypatch):
@@ -119,8 +119,8 @@ def test_assignment_in_pieces_is_the_same(monkeypatch):
         torch.testing.assert_close(first, second)
 
 
-OWN = torch.tensor([0, 1, 0, 1, 0, 2, 0, 1])
-FAR = torch.tensor([5.0, 1.0, 2.0, 3.0, 2.0, 7.0, 9.0, 2.0])
+LABELS = torch.tensor([0, 1, 0, 1, 0, 2, 0, 1])
+DISTANCES = torch.tensor([5.0, 1.0, 2.0, 3.0, 2.0, 7.0, 9.0, 2.0])
 
 
 def rng(seed=0):
@@ -128,16 +128,20 @@ def rng(seed=0):
 
 
 def test_representatives_by_distance():
-    assert representatives(OWN, FAR, 2, "nearest", rng()).tolist() == [1, 2, 4, 5, 7]
-    assert representatives(OWN, FAR, 2, "farthest", rng()).tolist() == [0, 3, 5, 6, 7]
-    assert representatives(OWN, FAR, 99, "random", rng()).tolist() == list(range(8))
+    assert choose_representatives(LABELS, DISTANCES, 2, "nearest", rng()).tolist() == [1, 2, 4, 5, 7]
+    assert choose_representatives(LABELS, DISTANCES, 2, "farthest", rng()).tolist() == [0, 3, 5, 6, 7]
+    assert choose_representatives(LABELS, DISTANCES, 99, "random", rng()).tolist() == list(range(8))
 
 
 @pytest.mark.parametrize("strategy", ["random", "mixed"])
 def test_random_representatives_are_members_and_change_with_the_generator(strategy):
-    own, far = torch.arange(90) % 6, torch.rand(90, generator=rng(4))
-    drawn = [representatives(own, far, 3, strategy, rng(seed)) for seed in (0, 0, 1)]
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-    assert torch.bincount(own[drawn[0]]).tolist() == [3] * 6
-    nearest = set(representatives(own, far, 2, "nearest", rng()).tolist())
-    assert (strategy == "mixed") == (nearest <= set(drawn[0].tolist()) and nearest <= set(drawn[2].tolist()))
+    labels, distances = torch.arange(90) % 6, torch.rand(90, generator=rng(4))
+    representatives = [choose_representatives(labels, distances, 3, strategy, rng(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(representatives[0], representatives[1]) and not torch.equal(
+        representatives[0], representatives[2]
+    )
+    assert torch.bincount(labels[representatives[0]]).tolist() == [3] * 6
+    nearest = set(choose_representatives(labels, distances, 2, "nearest", rng()).tolist())
+    assert (strategy == "mixed") == (
+        nearest <= set(representatives[0].tolist()) and nearest <= set(representatives[2].tolist())
+    )

@@ -1,4 +1,4 @@
-"""The gradient store: what is read is what was written, builds continue byte by byte, strangers and damage are named."""
+"""The gradient store: reading gives what was written, builds resume to equal bytes, other stores and damage are named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dataflex_mega.store.gradients import GradientStore
 from dataflex_mega.store.layout import StoreLayout
 
 IDENTITY = {"model": "abc", "data": {"code": "1"}, "projection": {"rows": 4, "seed": 0}}
-LAYOUT = StoreLayout(samples=75, width=6, shards=3, block=8)
+LAYOUT = StoreLayout(num_samples=75, width=6, num_shards=3, block_size=8)
 
 
 def rows(ids: range) -> torch.Tensor:
@@ -28,12 +28,12 @@ def rows(ids: range) -> torch.Tensor:
 
 def write(folder: Path, shards: range | list[int] = range(3), layout: StoreLayout = LAYOUT) -> list[int]:
     """The blocks that were computed."""
-    made = build.begin(folder, IDENTITY, layout)
+    made = build.create_or_resume(folder, IDENTITY, layout)
     computed = []
     for shard in shards:
         writer = build.ShardWriter(folder, made, shard)
-        for block in writer.missing:
-            writer.write(rows(made.samples_of(block)))
+        for block in writer.missing_blocks:
+            writer.write(rows(made.ids_of_block(block)))
             computed.append(block)
         writer.close()
     return computed
@@ -47,17 +47,17 @@ def content(folder: Path) -> dict[str, bytes]:
 def built(tmp_path: Path) -> Path:
     folder = tmp_path / "store"
     assert write(folder) == list(range(10))
-    build.finish(folder, IDENTITY, LAYOUT)
+    build.finalize(folder, IDENTITY, LAYOUT)
     return folder
 
 
 def test_every_sample_is_in_one_block_and_one_shard() -> None:
     for shards in (1, 2, 3, 7, 12):
         layout = StoreLayout(75, 6, shards, 8)
-        assert [b for s in range(shards) for b in layout.blocks_of(s)] == list(range(10))
-        assert [i for s in range(shards) for i in layout.rows_of(s)] == list(range(75))
-        assert all(b in layout.blocks_of(layout.shard_of(b)) for b in range(10))
-        assert [b for r in range(4) for b in layout.share(r, 4)] == list(range(10))
+        assert [b for s in range(shards) for b in layout.blocks_of_shard(s)] == list(range(10))
+        assert [i for s in range(shards) for i in layout.ids_of_shard(s)] == list(range(75))
+        assert all(b in layout.blocks_of_shard(layout.shard_of_block(b)) for b in range(10))
+        assert [b for r in range(4) for b in layout.blocks_of_rank(r, 4)] == list(range(10))
 
 
 def test_rows_come_back_rounded_to_bfloat16_in_any_order(built: Path) -> None:
@@ -65,7 +65,7 @@ def test_rows_come_back_rounded_to_bfloat16_in_any_order(built: Path) -> None:
     expected = rows(range(75)).bfloat16().float()
     assert torch.equal(store.fetch(ids), expected[torch.from_numpy(ids)])
     for ranks in (1, 2, 4, 16):
-        parts = [(list(i), r) for rank in range(ranks) for i, r in store.share(rank, ranks)]
+        parts = [(list(i), r) for rank in range(ranks) for i, r in store.iter_blocks(rank, ranks)]
         assert [i for part, _ in parts for i in part] == list(range(75))
         assert torch.equal(torch.cat([r for _, r in parts]).float(), expected)
 
@@ -80,19 +80,19 @@ def test_files_are_laid_out_as_documented(built: Path) -> None:
 
 
 def test_a_shard_without_a_block_is_allowed(tmp_path: Path) -> None:
-    layout = StoreLayout(samples=10, width=6, shards=4, block=8)
+    layout = StoreLayout(num_samples=10, width=6, num_shards=4, block_size=8)
     write(tmp_path, range(4), layout)
-    build.finish(tmp_path, IDENTITY, layout)
+    build.finalize(tmp_path, IDENTITY, layout)
     assert torch.equal(GradientStore(tmp_path).fetch(np.arange(10)), rows(range(10)).bfloat16().float())
 
 
 @pytest.mark.parametrize("cut", ["rows", "sums", "between", "bytes", "renaming"])
 def test_a_build_goes_on_after_its_last_whole_block(built: Path, tmp_path: Path, cut: str) -> None:
     folder = tmp_path / "other"
-    layout = build.begin(folder, IDENTITY, LAYOUT)
+    layout = build.create_or_resume(folder, IDENTITY, LAYOUT)
     writer = build.ShardWriter(folder, layout, 0)
     for block in (0, 1):
-        writer.write(rows(layout.samples_of(block)))
+        writer.write(rows(layout.ids_of_block(block)))
     writer.close()
     part, sums = folder / "shard-00000-of-00003.bin.part", folder / "shard-00000-of-00003.sums.part"
     if cut == "rows":  # a block that is half there
@@ -107,8 +107,8 @@ def test_a_build_goes_on_after_its_last_whole_block(built: Path, tmp_path: Path,
         part.write_bytes(damaged)
     else:
         writer = build.ShardWriter(folder, layout, 0)
-        for block in writer.missing:
-            writer.write(rows(layout.samples_of(block)))
+        for block in writer.missing_blocks:
+            writer.write(rows(layout.ids_of_block(block)))
         writer.close()
         (folder / "shard-00000-of-00003.sums").rename(sums)
     kept = {"rows": 2, "sums": 1, "between": 2, "bytes": 1, "renaming": 3}[cut]
@@ -116,31 +116,31 @@ def test_a_build_goes_on_after_its_last_whole_block(built: Path, tmp_path: Path,
     with pytest.raises(CheckpointError, match="not finished"):
         GradientStore(folder)
     with pytest.raises(CheckpointError, match="shard-00000"):
-        build.finish(folder, IDENTITY, layout)
+        build.finalize(folder, IDENTITY, layout)
     assert write(folder, [1, 0, 2]) == [*range(3, 6), *range(kept, 3), *range(6, 10)]
-    build.finish(folder, IDENTITY, layout)
+    build.finalize(folder, IDENTITY, layout)
     assert content(folder) == content(built)
 
 
 def test_a_build_continues_on_another_number_of_ranks_in_the_shards_it_began_with(built: Path, tmp_path: Path) -> None:
     folder = tmp_path / "other"
     write(folder, [1])
-    assert build.begin(folder, IDENTITY, StoreLayout(75, 6, 5, 8)) == LAYOUT
+    assert build.create_or_resume(folder, IDENTITY, StoreLayout(75, 6, 5, 8)) == LAYOUT
     with pytest.raises(CheckpointError, match="width=6"):
-        build.begin(folder, IDENTITY, StoreLayout(75, 7, 3, 8))
+        build.create_or_resume(folder, IDENTITY, StoreLayout(75, 7, 3, 8))
 
 
 def slow_build(folder: Path, log: Path) -> None:
-    layout = build.begin(folder, IDENTITY, LAYOUT)
+    layout = build.create_or_resume(folder, IDENTITY, LAYOUT)
     for shard in range(3):
         writer = build.ShardWriter(folder, layout, shard)
-        for block in writer.missing:
+        for block in writer.missing_blocks:
             with log.open("a") as stream:
                 stream.write(f"{block}\n")
             time.sleep(0.02)
-            writer.write(rows(layout.samples_of(block)))
+            writer.write(rows(layout.ids_of_block(block)))
         writer.close()
-    build.finish(folder, IDENTITY, layout)
+    build.finalize(folder, IDENTITY, layout)
 
 
 def test_kill_nine_costs_no_more_than_the_block_in_hand(built: Path, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_kill_nine_costs_no_more_than_the_block_in_hand(built: Path, tmp_path: P
     ],
 )
 def test_a_store_of_something_else_is_refused_by_name(built: Path, changes: Any, named: str) -> None:
-    for opened in (GradientStore, lambda folder, identity: build.begin(folder, identity, LAYOUT)):
+    for opened in (GradientStore, lambda folder, identity: build.create_or_resume(folder, identity, LAYOUT)):
         with pytest.raises(CheckpointError, match=named):
             opened(built, {**IDENTITY, **changes})
 
@@ -191,7 +191,7 @@ def test_a_flipped_byte_is_named_by_whoever_reads_it(built: Path) -> None:
     with pytest.raises(CheckpointError, match=r"shard-00001-of-00003\.bin is damaged in the rows of samples 32\.\.39"):
         store.fetch(np.arange(75))
     assert torch.equal(store.fetch(np.arange(32)), rows(range(32)).bfloat16().float()), "the others can be read"
-    faults = [fault for rank in range(2) for fault in store.faults(rank, 2)]
+    faults = [fault for rank in range(2) for fault in store.integrity_errors(rank, 2)]
     assert len(faults) == 1 and "samples 32..39" in faults[0]
 
 
@@ -206,7 +206,7 @@ def test_a_truncated_or_missing_file_is_named_on_opening(built: Path) -> None:
     kept = sums.read_bytes()
     sums.write_bytes(bytes(len(kept)))
     with pytest.raises(CheckpointError, match=r"shard-00000-of-00003\.sums is damaged"):
-        GradientStore(built).block(0)
+        GradientStore(built).read_block(0)
     sums.unlink()
     with pytest.raises(CheckpointError, match=r"shard-00000-of-00003\.sums is missing"):
         GradientStore(built)
@@ -227,11 +227,11 @@ def test_opening_reads_no_row(built: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(np, "memmap", forbidden)
     store = GradientStore(built, IDENTITY)
     with pytest.raises(AssertionError, match="mapped"):
-        store.block(0)
+        store.read_block(0)
 
 
 def test_wrong_shapes_and_ids_are_refused(built: Path, tmp_path: Path) -> None:
-    writer = build.ShardWriter(tmp_path, build.begin(tmp_path, IDENTITY, LAYOUT), 0)
+    writer = build.ShardWriter(tmp_path, build.create_or_resume(tmp_path, IDENTITY, LAYOUT), 0)
     with pytest.raises(ValueError, match="block 0"):
         writer.write(torch.zeros(7, 6))
     with pytest.raises(ValueError, match=r"0\.\.74"):

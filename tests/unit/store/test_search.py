@@ -13,7 +13,7 @@ from dataflex_mega.store import build, search
 from dataflex_mega.store.gradients import GradientStore
 from dataflex_mega.store.layout import StoreLayout
 
-LAYOUT = StoreLayout(samples=75, width=12, shards=2, block=8)
+LAYOUT = StoreLayout(num_samples=75, width=12, num_shards=2, block_size=8)
 
 
 class Pretend:
@@ -22,7 +22,7 @@ class Pretend:
     def __init__(self, parts: list[Tensor]) -> None:
         self.parts = parts
 
-    def gather_uneven(self, rows: Tensor, counts: list[int]) -> Tensor:
+    def all_gather_uneven(self, rows: Tensor, counts: list[int]) -> Tensor:
         assert [len(part) for part in self.parts] == counts
         assert any(part.shape == rows.shape and torch.equal(part, rows) for part in self.parts)
         return torch.cat(self.parts)
@@ -31,33 +31,33 @@ class Pretend:
 class Recording:
     """Keeps what a rank sends."""
 
-    def gather_uneven(self, rows: Tensor, counts: list[int]) -> Tensor:
+    def all_gather_uneven(self, rows: Tensor, counts: list[int]) -> Tensor:
         self.sent = rows
         return rows
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> GradientStore:
-    made = build.begin(tmp_path, {}, LAYOUT)
+    made = build.create_or_resume(tmp_path, {}, LAYOUT)
     torch.manual_seed(0)
     for shard in range(2):
         writer = build.ShardWriter(tmp_path, made, shard)
-        for block in writer.missing:
-            values = torch.randn(len(made.samples_of(block)), 12)
+        for block in writer.missing_blocks:
+            values = torch.randn(len(made.ids_of_block(block)), 12)
             values[0] = 0 if block == 3 else values[0]
             writer.write(values)
         writer.close()
-    build.finish(tmp_path, {}, made)
+    build.finalize(tmp_path, {}, made)
     return GradientStore(tmp_path)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 11])
 def test_scores_are_numpys_cosines_on_any_number_of_ranks(store: GradientStore, ranks: int) -> None:
     directions = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
-    parts = [search.products(store, directions, rank, ranks) for rank in range(ranks)]
-    assert [len(norm2) for _, norm2 in parts] == search.shares(store, ranks)
-    found = torch.cat([search.cosines(*part) for part in parts]).numpy()
-    alone = torch.cat([search.best_cosines(store, directions, rank, ranks) for rank in range(ranks)]).numpy()
+    parts = [search.dot_products(store, directions, rank, ranks) for rank in range(ranks)]
+    assert [len(norm2) for _, norm2 in parts] == search.rank_counts(store, ranks)
+    found = torch.cat([search.max_cosine(*part) for part in parts]).numpy()
+    alone = torch.cat([search.streamed_max_cosine(store, directions, rank, ranks) for rank in range(ranks)]).numpy()
     np.testing.assert_array_equal(alone, found)
     every = store.fetch(np.arange(75)).double().numpy()
     length = np.linalg.norm(every, axis=1)

@@ -1,3 +1,5 @@
+"""Tools as modules, loaded from their files."""
+
 import importlib.util
 import sys
 from collections.abc import Callable

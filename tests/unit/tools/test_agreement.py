@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from dataflex_mega.distributed import mesh as meshes
+from dataflex_mega.distributed.parallel_info import shutdown_distributed
 from tests.support import corpus
 
 
@@ -45,5 +45,5 @@ def test_the_study_finds_streamed_scores_equal_to_the_definition(agreement, tmp_
     try:
         assert agreement.main() == 0
     finally:
-        meshes.stop(orderly=True)
+        shutdown_distributed(orderly=True)
     assert "streamed: agrees" in capsys.readouterr().out

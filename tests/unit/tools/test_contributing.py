@@ -1,3 +1,5 @@
+"""The algorithm that CONTRIBUTING.md shows does what its docstring says."""
+
 import re
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import torch
 from dataflex_mega.algorithms.base import Mixer
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.registry import build
-from tests.unit.algorithms.examples import DOMAINS, clock, generator, stats
+from tests.unit.algorithms.examples import DOMAINS, generator, stats, update_context
 
 
 @pytest.fixture
@@ -27,10 +29,10 @@ def test_the_shown_algorithm_does_what_its_docstring_says(spec: Any) -> None:
     mixer = build("mixer", spec(2.0))
     assert isinstance(mixer, Mixer)
     mixer.setup(DOMAINS)
-    mixer.observe(stats({0: 1.0, 1: 2.0}), DOMAINS.initial, 1)
-    assert mixer.proportions(clock(), generator()).tolist() == pytest.approx(DOMAINS.initial)
-    mixer.observe(stats({0: 1.0, 1: 2.0, 2: 3.0}), DOMAINS.initial, 2)
-    assert mixer.proportions(clock(), generator()).tolist() == pytest.approx([1 / 14, 4 / 14, 9 / 14])
+    mixer.observe(stats({0: 1.0, 1: 2.0}), DOMAINS.initial_proportions, 1)
+    assert mixer.proportions(update_context(), generator()).tolist() == pytest.approx(DOMAINS.initial_proportions)
+    mixer.observe(stats({0: 1.0, 1: 2.0, 2: 3.0}), DOMAINS.initial_proportions, 2)
+    assert mixer.proportions(update_context(), generator()).tolist() == pytest.approx([1 / 14, 4 / 14, 9 / 14])
 
 
 def test_the_shown_algorithm_survives_a_restart_and_refuses_a_wrong_parameter(spec: Any) -> None:
@@ -38,8 +40,8 @@ def test_the_shown_algorithm_survives_a_restart_and_refuses_a_wrong_parameter(sp
     assert isinstance(first, Mixer) and isinstance(second, Mixer)
     first.setup(DOMAINS)
     second.setup(DOMAINS)
-    first.observe(stats({0: 1.0, 1: 2.0, 2: 5.0}), DOMAINS.initial, 1)
-    second.restore(first.state())
-    assert torch.equal(first.proportions(clock(), generator()), second.proportions(clock(), generator()))
+    first.observe(stats({0: 1.0, 1: 2.0, 2: 5.0}), DOMAINS.initial_proportions, 1)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first.proportions(update_context(), generator()), second.proportions(update_context(), generator()))
     with pytest.raises(ConfigError, match="power: must be at least 0, found -1"):
         build("mixer", spec(-1.0))

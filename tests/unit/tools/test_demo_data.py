@@ -1,3 +1,5 @@
+"""The demo data: pieces, splits and files that depend on the seed alone, and bad sources."""
+
 import hashlib
 import io
 import json
@@ -84,38 +86,38 @@ def test_pieces_join_to_the_text_and_respect_the_limit(demo: ModuleType, limit: 
     rng = random.Random(limit)
     for length in (0, 1, limit, limit + 1, 3 * limit + 2, 700):
         text = prose(rng, length) if length else ""
-        pieces = demo.cut(text, limit)
+        pieces = demo.split_text(text, limit)
         assert "".join(pieces) == text
         assert all(0 < len(piece) <= limit for piece in pieces)
 
 
 def test_pieces_of_long_text_are_about_equal(demo: ModuleType) -> None:
-    pieces = demo.cut(prose(random.Random(1), 2100), 2000)
+    pieces = demo.split_text(prose(random.Random(1), 2100), 2000)
     assert len(pieces) == 2 and min(map(len, pieces)) > 700
 
 
 def test_a_cut_prefers_paragraphs_over_lines_over_sentences_over_words(demo: ModuleType) -> None:
     text = "aaaa\n\nbb bb. bb\nb" + "c" * 14
-    assert demo.cut(text, 18)[0] == "aaaa\n\nbb bb. bb\n"  # the blank line is in the first half
-    assert demo.cut("aaaa bb\n\nbb bb" + "c" * 16, 18)[0] == "aaaa bb\n\n"
-    assert demo.cut("x" * 30, 20) == ["x" * 16, "x" * 14]
+    assert demo.split_text(text, 18)[0] == "aaaa\n\nbb bb. bb\n"  # the blank line is in the first half
+    assert demo.split_text("aaaa bb\n\nbb bb" + "c" * 16, 18)[0] == "aaaa bb\n\n"
+    assert demo.split_text("x" * 30, 20) == ["x" * 16, "x" * 14]
 
 
 def test_split_keeps_order_and_parts_whole_documents(demo: ModuleType) -> None:
     sizes = {str(n): 100 + n for n in range(50)}
-    train, held = demo.split(sizes, sizes, demo.Options(held_out=0.1))
+    train, held = demo.hold_out(sizes, sizes, demo.Options(held_out=0.1))
     assert sorted([*train, *held], key=int) == list(sizes) and not set(train) & set(held)
     assert train == sorted(train, key=int) and held == sorted(held, key=int)
     assert 0.05 < sum(sizes[n] for n in held) / sum(sizes.values()) <= 0.1
-    assert held != demo.split(sizes, sizes, demo.Options(held_out=0.1, seed=1))[1]
+    assert held != demo.hold_out(sizes, sizes, demo.Options(held_out=0.1, seed=1))[1]
 
 
 def test_split_always_leaves_something_on_both_sides(demo: ModuleType) -> None:
     for share in (0.0, 1.0):
-        train, held = demo.split({"a": 1, "b": 1}, {"a": 900, "b": 1}, demo.Options(held_out=share))
+        train, held = demo.hold_out({"a": 1, "b": 1}, {"a": 900, "b": 1}, demo.Options(held_out=share))
         assert len(train) == len(held) == 1
     with pytest.raises(DataError, match="1 documents cannot be split"):
-        demo.split({"a": 1}, {"a": 1}, demo.Options())
+        demo.hold_out({"a": 1}, {"a": 1}, demo.Options())
 
 
 def test_two_runs_write_the_same_bytes_and_another_seed_does_not(

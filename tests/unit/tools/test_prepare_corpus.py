@@ -131,7 +131,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(made, folder, tmp_path, w
     output, options = tmp_path / "killed", ("--unit-mb", "0.003", "--workers", str(workers))
     process = start(folder, output, *options)
     work, deadline = output / ".unfinished", time.monotonic() + 60
-    while len(list(work.glob("*.json"))) < 4:  # job.json and three parts
+    while len(list(work.glob("*.json"))) < 4:  # job.json and three units
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGKILL)
@@ -158,11 +158,11 @@ def test_a_run_that_is_killed_while_merging_goes_on(made, folder, tmp_path, monk
             raise KeyboardInterrupt
         return finish(self)
 
-    finish = merge._Hashed.finish
-    monkeypatch.setattr(merge._Hashed, "finish", third)
+    finish = merge._HashedFile.finish
+    monkeypatch.setattr(merge._HashedFile, "finish", third)
     output = tmp_path / "merging"
     assert prepare(folder, output, folder / "mixed.jsonl", *MIXED) == 130
-    assert "goes on from here" in capsys.readouterr().err and not (output / manifest.NAME).exists()
+    assert "continues from here" in capsys.readouterr().err and not (output / manifest.NAME).exists()
     assert prepare(folder, output, folder / "mixed.jsonl", *MIXED) == 0
     assert len(written) == 7 and contents(output) == contents(made)  # the first domain was not written again
 
@@ -182,7 +182,7 @@ def test_unfinished_work_on_an_input_that_has_changed_is_refused(folder, tmp_pat
     file, output = tmp_path / "a.jsonl", tmp_path / "out"
     file.write_text('{"text": "one"}\n')
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_merge", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(module, "_merge_domains", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         assert prepare(folder, output, file, "--domain", "a") == 130
     file.write_text('{"text": "two"}\n')
     assert prepare(folder, output, file, "--domain", "a") == 2

@@ -1,3 +1,5 @@
+"""tools/setup_env.py: what it installs and when it does so again, and the targets of the Makefile."""
+
 import re
 import subprocess
 import sys
@@ -22,7 +24,7 @@ def test_requirement_names_are_normalised(setup: ModuleType) -> None:
 
 def test_of_llamafactory_only_what_training_needs_is_installed(setup: ModuleType) -> None:
     requires = ["torch>=2.4", "torchvision", "torchaudio>=2", "gradio<6", "peft<=0.18", "ray; extra == 'ray'", "Pillow"]
-    assert setup.needed_of_llamafactory(requires) == ["peft<=0.18", "Pillow"]
+    assert setup.llamafactory_requirements(requires) == ["peft<=0.18", "Pillow"]
 
 
 def test_an_unknown_extra_is_refused_before_anything_is_installed(
@@ -98,7 +100,7 @@ def test_the_placeholder_is_built_outside_the_source_tree_and_only_where_needed(
     assert setup.install_placeholder(Path("python")) == "placeholder" and len(calls) == 1
     assert not Path(calls[0][-1]).exists()
     monkeypatch.setattr(setup, "imports", lambda python, module: True)
-    assert setup.install_placeholder(Path("python")) == "an importable one is there" and len(calls) == 1
+    assert setup.install_placeholder(Path("python")) == "importable" and len(calls) == 1
 
 
 def test_the_placeholder_can_be_imported_and_says_what_it_is_on_use(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""The counter of tensors' bytes against sums by hand."""
+"""The counter of tensor bytes against hand calculations."""
 
 import torch
 

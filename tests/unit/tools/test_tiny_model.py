@@ -1,3 +1,5 @@
+"""The tiny model: its tokenizer, its size, and weights that depend on the seed alone."""
+
 import hashlib
 import json
 from pathlib import Path

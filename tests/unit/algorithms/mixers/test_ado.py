@@ -10,26 +10,26 @@ from typing import Any
 import pytest
 import torch
 
-from dataflex_mega.algorithms.base import Domains
+from dataflex_mega.algorithms.base import DomainInfo
 from dataflex_mega.algorithms.mixers import ado
-from dataflex_mega.algorithms.mixers.ado import Ado, History, mismatch, preference, speeds
+from dataflex_mega.algorithms.mixers.ado import Ado, LossHistory, huber_objective, preference, speeds
 from dataflex_mega.errors import CheckpointError, ConfigError
 from dataflex_mega.types import StepStats
-from tests.unit.algorithms.examples import DOMAINS, clock, generator, stats
+from tests.unit.algorithms.examples import DOMAINS, generator, stats, update_context
 
 LAWS = [[1.0, 0.5, 0.5], [2.0, 0.3, 0.3], [0.5, 0.8, 0.02]]  # a, e, alpha
 SHARE = [0.4, 0.4, 0.2]
 SHORT: dict[str, Any] = {"start_step": 20, "refit_every": 30, "ignore_steps": 0}
 
 
-def made(domains: Domains = DOMAINS, **parameters: Any) -> Ado:
+def made(domains: DomainInfo = DOMAINS, **parameters: Any) -> Ado:
     mixer = Ado(**parameters)
     mixer.setup(domains)
     return mixer
 
 
 def shares(mixer: Ado) -> list[float]:
-    return mixer.proportions(clock(), generator()).tolist()
+    return mixer.proportions(update_context(), generator()).tolist()
 
 
 def double(values: Any) -> torch.Tensor:
@@ -41,7 +41,7 @@ def drawn(losses: dict[int, float], samples: list[float]) -> StepStats:
 
 
 def with_laws(mixer: Ado, seen: float, laws: list[Any] = LAWS) -> Ado:
-    mixer.restore({**mixer.state(), "laws": laws, "share": SHARE, "seen": [seen * s for s in SHARE]})
+    mixer.load_state_dict({**mixer.state_dict(), "laws": laws, "share": SHARE, "seen": [seen * s for s in SHARE]})
     return mixer
 
 
@@ -60,7 +60,7 @@ def fit(n: torch.Tensor, losses: torch.Tensor, weight: torch.Tensor, floor: floa
 
 def test_golden_preference_and_policy() -> None:
     speed = speeds(double(LAWS), double([1e4] * 3))
-    rho = preference(speed, double(DOMAINS.initial), double(SHARE), "share", 0.01)
+    rho = preference(speed, double(DOMAINS.initial_proportions), double(SHARE), "share", 0.01)
     assert rho.tolist() == pytest.approx([0.1162608813, 0.7178448573, 0.1658942614], abs=5.1e-11)
     mixer = with_laws(made(), 1e4 - 8)
     mixer.observe(
@@ -71,7 +71,7 @@ def test_golden_preference_and_policy() -> None:
 
 def test_spread_is_the_credit_of_the_official_code() -> None:
     speed = speeds(double(LAWS), double([1e4] * 3))
-    rho = preference(speed, double(DOMAINS.initial), double(SHARE), "spread", 0.01)
+    rho = preference(speed, double(DOMAINS.initial_proportions), double(SHARE), "spread", 0.01)
     assert rho.tolist() == pytest.approx([0.11335183, 0.69988311, 0.18676507], abs=5.1e-9)
 
 
@@ -79,7 +79,7 @@ def test_spread_is_the_credit_of_the_official_code() -> None:
 def test_policy_in_plain_python(count: Any) -> None:
     mixer = with_laws(made(start_step=1, refit_every=10**9, ignore_steps=0, count=count), 1000.0)
     share, seen = list(SHARE), [1000.0 * s for s in SHARE]
-    mean = list(DOMAINS.initial)
+    mean = list(DOMAINS.initial_proportions)
     for t in range(2, 60):
         samples = [1.0 + (t * (d + 3)) % 7 for d in range(3)]
         mixer.observe(drawn({0: 2.0}, samples), (0.5, 0.3, 0.2), t)
@@ -88,7 +88,7 @@ def test_policy_in_plain_python(count: Any) -> None:
         seen = [a + b for a, b in zip(seen, samples, strict=True)]
         n = seen if count == "own" else [sum(seen)] * 3
         slope = [max(law[2], 0.05) * (loss_of(law, m) - math.exp(law[1])) / m for law, m in zip(LAWS, n, strict=True)]
-        raw = [s * p * math.sqrt(h) for s, p, h in zip(slope, DOMAINS.initial, share, strict=True)]
+        raw = [s * p * math.sqrt(h) for s, p, h in zip(slope, DOMAINS.initial_proportions, share, strict=True)]
         cut = [max(0.01, r / sum(raw)) for r in raw]
         rho = [c / sum(cut) for c in cut]
         policy = [0.9 * m + 0.1 * r for m, r in zip(mean, rho, strict=True)]
@@ -100,13 +100,13 @@ def test_policy_in_plain_python(count: Any) -> None:
 def test_a_domain_without_a_law_keeps_the_least_share() -> None:
     mixer = with_laws(made(start_step=1, refit_every=10**9, ignore_steps=0), 1e4, [LAWS[0], None, LAWS[2]])
     mixer.observe(drawn({}, [3.2, 3.2, 1.6]), (0.4, 0.4, 0.2), 2)
-    rho = [(p - 0.9 * mu) / 0.1 for p, mu in zip(shares(mixer), DOMAINS.initial, strict=True)]
+    rho = [(p - 0.9 * mu) / 0.1 for p, mu in zip(shares(mixer), DOMAINS.initial_proportions, strict=True)]
     assert rho[1] == pytest.approx(0.01 / 1.01) and sum(rho) == pytest.approx(1)
     json.dumps(mixer.report(), allow_nan=False)
 
 
 def test_without_any_speed_the_prior_is_preferred() -> None:
-    found = preference(double([0, 0, 0]), double(DOMAINS.initial), double(SHARE), "share", 0.01)
+    found = preference(double([0, 0, 0]), double(DOMAINS.initial_proportions), double(SHARE), "share", 0.01)
     assert found.tolist() == pytest.approx([0.5, 0.3, 0.2])
     alone = preference(double([3.0]), double([1.0]), double([1.0]), "spread", 0.01)  # h (1 - h) is 0
     assert alone.tolist() == [1.0]
@@ -115,7 +115,7 @@ def test_without_any_speed_the_prior_is_preferred() -> None:
 def test_before_the_start_the_initial_proportions_are_drawn() -> None:
     mixer = made(**SHORT)
     for step in range(1, 20):
-        mixer.observe(drawn({0: 9 / step, 1: 3.0, 2: 3.0}, [4, 2, 2]), DOMAINS.initial, step)
+        mixer.observe(drawn({0: 9 / step, 1: 3.0, 2: 3.0}, [4, 2, 2]), DOMAINS.initial_proportions, step)
         assert shares(mixer) == pytest.approx([0.5, 0.3, 0.2], abs=1e-15)
     assert mixer.report()["scaling_laws"] == [None] * 3
 
@@ -139,7 +139,7 @@ def test_a_fit_of_noisy_losses_is_as_good_as_the_law_behind_them_and_as_all_its_
     assert found is not None
 
     def value(laws: torch.Tensor) -> torch.Tensor:
-        return mismatch(laws, n.log(), losses.log(), weight, 0.5)
+        return huber_objective(laws, n.log(), losses.log(), weight, 0.5)
 
     assert float(value(found)) <= float(value(law))
     for size in (1e-3, 1e-2, 1e-1):
@@ -153,7 +153,7 @@ def test_mismatch_in_plain_python() -> None:
     for x, y, w in zip(n, losses, weight, strict=True):
         error = abs(math.log(loss_of(law, x)) - math.log(y))
         expected += w * (1e-3 * (error - 5e-4) if error > 1e-3 else error**2 / 2)
-    found = mismatch(double(law), double(n).log(), double(losses).log(), double(weight), 0.5)
+    found = huber_objective(double(law), double(n).log(), double(losses).log(), double(weight), 0.5)
     assert float(found) == pytest.approx(expected, rel=1e-12)
 
 
@@ -197,17 +197,17 @@ def test_the_last_bits_of_losses_do_not_move_a_fit_even_where_a_penalty_sets_in(
 
 def test_the_history_stays_bounded_and_loses_no_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ado, "MAX_POINTS", 16)
-    history, losses = History(2), [3 + math.sin(i) for i in range(1000)]
+    history, losses = LossHistory(2), [3 + math.sin(i) for i in range(1000)]
     for i, loss in enumerate(losses):
         history.add([float(i + 1), 2.0 * i + 2], [4 * loss, 0.0], [4.0, 0.0])
-        assert len(history.points) <= 16
-    n, means, weight = history.of(0)
+        assert len(history.groups) <= 16
+    n, means, weight = history.points(0)
     assert history.width == 64 and weight[:-1].tolist() == [6.4] * (len(weight) - 1)
     assert float(weight.sum()) == pytest.approx(100)
     assert float((n * weight).sum()) * 10 == pytest.approx(sum(range(1, 1001)))
     expected = [sum(losses[i : i + 64]) / len(losses[i : i + 64]) for i in range(0, 1000, 64)]
     assert means.tolist() == pytest.approx(expected)
-    assert len(history.of(1)[0]) == 0  # never drawn
+    assert len(history.points(1)[0]) == 0  # never drawn
 
 
 def run(mixer: Ado, first: int, last: int) -> list[list[float]]:
@@ -216,7 +216,7 @@ def run(mixer: Ado, first: int, last: int) -> list[list[float]]:
     for step in range(first, last):
         losses = {0: 2 + 60 * (8 * step) ** -0.6, 1: 2 + 3 * (8 * step) ** -0.1, 2: 3.0}
         losses.pop(step % 5, None)
-        mixer.observe(drawn(losses, [4.0 * (step % 5 != 0), 2, 2]), DOMAINS.initial, step)
+        mixer.observe(drawn(losses, [4.0 * (step % 5 != 0), 2, 2]), DOMAINS.initial_proportions, step)
         found.append(shares(mixer))
     return found
 
@@ -224,22 +224,22 @@ def run(mixer: Ado, first: int, last: int) -> list[list[float]]:
 def test_what_learns_is_drawn_more_than_what_does_not() -> None:
     mixer = made(**SHORT)
     run(mixer, 1, 60)
-    gain = [p / mu for p, mu in zip(shares(mixer), DOMAINS.initial, strict=True)]
+    gain = [p / mu for p, mu in zip(shares(mixer), DOMAINS.initial_proportions, strict=True)]
     assert gain[0] > gain[1] > gain[2]
 
 
 def test_a_resumed_run_goes_on_bit_by_bit_through_the_next_fit() -> None:
     whole, resumed = made(**SHORT), made(**SHORT)
     run(whole, 1, 30)
-    resumed.restore(json.loads(json.dumps(whole.state(), allow_nan=False)))
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict(), allow_nan=False)))
     assert run(whole, 30, 55) == run(resumed, 30, 55)
-    assert whole.report() == resumed.report() and whole.state() == resumed.state()
+    assert whole.report() == resumed.report() and whole.state_dict() == resumed.state_dict()
 
 
 def test_a_state_does_not_change_with_what_comes_after_it() -> None:
     mixer = made(**SHORT)
     run(mixer, 1, 25)
-    state = mixer.state()
+    state = mixer.state_dict()
     kept = json.dumps(state)
     run(mixer, 25, 55)
     assert json.dumps(state) == kept
@@ -248,29 +248,29 @@ def test_a_state_does_not_change_with_what_comes_after_it() -> None:
 def test_early_steps_are_ignored_by_fits_but_counted() -> None:
     mixer = made(start_step=20, refit_every=30, ignore_steps=15)
     run(mixer, 1, 19)
-    assert len(mixer.state()["points"]) == 3
-    assert sum(mixer.state()["seen"]) == pytest.approx(sum(8 if step % 5 else 4 for step in range(1, 19)))
+    assert len(mixer.state_dict()["groups"]) == 3
+    assert sum(mixer.state_dict()["seen"]) == pytest.approx(sum(8 if step % 5 else 4 for step in range(1, 19)))
 
 
 def test_losses_that_are_not_finite_are_not_fitted() -> None:
     mixer = made(**SHORT)
-    mixer.observe(drawn({0: math.nan, 1: math.inf, 2: 2.0}, [4, 2, 2]), DOMAINS.initial, 1)
+    mixer.observe(drawn({0: math.nan, 1: math.inf, 2: 2.0}, [4, 2, 2]), DOMAINS.initial_proportions, 1)
     history = mixer._history
-    assert [len(history.of(d)[0]) for d in range(3)] == [0, 0, 1]
-    json.dumps(mixer.state(), allow_nan=False)
+    assert [len(history.points(d)[0]) for d in range(3)] == [0, 0, 1]
+    json.dumps(mixer.state_dict(), allow_nan=False)
 
 
 def test_a_domain_with_few_points_is_not_fitted() -> None:
     mixer = made(start_step=20, refit_every=100, ignore_steps=0)
     for step in range(1, 21):
         losses = {0: 2 + 4 / step, 1: 2 + 2 / step} if step < ado.MIN_POINTS else {0: 2 + 4 / step}
-        mixer.observe(drawn(losses, [4, 2, 2]), DOMAINS.initial, step)
+        mixer.observe(drawn(losses, [4, 2, 2]), DOMAINS.initial_proportions, step)
     assert [law is None for law in mixer.report()["scaling_laws"]] == [False, True, True]
 
 
 def test_state_of_other_domains_is_refused() -> None:
     with pytest.raises(CheckpointError, match="3 domains, this run has 1"):
-        made(Domains(("a",), (1,), (1.0,))).restore(made().state())
+        made(DomainInfo(("a",), (1,), (1.0,))).load_state_dict(made().state_dict())
 
 
 @pytest.mark.parametrize(

@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex_mega.algorithms.base import Domains
-from dataflex_mega.algorithms.mixers.doge import Doge, scores
+from dataflex_mega.algorithms.base import DomainInfo
+from dataflex_mega.algorithms.mixers.doge import Doge, alignment_scores
 from dataflex_mega.data.collate import collate
-from dataflex_mega.data.pool import Domain, Pool
-from dataflex_mega.distributed import mesh as meshes
+from dataflex_mega.data.pool import Domain, SamplePool
+from dataflex_mega.distributed.parallel_info import init_distributed, shutdown_distributed
 from dataflex_mega.errors import CheckpointError, ConfigError
-from dataflex_mega.signals.gram import DomainGram
+from dataflex_mega.signals.gradient_gram import DomainGradientGram
 from tests.distributed.layouts import samples_of, tiny_llama
-from tests.unit.algorithms.examples import DOMAINS, clock, generator
+from tests.unit.algorithms.examples import DOMAINS, generator, update_context
 from tests.unit.engines.test_domain_weights import engine_of, token_losses
-from tests.unit.engines.test_hidden import Rows
+from tests.unit.engines.test_hidden_states import Rows
 
 GRADIENTS = [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]
-EQUAL = Domains(("a", "b", "c"), (10, 10, 10), (1 / 3, 1 / 3, 1 / 3))
+EQUAL = DomainInfo(("a", "b", "c"), (10, 10, 10), (1 / 3, 1 / 3, 1 / 3))
 
 
 def gram_of(rows: list[list[float]]) -> torch.Tensor:
@@ -31,14 +31,14 @@ def gram_of(rows: list[list[float]]) -> torch.Tensor:
     return found @ found.T
 
 
-def made(domains: Domains = EQUAL, **parameters: Any) -> Doge:
+def made(domains: DomainInfo = EQUAL, **parameters: Any) -> Doge:
     mixer = Doge(**parameters)
     mixer.setup(domains)
     return mixer
 
 
 def shares(mixer: Doge) -> list[float]:
-    return mixer.proportions(clock(), generator()).tolist()
+    return mixer.proportions(update_context(), generator()).tolist()
 
 
 def test_golden_weights() -> None:
@@ -49,7 +49,11 @@ def test_golden_weights() -> None:
 
 @pytest.mark.parametrize("against", ["others", "eval"])
 def test_updates_in_plain_python(against: Any) -> None:
-    mixer, weights, total = made(DOMAINS, eta=0.3, max_score=0.8, against=against), list(DOMAINS.initial), [0.0] * 3
+    mixer, weights, total = (
+        made(DOMAINS, eta=0.3, max_score=0.8, against=against),
+        list(DOMAINS.initial_proportions),
+        [0.0] * 3,
+    )
     rng = np.random.default_rng(0)
     for number in range(1, 20):
         rows = rng.normal(size=(4, 6)).tolist()
@@ -69,25 +73,25 @@ def test_updates_in_plain_python(against: Any) -> None:
 def test_domains_at_right_angles_leave_the_weights_and_opposed_ones_gain_nothing() -> None:
     mixer = made(DOMAINS, eta=5.0)
     mixer.learn(gram_of([[1, 0, 0], [0, 2, 0], [0, 0, 3]]))
-    assert shares(mixer) == pytest.approx(list(DOMAINS.initial))
-    assert scores(gram_of([[1, 0], [-1, 0]]), 2, "others", 5.0).tolist() == [0.0, 0.0]
+    assert shares(mixer) == pytest.approx(list(DOMAINS.initial_proportions))
+    assert alignment_scores(gram_of([[1, 0], [-1, 0]]), 2, "others", 5.0).tolist() == [0.0, 0.0]
 
 
 def test_products_that_are_not_finite_change_nothing() -> None:
     mixer = made(DOMAINS)
     mixer.learn(torch.full((3, 3), math.nan))
-    assert shares(mixer) == pytest.approx(list(DOMAINS.initial))
+    assert shares(mixer) == pytest.approx(list(DOMAINS.initial_proportions))
 
 
 def test_a_resumed_run_goes_on_bit_by_bit() -> None:
     whole, resumed = made(), made()
     whole.learn(gram_of(GRADIENTS))
-    resumed.restore(json.loads(json.dumps(whole.state())))
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
     for mixer in (whole, resumed):
         mixer.learn(gram_of(GRADIENTS[::-1]))
-    assert whole.state() == resumed.state() and whole.report() == resumed.report()
+    assert whole.state_dict() == resumed.state_dict() and whole.report() == resumed.report()
     with pytest.raises(CheckpointError, match="3 domains, this run has 1"):
-        made(Domains(("a",), (1,), (1.0,))).restore(whole.state())
+        made(DomainInfo(("a",), (1,), (1.0,))).load_state_dict(whole.state_dict())
 
 
 @pytest.mark.parametrize(("key", "value"), [("eta", 0.0), ("max_score", math.inf), ("probe_samples", 0)])
@@ -97,7 +101,7 @@ def test_wrong_parameters_name_their_key(key: str, value: Any) -> None:
 
 
 def test_products_are_those_of_autograd_in_any_batches_and_on_any_rank() -> None:
-    mesh, model = meshes.start(), tiny_llama()
+    parallel_info, model = init_distributed(), tiny_llama()
     domains = [samples_of(1), samples_of(2)]
     targets = [samples_of(3)[:3], samples_of(4)[:2]]
     expected = []
@@ -109,16 +113,18 @@ def test_products_are_those_of_autograd_in_any_batches_and_on_any_rank() -> None
     rows = torch.stack(expected)
     model.zero_grad()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    engine = engine_of(mesh, model)
-    pool = Pool([Domain(str(d), Rows(samples)) for d, samples in enumerate(domains)])
-    held = [Pool([Domain("t", Rows(part))]) for part in targets]
+    engine = engine_of(parallel_info, model)
+    pool = SamplePool([Domain(str(d), Rows(samples)) for d, samples in enumerate(domains)])
+    held = [SamplePool([Domain("t", Rows(part))]) for part in targets]
     for size in (3, 16):
         parts = [
-            DomainGram(pool, held, lambda s: collate(s, 0), lambda groups: groups, size, rank, 2, 5)(16, True, 7)
+            DomainGradientGram(pool, held, lambda s: collate(s, 0), lambda groups: groups, size, rank, 2, 5)(
+                16, True, 7
+            )
             for rank in (0, 1)
         ]
         both = [one + other for one, other in zip(*parts, strict=True)]
         torch.testing.assert_close(engine.gradient_gram(both), rows @ rows.T, rtol=1e-4, atol=1e-7)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters()) and engine.module.training
-    meshes.stop(orderly=True)
+    assert all(p.grad is None for p in model.parameters()) and engine.runner.module.training
+    shutdown_distributed(orderly=True)

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from dataflex_mega.algorithms.base import Domains
-from dataflex_mega.algorithms.mixers.doremi import DoReMi, ascended
+from dataflex_mega.algorithms.base import DomainInfo
+from dataflex_mega.algorithms.mixers._updates import exponentiated_gradient_step
+from dataflex_mega.algorithms.mixers.doremi import DoReMi
 from dataflex_mega.errors import CheckpointError, ConfigError, TrainingFault
 from dataflex_mega.types import StepStats
-from tests.unit.algorithms.examples import DOMAINS, clock, generator, softmax, stats
+from tests.unit.algorithms.examples import DOMAINS, generator, softmax, stats, update_context
 
-UNIFORM = Domains(names=("a", "b", "c"), sizes=(9, 9, 9), initial=(1 / 3, 1 / 3, 1 / 3))
+UNIFORM = DomainInfo(names=("a", "b", "c"), num_samples=(9, 9, 9), initial_proportions=(1 / 3, 1 / 3, 1 / 3))
 GOLDEN = [  # eta 1, c 1e-3, one after the other from uniform weights
     ([0.5, 0.1, 0.0], [0.4390972793, 0.2944456018, 0.2664571189]),
     ([0.2, 0.2, 0.2], [0.4389915153, 0.2944844895, 0.2665239951]),
@@ -24,7 +25,7 @@ GOLDEN = [  # eta 1, c 1e-3, one after the other from uniform weights
 ]
 
 
-def doremi(domains: Domains = UNIFORM, **parameters: Any) -> DoReMi:
+def doremi(domains: DomainInfo = UNIFORM, **parameters: Any) -> DoReMi:
     mixer = DoReMi(**parameters)
     mixer.setup(domains)
     return mixer
@@ -34,7 +35,7 @@ def with_excess(excess: Mapping[int, float], domains: int = 3, loss: float = 7.0
     """A step whose token losses are `loss` and whose mean clipped excesses are these."""
     made = stats(dict.fromkeys(excess, loss), domains)
     sums = torch.tensor([excess.get(d, 0.0) for d in range(domains)], dtype=torch.float64) * 8
-    return replace(made, domain_excess=sums)
+    return replace(made, domain_excess_loss=sums)
 
 
 def feed(mixer: DoReMi, excess: Mapping[int, float], step: int = 1) -> None:
@@ -63,13 +64,13 @@ def test_golden_trajectory_and_both_averages(average: Any, expected: list[float]
 
 def test_golden_update_of_given_excesses() -> None:
     start = torch.full((3,), 1 / 3, dtype=torch.float64)
-    found = ascended(start, torch.tensor([0.25, 0.0, 2.0], dtype=torch.float64), 1.0, 1e-3)
+    found = exponentiated_gradient_step(start, torch.tensor([0.25, 0.0, 2.0], dtype=torch.float64), 1.0, 1e-3)
     assert found.tolist() == pytest.approx([0.1329427184, 0.1036096262, 0.7634476554], abs=5.1e-11)
 
 
 def test_golden_carry_over_of_an_absent_domain() -> None:
     mixer = doremi()
-    mixer.restore({"weights": [1 / 3] * 3, "excess": [None, None, 1.0], "total": [0.0] * 3, "updates": 0})
+    mixer.load_state_dict({"weights": [1 / 3] * 3, "excess": [None, None, 1.0], "weights_sum": [0.0] * 3, "updates": 0})
     feed(mixer, {0: 0.4, 1: 0.2})
     assert weights(mixer) == pytest.approx([0.2747198427, 0.2249820068, 0.5002981506], abs=5.1e-11)
 
@@ -117,16 +118,16 @@ def test_every_weight_keeps_its_part_of_the_smoothing() -> None:
 
 def test_the_raw_loss_does_not_matter_and_the_drawn_proportions_stay() -> None:
     low, high = doremi(DOMAINS), doremi(DOMAINS)
-    low.observe(with_excess({0: 0.1, 1: 0.3, 2: 0.2}, loss=1.0), DOMAINS.initial, 1)
-    high.observe(with_excess({0: 0.1, 1: 0.3, 2: 0.2}, loss=9.0), DOMAINS.initial, 1)
+    low.observe(with_excess({0: 0.1, 1: 0.3, 2: 0.2}, loss=1.0), DOMAINS.initial_proportions, 1)
+    high.observe(with_excess({0: 0.1, 1: 0.3, 2: 0.2}, loss=9.0), DOMAINS.initial_proportions, 1)
     assert weights(low) == weights(high) != [1 / 3] * 3
-    assert low.proportions(clock(), generator()).tolist() == pytest.approx([0.5, 0.3, 0.2])
+    assert low.proportions(update_context(), generator()).tolist() == pytest.approx([0.5, 0.3, 0.2])
 
 
 def test_a_step_without_a_reference_is_a_fault_and_one_that_is_not_finite_changes_nothing() -> None:
     mixer = doremi()
     with pytest.raises(TrainingFault, match="step 4: doremi was given no reference losses"):
-        mixer.observe(replace(stats({0: 1.0}), domain_excess=None), (1 / 3,) * 3, 4)
+        mixer.observe(replace(stats({0: 1.0}), domain_excess_loss=None), (1 / 3,) * 3, 4)
     feed(mixer, {0: math.nan, 1: math.inf})
     assert weights(mixer) == [1 / 3] * 3 and mixer.report()["perdomain_scores"] == [None] * 3
 
@@ -137,7 +138,7 @@ def test_before_the_first_step_the_average_is_uniform() -> None:
 
 def test_state_of_other_domains_is_refused() -> None:
     with pytest.raises(CheckpointError, match="3 domains, this run has 1"):
-        doremi(Domains(("a",), (1,), (1.0,))).restore(doremi().state())
+        doremi(DomainInfo(("a",), (1,), (1.0,))).load_state_dict(doremi().state_dict())
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from dataflex_mega.algorithms.base import Domains
-from dataflex_mega.algorithms.mixers.dynamic_moe import DynamicMoe, distances, updated_weights
+from dataflex_mega.algorithms.base import DomainInfo
+from dataflex_mega.algorithms.mixers._updates import exponentiated_gradient_step
+from dataflex_mega.algorithms.mixers.dynamic_moe import DynamicMoe, distances
 from dataflex_mega.errors import CheckpointError, ConfigError, TrainingFault
 from dataflex_mega.types import StepStats
-from tests.unit.algorithms.examples import DOMAINS, clock, generator, stats
+from tests.unit.algorithms.examples import DOMAINS, generator, stats, update_context
 
 LOADS = [[0.5, 0.3, 0.2], [0.2, 0.5, 0.3], [0.45, 0.35, 0.2]]
 GOLDEN = {
@@ -24,14 +25,14 @@ GOLDEN = {
     ),
     "cos": ([0.0635735138, 0.1038501348, 0.044616631], [[0.3025294391, 0.4443051139, 0.2531654471]]),
 }
-EQUAL = Domains(("a", "b", "c"), (10, 10, 10), (1 / 3, 1 / 3, 1 / 3))
+EQUAL = DomainInfo(("a", "b", "c"), (10, 10, 10), (1 / 3, 1 / 3, 1 / 3))
 
 
 def double(values: Any) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def made(domains: Domains = EQUAL, **parameters: Any) -> DynamicMoe:
+def made(domains: DomainInfo = EQUAL, **parameters: Any) -> DynamicMoe:
     mixer = DynamicMoe(**{"count_steps": 1, **parameters})
     mixer.setup(domains)
     return mixer
@@ -42,8 +43,8 @@ def step(*layers: list[list[float]]) -> StepStats:
 
 
 def feed(mixer: DynamicMoe, number: int, *layers: list[list[float]]) -> list[float]:
-    mixer.observe(step(*layers), EQUAL.initial, number)
-    return mixer.proportions(clock(), generator()).tolist()
+    mixer.observe(step(*layers), EQUAL.initial_proportions, number)
+    return mixer.proportions(update_context(), generator()).tolist()
 
 
 def by_hand(weights: list[float], loads: list[list[float]], eta: float = 10.0, c: float = 0.05) -> list[float]:
@@ -65,7 +66,7 @@ def test_golden_distances_and_weights(similarity: Any) -> None:
 
 
 def test_a_window_in_plain_python() -> None:
-    mixer, weights = made(DOMAINS, count_steps=4), list(DOMAINS.initial)
+    mixer, weights = made(DOMAINS, count_steps=4), list(DOMAINS.initial_proportions)
     window = [[0.0] * 4 for _ in range(3)]
     for number in range(1, 25):
         counts = [[float((number * (d + 2) + 3 * e * d) % 11 + 1) for e in range(4)] for d in range(3)]
@@ -94,7 +95,7 @@ def test_last_layer_with_experts_or_all_of_them() -> None:
     last = feed(made(), 1, other, LOADS, dense)
     assert last == pytest.approx(GOLDEN["l2"][1][0], abs=5.1e-11)
     mean = (distances(double(other), "l2") + distances(double(LOADS), "l2")) / 2
-    expected = updated_weights(double(EQUAL.initial), mean, 10.0, 0.05)
+    expected = exponentiated_gradient_step(double(EQUAL.initial_proportions), mean, 10.0, 0.05)
     assert feed(made(layers="all"), 1, other, LOADS, dense) == pytest.approx(expected.tolist())
 
 
@@ -112,17 +113,17 @@ def test_an_unfinished_window_survives_a_restart() -> None:
     whole, resumed = made(count_steps=3), made(count_steps=3)
     for number in (1, 2, 3, 4):
         feed(whole, number, LOADS)
-    resumed.restore(json.loads(json.dumps(whole.state())))
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
     for number in (5, 6, 7):
         assert feed(whole, number, LOADS[::-1]) == feed(resumed, number, LOADS[::-1])
-    assert whole.state() == resumed.state()
+    assert whole.state_dict() == resumed.state_dict()
 
 
 def test_without_counts_it_fails_and_state_of_other_domains_is_refused() -> None:
     with pytest.raises(TrainingFault, match="routers' counts"):
-        made().observe(replace(stats({0: 1.0}), expert_load=None), EQUAL.initial, 1)
+        made().observe(replace(stats({0: 1.0}), expert_load=None), EQUAL.initial_proportions, 1)
     with pytest.raises(CheckpointError, match="3 domains, this run has 1"):
-        made(Domains(("a",), (1,), (1.0,))).restore(made().state())
+        made(DomainInfo(("a",), (1,), (1.0,))).load_state_dict(made().state_dict())
 
 
 @pytest.mark.parametrize(("key", "value"), [("eta", 0.0), ("eta", math.nan), ("c", 1.0), ("count_steps", 0)])

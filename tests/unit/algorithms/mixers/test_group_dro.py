@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from dataflex_mega.algorithms.base import Domains
-from dataflex_mega.algorithms.mixers.group_dro import GroupDro, relative_weights, updated_weights
+from dataflex_mega.algorithms.base import DomainInfo
+from dataflex_mega.algorithms.mixers._updates import exponentiated_gradient_step
+from dataflex_mega.algorithms.mixers.group_dro import GroupDro, relative_weights
 from dataflex_mega.errors import CheckpointError, ConfigError
-from tests.unit.algorithms.examples import DOMAINS, clock, generator, softmax, stats
+from tests.unit.algorithms.examples import DOMAINS, generator, softmax, stats, update_context
 
-UNIFORM = Domains(names=("a", "b", "c"), sizes=(9, 9, 9), initial=(1 / 3, 1 / 3, 1 / 3))
+UNIFORM = DomainInfo(names=("a", "b", "c"), num_samples=(9, 9, 9), initial_proportions=(1 / 3, 1 / 3, 1 / 3))
 GOLDEN = [  # eta 1, c 1e-3, one after the other from uniform weights
     ([0.5, 0.1, 0.0], [0.4390972793, 0.2944456018, 0.2664571189]),
     ([0.2, 0.2, 0.2], [0.4389915153, 0.2944844895, 0.2665239951]),
@@ -21,7 +22,7 @@ GOLDEN = [  # eta 1, c 1e-3, one after the other from uniform weights
 ]
 
 
-def dro(domains: Domains = UNIFORM, **parameters: Any) -> GroupDro:
+def dro(domains: DomainInfo = UNIFORM, **parameters: Any) -> GroupDro:
     mixer = GroupDro(**parameters)
     mixer.setup(domains)
     return mixer
@@ -45,7 +46,7 @@ def test_golden_trajectory(act_on: Any) -> None:
 
 def test_golden_update_of_given_losses() -> None:
     start = torch.full((3,), 1 / 3, dtype=torch.float64)
-    found = updated_weights(start, torch.tensor([0.25, 0.0, 2.0], dtype=torch.float64), 1.0, 1e-3)
+    found = exponentiated_gradient_step(start, torch.tensor([0.25, 0.0, 2.0], dtype=torch.float64), 1.0, 1e-3)
     assert found.tolist() == pytest.approx([0.1329427184, 0.1036096262, 0.7634476554], abs=5.1e-11)
 
 
@@ -58,7 +59,7 @@ def test_golden_loss_weights() -> None:
 
 def test_golden_carry_over_of_an_absent_domain() -> None:
     mixer = dro(eta=1.0)
-    mixer.restore({"weights": [1 / 3, 1 / 3, 1 / 3], "losses": [None, None, 1.0]})
+    mixer.load_state_dict({"weights": [1 / 3, 1 / 3, 1 / 3], "losses": [None, None, 1.0]})
     feed(mixer, {0: 0.4, 1: 0.2})
     assert weights(mixer) == pytest.approx([0.2747198427, 0.2249820068, 0.5002981506], abs=5.1e-11)
     assert mixer.report()["perdomain_scores"] == pytest.approx([0.4, 0.2, 1.0])
@@ -111,18 +112,18 @@ def test_acting_on_the_loss_draws_the_initial_proportions() -> None:
     found, w = mixer.loss_weights(), weights(mixer)
     ratios = [a / b for a, b in zip(w, (0.5, 0.3, 0.2), strict=True)]
     assert found is not None and found.tolist() == pytest.approx([r / sum(ratios) for r in ratios])
-    assert mixer.proportions(clock(), generator()).tolist() == pytest.approx([0.5, 0.3, 0.2])
+    assert mixer.proportions(update_context(), generator()).tolist() == pytest.approx([0.5, 0.3, 0.2])
 
 
 def test_acting_on_sampling_draws_the_weights_and_leaves_the_loss() -> None:
     mixer = dro(DOMAINS, eta=0.5, act_on="sampling")
     feed(mixer, {0: 1.0, 1: 1.0, 2: 3.0})
-    assert mixer.proportions(clock(), generator()).tolist() == weights(mixer)
+    assert mixer.proportions(update_context(), generator()).tolist() == weights(mixer)
     assert mixer.loss_weights() is None
 
 
 def test_a_domain_that_is_never_drawn_has_no_weight_in_the_loss() -> None:
-    mixer = dro(Domains(("a", "b"), (5, 5), (1.0, 0.0)))
+    mixer = dro(DomainInfo(("a", "b"), (5, 5), (1.0, 0.0)))
     mixer.observe(stats({0: 2.0}, domains=2), (1.0, 0.0), 1)
     found = mixer.loss_weights()
     assert found is not None and found.tolist() == [1.0, 0.0]
@@ -137,7 +138,7 @@ def test_a_step_without_a_finite_loss_changes_nothing() -> None:
 
 def test_state_of_other_domains_is_refused() -> None:
     with pytest.raises(CheckpointError, match="3 domains, this run has 1"):
-        dro(Domains(("a",), (1,), (1.0,))).restore(dro().state())
+        dro(DomainInfo(("a",), (1,), (1.0,))).load_state_dict(dro().state_dict())
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from dataflex_mega.algorithms.base import Domains
-from dataflex_mega.algorithms.mixers.odm import Odm, exploration_rate, policy, updated_rewards
+from dataflex_mega.algorithms.base import DomainInfo
+from dataflex_mega.algorithms.mixers.odm import Odm, bandit_policy, exploration_rate, updated_rewards
 from dataflex_mega.errors import CheckpointError, ConfigError
-from tests.unit.algorithms.examples import DOMAINS, clock, generator, softmax, stats
+from tests.unit.algorithms.examples import DOMAINS, generator, softmax, stats, update_context
 
-UNIFORM = Domains(names=("a", "b", "c"), sizes=(9, 9, 9), initial=(1 / 3, 1 / 3, 1 / 3))
+UNIFORM = DomainInfo(names=("a", "b", "c"), num_samples=(9, 9, 9), initial_proportions=(1 / 3, 1 / 3, 1 / 3))
 ARMS = [(0, 2.0, 4), (1, 3.0, 5), (2, 1.0, 6), (0, 2.5, 100), (1, 3.0, 101)]  # arm, loss, t; alpha 0.9
 GOLDEN = {
     "paper": [
@@ -47,14 +47,14 @@ GROUP = [
 ]
 
 
-def odm(domains: Domains = UNIFORM, **parameters: Any) -> Odm:
+def odm(domains: DomainInfo = UNIFORM, **parameters: Any) -> Odm:
     mixer = Odm(**parameters)
     mixer.setup(domains)
     return mixer
 
 
 def shares(mixer: Odm) -> list[float]:
-    return mixer.proportions(clock(), generator()).tolist()
+    return mixer.proportions(update_context(), generator()).tolist()
 
 
 def play(mixer: Odm, arms: list[tuple[int, float, int]]) -> list[list[float]]:
@@ -80,7 +80,7 @@ def test_golden_trajectory_of_the_bare_functions(variant: Any) -> None:
         losses = torch.full((3,), math.nan).double()
         losses[arm] = loss
         rewards = updated_rewards(rewards, losses, current, variant, 0.9)
-        current = policy(rewards, exploration_rate(3, t), exploration_rate(3, before), variant)
+        current = bandit_policy(rewards, exploration_rate(3, t), exploration_rate(3, before), variant)
         before = t
         assert current.tolist() == pytest.approx(expected, abs=5.1e-11)
 
@@ -149,7 +149,7 @@ def test_equal_losses_stay_uniform_and_a_higher_loss_is_drawn_more(variant: Any)
 def test_adding_a_constant_to_all_rewards_matters_to_the_linear_rule_only() -> None:
     rewards = torch.tensor([1.0, 2.0, 4.0]).double()
     for variant, same in (("paper", True), ("exp3", True), ("smoothed_mean", True), ("group", False)):
-        found = policy(rewards, 0.1, 0.2, variant), policy(rewards + 5, 0.1, 0.2, variant)
+        found = bandit_policy(rewards, 0.1, 0.2, variant), bandit_policy(rewards + 5, 0.1, 0.2, variant)
         assert torch.allclose(*found, atol=1e-14) == same
 
 
@@ -220,9 +220,9 @@ def test_report_has_the_fields_of_dataflex() -> None:
 
 
 def test_state_of_other_domains_is_refused() -> None:
-    state = odm().state()
+    state = odm().state_dict()
     with pytest.raises(CheckpointError, match="3 domains, this run has 1"):
-        odm(Domains(("a",), (1,), (1.0,))).restore(state)
+        odm(DomainInfo(("a",), (1,), (1.0,))).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

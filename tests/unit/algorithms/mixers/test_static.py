@@ -1,4 +1,4 @@
-"""Fixed proportions."""
+"""The static mixer: the run's initial proportions, or fixed ones."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 from dataflex_mega.algorithms.mixers.static import Static
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.registry import build
-from tests.unit.algorithms.examples import DOMAINS, clock, generator
+from tests.unit.algorithms.examples import DOMAINS, generator, update_context
 
 
 def shares(mixer: Static) -> list[float]:
     mixer.setup(DOMAINS)
-    return mixer.proportions(clock(), generator()).tolist()
+    return mixer.proportions(update_context(), generator()).tolist()
 
 
 def test_without_a_parameter_the_run_keeps_its_initial_proportions() -> None:

@@ -5,17 +5,17 @@ import random
 import pytest
 import torch
 
-from dataflex_mega.control.passes import Direction, arrange
+from dataflex_mega.control.passes import OrderOptions, arrange_remaining
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.registry import build
 
 TIED = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
-UP, DOWN = Direction(), Direction(ascending=False)
+UP, DOWN = OrderOptions(), OrderOptions(ascending=False)
 
 
 def ordered(scores, spec, direction=UP):
     ids = torch.arange(len(scores))
-    return arrange(build("reorder", spec), ids, torch.tensor(scores).float(), 0, direction).tolist()
+    return arrange_remaining(build("reorder", spec), ids, torch.tensor(scores).float(), 0, direction).tolist()
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def ordered(scores, spec, direction=UP):
          [0, 1, 2, 3, 4, 6, 8, 9, 7, 5, 10, 12, 14, 15, 13, 11, 16, 17, 18, 19]),
         (range(20), "segment", UP, [1, 0, 9, 12, 7, 8, 17, 16, 15, 11, 10, 3, 4, 14, 5, 6, 13, 2, 19, 18]),
         (range(10), "shuffle", UP, [7, 3, 2, 8, 5, 6, 9, 4, 0, 1]),
-        (range(20), "sorting", Direction(window=4),
+        (range(20), "sorting", OrderOptions(shuffle_block=4),
          [3, 2, 1, 0, 7, 6, 4, 5, 8, 11, 10, 9, 14, 15, 12, 13, 18, 19, 16, 17]),
     ],
 )  # fmt: skip
@@ -45,7 +45,7 @@ def test_layers_place_by_place(count, layers):
     """Rank r belongs to layer r mod L; layers in order, odd ones of a zigzag backwards."""
     keys = {"folding": lambda r: (r % layers, r), "zigzag": lambda r: (r % layers, -r if r % layers % 2 else r)}
     for name, key in keys.items():
-        found = build("reorder", {"name": name, "layers": layers}).ranks(count, 0).tolist()
+        found = build("reorder", {"name": name, "layers": layers}).rank_order(count, 0).tolist()
         assert found == sorted(range(count), key=key), name
 
 
@@ -63,13 +63,13 @@ def test_only_the_borders_are_layered(count, sections, ratio, layers):
         expected["saw"][low:high] = [r for i, turn in enumerate(turns) for r in (turn[::-1] if i % 2 else turn)]
     for name, ranks in expected.items():
         spec = {"name": name, "num_sections": sections, "folding_ratio": ratio, "layers": layers}
-        assert build("reorder", spec).ranks(count, 0).tolist() == ranks, name
+        assert build("reorder", spec).rank_order(count, 0).tolist() == ranks, name
 
 
 @pytest.mark.parametrize(("high_first", "high_last"), [(False, True), (True, False), (True, True), (False, False)])
 def test_segments_come_from_their_ends(high_first, high_last):
     spec = {"name": "segment", "x_pct": 20, "y_pct": 15, "front_is_high": high_first, "back_is_high": high_last}
-    ranks = build("reorder", spec).ranks(41, 7).tolist()
+    ranks = build("reorder", spec).rank_order(41, 7).tolist()
     front, middle, back = ranks[:8], ranks[8:35], ranks[35:]
     assert sorted(ranks) == list(range(41))
     if high_first == high_last:
@@ -85,14 +85,19 @@ def test_segments_come_from_their_ends(high_first, high_last):
 
 def test_a_seed_names_a_shuffle():
     shuffle = build("reorder", "shuffle")
-    assert shuffle.ranks(50, 1).tolist() == shuffle.ranks(50, 1).tolist() != shuffle.ranks(50, 2).tolist()
+    assert (
+        shuffle.rank_order(50, 1).tolist() == shuffle.rank_order(50, 1).tolist() != shuffle.rank_order(50, 2).tolist()
+    )
     scores = torch.rand(50)
     assert ordered(scores.tolist(), "shuffle") == ordered((-scores).tolist(), "shuffle"), "scores do not matter"
 
 
 @pytest.mark.parametrize("window", [2, 5, 64])
 def test_a_window_shuffles_within_blocks(window):
-    plain, jittered = ordered(list(range(40)), "sorting"), ordered(list(range(40)), "sorting", Direction(window=window))
+    plain, jittered = (
+        ordered(list(range(40)), "sorting"),
+        ordered(list(range(40)), "sorting", OrderOptions(shuffle_block=window)),
+    )
     assert jittered != plain
     for start in range(0, 40, window):
         assert sorted(jittered[start : start + window]) == plain[start : start + window]

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from dataflex_mega.algorithms.base import Domains
+from dataflex_mega.algorithms.base import DomainInfo
 from dataflex_mega.algorithms.selectors.cluster_less import ClusterLess
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.types import Clusters, SignalTable
-from tests.unit.algorithms.examples import DOMAINS, clock, generator
+from tests.unit.algorithms.examples import DOMAINS, generator, update_context
 
 
 def test_a_cluster_scores_the_cosine_of_its_mean_direction():
@@ -19,7 +19,7 @@ def test_a_cluster_scores_the_cosine_of_its_mean_direction():
     signals = {"dot": (means @ u.t())[own], "norm2": means.square().sum(1)[own]}
     scores = ClusterLess().score(SignalTable(torch.arange(4), torch.zeros(4), signals))
     assert scores.tolist() == pytest.approx([0.84 / (0.64 + 0.16) ** 0.5, 0.3, 0.84 / 0.8**0.5, 0.84 / 0.8**0.5])
-    assert ClusterLess().choose(scores, 2, clock(), generator()).tolist() == [0, 2]
+    assert ClusterLess().select(scores, 2, update_context(), generator()).tolist() == [0, 2]
 
 
 def test_the_number_of_clusters():
@@ -31,11 +31,11 @@ def test_the_number_of_clusters():
 
 def test_clusters_are_state():
     made, again = ClusterLess(), ClusterLess()
-    again.restore(made.state())
+    again.load_state_dict(made.state_dict())
     assert again.clusters is None
-    made.keep(Clusters(torch.arange(3), torch.ones(3)))
-    again.restore(made.state())
-    assert again.clusters is not None and again.clusters.own.tolist() == [0, 1, 2]
+    made.set_clusters(Clusters(torch.arange(3), torch.ones(3)))
+    again.load_state_dict(made.state_dict())
+    assert again.clusters is not None and again.clusters.cluster_ids.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["cluster_size", "num_clusters", "samples_per_cluster", "clustering_max_iter", "side"])
@@ -45,8 +45,8 @@ def test_what_cannot_be_is_named(name):
 
 
 def test_more_clusters_than_samples_are_refused():
-    with pytest.raises(ConfigError, match="num_clusters: at most one a sample, 3, found 4"):
-        ClusterLess(num_clusters=4).setup(Domains(("a",), (3,), (1.0,)))
+    with pytest.raises(ConfigError, match="num_clusters: at most one per sample, 3, found 4"):
+        ClusterLess(num_clusters=4).setup(DomainInfo(("a",), (3,), (1.0,)))
 
 
 def test_another_model_for_embeddings_is_refused():

@@ -1,4 +1,4 @@
-"""COINCIDE's shares and budgets against golden numbers and a count in plain Python."""
+"""COINCIDE's shares and allocate_counts against golden numbers and a count in plain Python."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from dataflex_mega.algorithms.selectors.coincide import Coincide, budgets
+from dataflex_mega.algorithms.selectors.coincide import Coincide, allocate_counts
 from dataflex_mega.errors import ConfigError, DataError
-from tests.unit.algorithms.examples import clock, generator, table
+from tests.unit.algorithms.examples import generator, table, update_context
 
 TRANSFER = [0.1503602284, 0.2210709065, 0.0707106781]
 DENSITY = [0.8244299239, 0.9231163464, 1.0]
@@ -33,7 +33,7 @@ def test_golden_shares() -> None:
     ("count", "expected"), [(4, [1, 2, 1]), (5, [2, 2, 1]), (6, [3, 2, 1]), (1, [0, 1, 0]), (0, [0, 0, 0])]
 )
 def test_golden_budgets(count: int, expected: list[int]) -> None:
-    assert budgets(torch.tensor(SHARES), torch.tensor(SIZES), count).tolist() == expected
+    assert allocate_counts(torch.tensor(SHARES), torch.tensor(SIZES), count).tolist() == expected
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -42,7 +42,7 @@ def test_budgets_are_whole_fill_no_cluster_twice_and_sum_to_the_count(seed: int)
     sizes = torch.randint(1, 9, (12,), generator=rng)
     shares = torch.softmax(6 * torch.randn(12, generator=rng, dtype=torch.float64), 0)
     for count in (1, int(sizes.sum()) // 2, int(sizes.sum())):
-        found = budgets(shares, sizes, count)
+        found = allocate_counts(shares, sizes, count)
         assert int(found.sum()) == count and bool((found >= 0).all()) and bool((found <= sizes).all())
         free = found < sizes  # of two clusters that are not full, the one with the larger share gets no less
         order = shares[free].sort(descending=True).indices
@@ -51,21 +51,21 @@ def test_budgets_are_whole_fill_no_cluster_twice_and_sum_to_the_count(seed: int)
 
 def test_members_are_taken_by_their_turns() -> None:
     choose = Coincide().choose
-    assert choose(scores([1, 0, 2, 0, 1, 0]), 4, clock(), generator()).tolist() == [1, 3, 4, 5]
-    assert choose(scores([2, 1, 0, 1, 0, 0]), 5, clock(), generator()).tolist() == [1, 2, 3, 4, 5]
+    assert choose(scores([1, 0, 2, 0, 1, 0]), 4, update_context(), generator()).tolist() == [1, 3, 4, 5]
+    assert choose(scores([2, 1, 0, 1, 0, 0]), 5, update_context(), generator()).tolist() == [1, 2, 3, 4, 5]
 
 
 def test_a_large_temperature_evens_the_clusters_out() -> None:
     found = table(frozenset({"clusters"}))
-    even = Coincide(temperature=1e9).choose(Coincide().score(found), 16, clock(), generator())
+    even = Coincide(temperature=1e9).select(Coincide().score(found), 16, update_context(), generator())
     assert torch.bincount(even // 10, minlength=8).tolist() == [2] * 8
-    sharp = Coincide(temperature=0.01).choose(Coincide().score(found), 16, clock(), generator())
+    sharp = Coincide(temperature=0.01).select(Coincide().score(found), 16, update_context(), generator())
     assert int(torch.bincount(sharp // 10).max()) == 10
 
 
 def test_with_a_mixer_a_cluster_gives_what_it_has_of_the_domain() -> None:
     part = scores([1, 0, 2, 0, 1, 0])[[0, 2, 4]]
-    assert Coincide().choose(part, 2, clock(), generator()).tolist() == [0, 2]
+    assert Coincide().select(part, 2, update_context(), generator()).tolist() == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -87,4 +87,4 @@ def test_wrong_parameters_name_their_key(parameters: dict[str, Any], key: str) -
 
 def test_more_than_there_are_is_refused() -> None:
     with pytest.raises(DataError, match="7 samples wanted, 6 candidates"):
-        Coincide().choose(scores([0] * 6), 7, clock(), generator())
+        Coincide().select(scores([0] * 6), 7, update_context(), generator())

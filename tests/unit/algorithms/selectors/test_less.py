@@ -5,8 +5,8 @@ import torch
 
 from dataflex_mega.algorithms.selectors.less import Less
 from dataflex_mega.errors import ConfigError, DataError
-from dataflex_mega.types import Clock, FeatureSpec, SignalTable
-from tests.unit.algorithms.examples import clock, generator
+from dataflex_mega.types import ProjectionSpec, SignalTable, UpdateContext
+from tests.unit.algorithms.examples import generator, update_context
 
 
 def table(dot, norm2):
@@ -28,16 +28,16 @@ def test_the_best_first_and_nothing_without_a_gradient():
     scores = less.score(table([[1.0, -1.0], [0.0, 0.0], [-1.0, -2.0]], [4.0, 0.0, 4.0]))
     assert scores.tolist() == [0.5, 0.0, -0.5]
     ties = torch.tensor([0.1, 0.5, float("nan"), 0.5])
-    assert less.choose(ties, 3, clock(), generator()).tolist() == [1, 3, 0]
+    assert less.select(ties, 3, update_context(), generator()).tolist() == [1, 3, 0]
     with pytest.raises(DataError, match="5 samples wanted, 4"):
-        less.choose(ties, 5, clock(), generator())
+        less.select(ties, 5, update_context(), generator())
 
 
 def test_what_it_asks_for():
-    assert Less().needs == {"gradient_adam"} and Less(gradient_type="sgd").needs == {"gradient_sgd"}
+    assert Less().signals == {"gradient_adam"} and Less(gradient_type="sgd").signals == {"gradient_sgd"}
     stored = Less(mode="store", side=8)
-    assert stored.needs == {"store_adam"} and stored.feature_spec() == FeatureSpec("two_sided", 8, 0)
-    assert Less(mode="store", projection="dense", seed=3).feature_spec() == FeatureSpec("dense", 8192, 3)
+    assert stored.signals == {"store_adam"} and stored.feature_spec() == ProjectionSpec("two_sided", 8, 0)
+    assert Less(mode="store", projection="dense", seed=3).feature_spec() == ProjectionSpec("dense", 8192, 3)
     assert Less(mode="store", projection="dense", proj_dim=64).feature_spec().size == 64
 
 
@@ -59,17 +59,17 @@ def cosines_at(less, candidates, targets):
 
 
 def at(step, rate):
-    return Clock(step, 100, step // 10, 3, rate=rate)
+    return UpdateContext(step, 100, step // 10, 3, learning_rate=rate)
 
 
 def test_checkpoints_are_added_up_by_their_learning_rates():
     """The paper's order: mean over targets, sum over checkpoints, then the largest sub-task."""
     less, ids = Less(checkpoints=2), torch.arange(2)
-    first = less.accumulate(ids, cosines_at(less, FIRST, TARGETS[0]), at(10, 3e-5))
+    first = less.combine_updates(ids, cosines_at(less, FIRST, TARGETS[0]), at(10, 3e-5))
     assert first.tolist() == pytest.approx([0.7, 0.98]) and first.dtype == torch.float32
-    both = less.accumulate(ids, cosines_at(less, SECOND, TARGETS[1]), at(20, 1e-5))
+    both = less.combine_updates(ids, cosines_at(less, SECOND, TARGETS[1]), at(20, 1e-5))
     assert both.tolist() == pytest.approx([0.625, 0.96], abs=1e-6)
-    third = less.accumulate(ids, cosines_at(less, FIRST, TARGETS[0]), at(30, 1e-5))
+    third = less.combine_updates(ids, cosines_at(less, FIRST, TARGETS[0]), at(30, 1e-5))
     # The first is forgotten: (S_2 + S_1) / 2 with S_1 = [[.5, .7], [.7, .98]], S_2 = [[1, .6], [0, .9]].
     assert third.tolist() == pytest.approx([0.75, 0.94], abs=1e-6)
 
@@ -81,7 +81,7 @@ def test_a_candidate_has_no_entry_of_a_round_that_did_not_score_it():
         (20, 2.0, [1, 3, 7], [[0.9, -0.8], [0.6, 0.2], [0.4, 0.3]]),
         (30, 0.0, [3, 5, 8], [[-0.5, 0.0], [0.0, 0.1], [0.2, 0.7]]),
     ]
-    found = [less.accumulate(torch.tensor(i), torch.tensor(c), at(s, r)).tolist() for s, r, i, c in rounds]
+    found = [less.combine_updates(torch.tensor(i), torch.tensor(c), at(s, r)).tolist() for s, r, i, c in rounds]
     assert found[0] == pytest.approx([0.2, 0.3, 0.6])
     assert found[1] == pytest.approx([0.9, (4 * 0.3 + 2 * 0.6) / 6, 0.4])
     # 3: rates 4, 2, 0; 5: rates 4, 0; 8: only the rate 0, which then counts alone.
@@ -93,22 +93,22 @@ def test_rounds_survive_a_restart_and_one_checkpoint_keeps_nothing():
     rounds = [(torch.arange(step % 3, 20), torch.rand(20, 2, generator=generated)) for step in range(5)]
 
     def go(less, steps):
-        return [less.accumulate(rounds[s][0], rounds[s][1][rounds[s][0]], at(s, 0.1 * (s + 1))) for s in steps]
+        return [less.combine_updates(rounds[s][0], rounds[s][1][rounds[s][0]], at(s, 0.1 * (s + 1))) for s in steps]
 
     whole, half, other = (Less(checkpoints=3) for _ in range(3))
     expected = go(whole, range(5))
     go(half, range(3))
-    saved = half.state()
-    assert [r["step"] for r in saved["rounds"]] == [0, 1, 2]
-    other.restore(saved)
+    saved = half.state_dict()
+    assert [r["step"] for r in saved["history"]] == [0, 1, 2]
+    other.load_state_dict(saved)
     assert all(torch.equal(a, b) for a, b in zip(go(other, (3, 4)), expected[3:], strict=True))
-    assert len(whole.state()["rounds"]) == 3
+    assert len(whole.state_dict()["history"]) == 3
     again = go(other, (4,))[0]
     assert torch.equal(again, expected[4]), "the same round twice counts once"
-    with pytest.raises(DataError, match="step 9 compares with 3 sub-tasks, rounds before have 2"):
-        other.accumulate(torch.arange(4), torch.zeros(4, 3), at(9, 1.0))
+    with pytest.raises(DataError, match="step 9 compares with 3 sub-tasks, records before have 2"):
+        other.combine_updates(torch.arange(4), torch.zeros(4, 3), at(9, 1.0))
     plain, scores = Less(), torch.rand(4)
-    assert plain.accumulate(torch.arange(4), scores, at(1, 1.0)) is scores and plain.state() == {}
+    assert plain.combine_updates(torch.arange(4), scores, at(1, 1.0)) is scores and plain.state_dict() == {}
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex_mega.algorithms.base import Domains
-from dataflex_mega.algorithms.selectors.near import Near, ranks, read_indices
+from dataflex_mega.algorithms.base import DomainInfo
+from dataflex_mega.algorithms.selectors._npy import read_npy
+from dataflex_mega.algorithms.selectors.near import DTYPES, Near, neighbour_ranks
 from dataflex_mega.errors import CheckpointError, ConfigError, DataError
 from dataflex_mega.types import SignalTable
-from tests.unit.algorithms.examples import clock, generator
+from tests.unit.algorithms.examples import generator, update_context
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def near(path: Path, neighbours: Any, *sizes: int) -> Near:
     """A selector of a pool with domains of these sizes."""
     np.save(path, np.asarray(neighbours))
     selector = Near(str(path))
-    selector.setup(Domains(tuple(map(str, range(len(sizes)))), sizes, (1 / len(sizes),) * len(sizes)))
+    selector.setup(DomainInfo(tuple(map(str, range(len(sizes)))), sizes, (1 / len(sizes),) * len(sizes)))
     return selector
 
 
@@ -46,7 +47,7 @@ def walk(neighbours: list[list[int]]) -> list[int]:
 
 def test_golden_order(saved: Path) -> None:
     selector = near(saved, [[3, 1, 2], [3, 0, 2]], 5)
-    found = selector.choose(scores(selector, 0, 5), 4, clock(), generator())
+    found = selector.select(scores(selector, 0, 5), 4, update_context(), generator())
     assert found.tolist() == [3, 1, 0, 2]
 
 
@@ -55,13 +56,15 @@ def test_order_is_that_of_a_walk_with_padding_and_duplicates(saved: Path) -> Non
     for _ in range(20):
         neighbours = rng.integers(-1, 40, (7, 9))
         selector, expected = near(saved, neighbours, 40), walk(neighbours.tolist())
-        found = selector.choose(scores(selector, 0, 40), len(expected), clock(), generator())
+        found = selector.select(scores(selector, 0, 40), len(expected), update_context(), generator())
         assert found.tolist() == expected
 
 
 def test_every_update_chooses_the_same(saved: Path) -> None:
     selector = near(saved, np.random.default_rng(0).permutation(30).reshape(3, 10), 30)
-    found = {tuple(selector.choose(scores(selector, 0, 30), 9, clock(s), generator(s)).tolist()) for s in range(5)}
+    found = {
+        tuple(selector.select(scores(selector, 0, 30), 9, update_context(s), generator(s)).tolist()) for s in range(5)
+    }
     assert len(found) == 1
 
 
@@ -70,7 +73,7 @@ def test_within_a_domain_its_own_samples_keep_the_order(saved: Path) -> None:
     neighbours = np.random.default_rng(1).integers(0, 50, (6, 20))
     selector = near(saved, neighbours, 20, 30)
     expected = [i - 20 for i in walk(neighbours.tolist()) if i >= 20]
-    found = selector.choose(scores(selector, 20, 50), len(expected), clock(), generator())
+    found = selector.select(scores(selector, 20, 50), len(expected), update_context(), generator())
     assert found.tolist() == expected
 
 
@@ -78,7 +81,7 @@ def test_samples_that_no_query_names_are_never_chosen(saved: Path) -> None:
     selector = near(saved, [[3, -1], [1, 3]], 6)
     assert scores(selector, 0, 6).isinf().tolist() == [True, False, True, False, True, True]
     with pytest.raises(DataError, match=rf"3 samples wanted, {saved} names 2 of the 6 candidates"):
-        selector.choose(scores(selector, 0, 6), 3, clock(), generator())
+        selector.select(scores(selector, 0, 6), 3, update_context(), generator())
 
 
 @pytest.mark.parametrize("kind", ["<i8", "<i4"])
@@ -88,11 +91,11 @@ def test_every_layout_of_the_format_is_read_as_numpy_reads_it(saved: Path, kind:
     array = np.asarray(np.arange(12).reshape(3, 4), dtype=kind, order=order)
     with saved.open("wb") as stream:
         np.lib.format.write_array(stream, array, version=version)
-    assert read_indices(saved).tolist() == np.load(saved).tolist() == array.tolist()
+    assert read_npy(saved, DTYPES, ("M", "K"), "whole numbers").tolist() == np.load(saved).tolist() == array.tolist()
 
 
 def test_ranks_of_padding_alone_are_empty() -> None:
-    assert ranks(torch.tensor([[-1, -1]]), 3).tolist() == [-1, -1, -1]
+    assert neighbour_ranks(torch.tensor([[-1, -1]]), 3).tolist() == [-1, -1, -1]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,7 @@ def test_a_file_that_does_not_fit_is_named(saved: Path, content: Any, message: s
 
 def test_a_damaged_file_is_named(saved: Path) -> None:
     np.save(saved, np.arange(12).reshape(3, 4))
-    whole, domains = saved.read_bytes(), Domains(("a",), (12,), (1.0,))
+    whole, domains = saved.read_bytes(), DomainInfo(("a",), (12,), (1.0,))
     for content, message in [
         (b"[1, 2]", "found another format"),
         (whole[:-8], "expected 96 bytes .*found 88"),
@@ -126,11 +129,11 @@ def test_a_damaged_file_is_named(saved: Path) -> None:
 
 def test_a_missing_file_names_the_key() -> None:
     with pytest.raises(ConfigError, match=r"selector\.near\.indices_path: no/such\.npy not found \(relative to /"):
-        Near("no/such.npy").setup(Domains(("a",), (1,), (1.0,)))
+        Near("no/such.npy").setup(DomainInfo(("a",), (1,), (1.0,)))
 
 
 def test_a_resumed_run_refuses_another_order(saved: Path) -> None:
     before = near(saved, [[0, 1, 2]], 3)
-    near(saved, [[0, 1, 2]], 3).restore(before.state())
+    near(saved, [[0, 1, 2]], 3).load_state_dict(before.state_dict())
     with pytest.raises(CheckpointError, match=f"{saved} gives another order"):
-        near(saved, [[0, 2, 1]], 3).restore(before.state())
+        near(saved, [[0, 2, 1]], 3).load_state_dict(before.state_dict())

@@ -5,8 +5,8 @@ import torch
 
 from dataflex_mega.algorithms.selectors.nice import Nice
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.types import SamplingSpec, SignalTable
-from tests.unit.algorithms.examples import clock, generator
+from dataflex_mega.types import GenerationSpec, SignalTable
+from tests.unit.algorithms.examples import generator, update_context
 
 REWARDS = torch.tensor([[1.0, 0.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
 
@@ -31,12 +31,12 @@ def test_scores_are_the_largest_cosine_and_never_not_a_number():
     table = SignalTable(torch.arange(3), torch.zeros(3), {"dot": dot, "norm2": norm2})
     scores = Nice().score(table)
     assert scores.tolist() == [0.5, 0.0, -0.5]
-    assert Nice().choose(scores, 2, clock(), generator()).tolist() == [0, 1]
+    assert Nice().select(scores, 2, update_context(), generator()).tolist() == [0, 1]
 
 
 def test_what_it_asks_for_and_what_cannot_be():
-    assert Nice().needs == {"policy_adam"} and Nice(gradient_type="sgd").needs == {"policy_sgd"}
-    assert Nice(max_new_tokens=5, top_p=1.0, top_k=0).sampling() == SamplingSpec(5, 0.7, 0, 1.0)
+    assert Nice().signals == {"policy_adam"} and Nice(gradient_type="sgd").signals == {"policy_sgd"}
+    assert Nice(max_new_tokens=5, top_p=1.0, top_k=0).sampling() == GenerationSpec(5, 0.7, 0, 1.0)
     for wrong in ({"mc_samples": 0}, {"best": 5}, {"max_new_tokens": 0}, {"generation_temperature": 0.0}):
         with pytest.raises(ConfigError, match=rf"selector\.nice\.{next(iter(wrong))}:"):
             Nice(**wrong)

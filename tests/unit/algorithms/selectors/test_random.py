@@ -1,43 +1,43 @@
-"""A uniform choice."""
+"""The random selector: uniform draws, without repeats where possible."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from dataflex_mega.algorithms.selectors.random import Random
+from dataflex_mega.algorithms.selectors.random import RandomSelector
 from dataflex_mega.errors import DataError
-from tests.unit.algorithms.examples import clock, generator
+from tests.unit.algorithms.examples import generator, update_context
 
 
-def choose(selector: Random, candidates: int, count: int, run: int = 0) -> list[int]:
-    return selector.choose(torch.zeros(candidates), count, clock(), generator(run)).tolist()
+def choose(selector: RandomSelector, candidates: int, count: int, run: int = 0) -> list[int]:
+    return selector.select(torch.zeros(candidates), count, update_context(), generator(run)).tolist()
 
 
 def test_every_candidate_has_the_same_chance() -> None:
     seen = torch.zeros(10)
     for run in range(3000):
-        seen[choose(Random(), 10, 3, run)] += 1
+        seen[choose(RandomSelector(), 10, 3, run)] += 1
     assert seen.tolist() == pytest.approx([900] * 10, abs=5 * (3000 * 0.3 * 0.7) ** 0.5)
 
 
 def test_all_candidates_may_be_asked_for() -> None:
-    assert sorted(choose(Random(), 30, 30)) == list(range(30))
+    assert sorted(choose(RandomSelector(), 30, 30)) == list(range(30))
 
 
 def test_replacement_may_choose_more_than_there_is() -> None:
-    found = choose(Random(replacement=True), 5, 400)
+    found = choose(RandomSelector(replacement=True), 5, 400)
     assert len(found) == 400 and set(found) == set(range(5))
 
 
 def test_seeds_and_updates_choose_differently() -> None:
-    found = {tuple(choose(Random(seed=s), 100, 10, run)) for s in (None, 0, 1, -5, 2**80) for run in range(4)}
+    found = {tuple(choose(RandomSelector(seed=s), 100, 10, run)) for s in (None, 0, 1, -5, 2**80) for run in range(4)}
     assert len(found) == 20
-    assert choose(Random(seed=7), 100, 10) == choose(Random(seed=7), 100, 10)
+    assert choose(RandomSelector(seed=7), 100, 10) == choose(RandomSelector(seed=7), 100, 10)
 
 
 def test_more_than_there_is_names_both_numbers() -> None:
     with pytest.raises(DataError, match="11 samples wanted of 10 candidates"):
-        choose(Random(), 10, 11)
+        choose(RandomSelector(), 10, 11)
     with pytest.raises(DataError, match="1 samples wanted of 0 candidates"):
-        choose(Random(replacement=True), 0, 1)
+        choose(RandomSelector(replacement=True), 0, 1)

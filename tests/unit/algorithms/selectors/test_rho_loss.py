@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dataflex_mega.algorithms.selectors.rho_loss import RhoLoss
-from dataflex_mega.data.pool import Domain, Pool
+from dataflex_mega.data.pool import Domain, SamplePool
 from dataflex_mega.errors import DataError
-from dataflex_mega.signals.scorer import Scorer
-from dataflex_mega.types import SampleObs, SignalTable
-from tests.unit.algorithms.examples import clock, generator
+from dataflex_mega.signals.computer import SignalComputer
+from dataflex_mega.types import SampleStats, SignalTable
+from tests.unit.algorithms.examples import generator, update_context
 
 LOSS = torch.tensor([5.0, 3.0, 2.0, 3.5])
 REFERENCE = torch.tensor([4.9, 1.0, 1.9, 1.5])  # noise, learnable, known, learnable
@@ -24,12 +24,12 @@ def table(loss: torch.Tensor = LOSS) -> SignalTable:
 def test_learnable_samples_come_first_and_the_highest_loss_does_not() -> None:
     scores = RhoLoss().score(table())
     assert scores.tolist() == pytest.approx([0.1, 2.0, 0.1, 2.0], abs=1e-6)
-    assert sorted(RhoLoss().choose(scores, 2, clock(), generator()).tolist()) == [1, 3]
+    assert sorted(RhoLoss().select(scores, 2, update_context(), generator()).tolist()) == [1, 3]
 
 
 def test_ties_go_by_place() -> None:
     scores = torch.tensor([1.0, 2.0, 1.0, 2.0])
-    assert RhoLoss().choose(scores, 3, clock(), generator()).tolist() == [1, 3, 0]
+    assert RhoLoss().select(scores, 3, update_context(), generator()).tolist() == [1, 3, 0]
 
 
 def test_a_model_that_is_its_own_reference_prefers_nothing() -> None:
@@ -38,9 +38,9 @@ def test_a_model_that_is_its_own_reference_prefers_nothing() -> None:
 
 def test_losses_that_are_no_number_are_not_chosen() -> None:
     scores = RhoLoss().score(table(torch.tensor([torch.nan, 3.0, 2.0, torch.inf])))
-    assert RhoLoss().choose(scores, 2, clock(), generator()).tolist() == [1, 2]
+    assert RhoLoss().select(scores, 2, update_context(), generator()).tolist() == [1, 2]
     with pytest.raises(DataError, match="3 samples wanted, 2 have a finite loss"):
-        RhoLoss().choose(scores, 3, clock(), generator())
+        RhoLoss().select(scores, 3, update_context(), generator())
 
 
 class Rows:
@@ -63,12 +63,12 @@ class References:
 
 
 def test_the_reference_loss_is_the_mean_over_the_targets_of_a_sample() -> None:
-    pool = Pool([Domain("only", Rows())])
-    pool.references = References()
+    pool = SamplePool([Domain("only", Rows())])
+    pool.reference_losses = References()
 
-    def never(batch: object) -> SampleObs:
+    def never(batch: object) -> SampleStats:
         raise AssertionError("no forward pass is needed")
 
-    scorer = Scorer(pool, never, never, batch_size=2, rank=0, ranks=1)  # type: ignore[arg-type]
-    found = scorer.table(frozenset({"reference_loss"}))["reference_loss"]
+    computer = SignalComputer(pool, never, never, batch_size=2, dp_rank=0, dp_size=1)  # type: ignore[arg-type]
+    found = computer.table(frozenset({"reference_loss"}))["reference_loss"]
     assert found.tolist() == [1.5, 2.0, 0.0]

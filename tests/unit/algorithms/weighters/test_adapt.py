@@ -17,8 +17,8 @@ from tests.unit.algorithms.examples import observed
 
 def scored(weighter: Adapt, scores: list[float]) -> torch.Tensor:
     """Weights of samples with these mean cosines."""
-    obs = replace(observed([1.0] * len(scores)), hidden=torch.tensor(scores).unsqueeze(1))
-    return weighter.weights(obs, 0, 1)
+    samples = replace(observed([1.0] * len(scores)), embeddings=torch.tensor(scores).unsqueeze(1))
+    return weighter.weights(samples, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -33,14 +33,16 @@ def test_golden_factors(score: float, tau: float, f: float) -> None:
 
 def test_weights_are_mean_sigmoids_of_the_mean_cosine_with_every_anchor() -> None:
     generator = torch.Generator().manual_seed(0)
-    samples, anchors = (F.normalize(torch.randn(n, 6, generator=generator, dtype=torch.float64)) for n in (7, 4))
+    vectors, anchors = (F.normalize(torch.randn(n, 6, generator=generator, dtype=torch.float64)) for n in (7, 4))
     weighter = Adapt(tau=0.2)
     weighter.learn(anchors.mean(0), 0)
-    obs = replace(observed([1.0] * 7), hidden=weighter.compare(samples.float()))
+    samples = replace(observed([1.0] * 7), embeddings=weighter.compare(vectors.float()))
     expected = [
-        1 / (1 + math.exp(-sum(float(F.cosine_similarity(x, a, dim=0)) for a in anchors) / 4 / 0.2)) for x in samples
+        1 / (1 + math.exp(-sum(float(F.cosine_similarity(x, a, dim=0)) for a in anchors) / 4 / 0.2)) for x in vectors
     ]
-    assert weighter.weights(obs, 0, 1).tolist() == pytest.approx([7 * f / sum(expected) for f in expected], rel=1e-5)
+    assert weighter.weights(samples, 0, 1).tolist() == pytest.approx(
+        [7 * f / sum(expected) for f in expected], rel=1e-5
+    )
 
 
 def test_one_number_a_sample_travels() -> None:
@@ -56,9 +58,9 @@ def test_clip_bounds_the_factors_before_their_mean_is_taken() -> None:
 
 
 def test_a_sample_without_targets_or_with_a_bad_state_weighs_one_and_changes_nothing_else() -> None:
-    obs = replace(observed([1.0] * 4), hidden=torch.tensor([[0.9], [math.nan], [0.1], [0.5]]))
-    obs = replace(obs, tokens=torch.tensor([4, 4, 4, 0]))
-    found = Adapt().weights(obs, 0, 1).tolist()
+    samples = replace(observed([1.0] * 4), embeddings=torch.tensor([[0.9], [math.nan], [0.1], [0.5]]))
+    samples = replace(samples, num_tokens=torch.tensor([4, 4, 4, 0]))
+    found = Adapt().weights(samples, 0, 1).tolist()
     assert found[1] == found[3] == 1.0
     assert [found[0], found[2]] == pytest.approx(scored(Adapt(), [0.9, 0.1]).tolist(), rel=1e-6)
 
@@ -71,7 +73,7 @@ def test_anchors_are_stale_once_a_step_and_only_then() -> None:
     weighter.learn(torch.ones(2).double(), 6)
     assert not weighter.stale(6), "not again for the same step"
     resumed = Adapt(refresh_interval=3)
-    resumed.restore(weighter.state())
+    resumed.load_state_dict(weighter.state_dict())
     assert not resumed.stale(6) and resumed.stale(9)
 
 

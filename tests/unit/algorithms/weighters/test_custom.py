@@ -1,17 +1,17 @@
-"""Weights that change nothing."""
+"""The uniform weighter gives every sample weight 1."""
 
 from __future__ import annotations
 
 import pytest
 
-from dataflex_mega.algorithms.weighters.custom import Custom
+from dataflex_mega.algorithms.weighters.custom import UniformWeighter
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.registry import build
 from tests.unit.algorithms.examples import observed
 
 
 def test_every_sample_weighs_exactly_one() -> None:
-    found = Custom().weights(observed([0.1, 70.0, float("nan")]), 0, 10)
+    found = UniformWeighter().weights(observed([0.1, 70.0, float("nan")]), 0, 10)
     assert found.tolist() == [1.0, 1.0, 1.0]
 
 

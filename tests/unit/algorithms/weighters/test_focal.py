@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from dataflex_mega.algorithms.weighters.focal import Focal, factor
+from dataflex_mega.algorithms.weighters.focal import Focal, focal_factor
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.types import SampleObs
+from dataflex_mega.types import SampleStats
 from tests.unit.algorithms.examples import observed
 
 PROBABILITIES = [0.9, 0.5, 0.1]
@@ -18,7 +18,7 @@ LOSSES = [-math.log(p) for p in PROBABILITIES]
 
 def test_golden_factors() -> None:
     losses = torch.tensor(LOSSES, dtype=torch.float64)
-    assert (factor(losses, 2.0) * losses).tolist() == pytest.approx([0.00105, 0.17329, 1.86509], abs=5.1e-6)
+    assert (focal_factor(losses, 2.0) * losses).tolist() == pytest.approx([0.00105, 0.17329, 1.86509], abs=5.1e-6)
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 5.0])
@@ -49,17 +49,17 @@ def test_all_predicted_with_certainty_weigh_the_same() -> None:
 
 
 def test_a_sample_without_a_loss_weighs_one_and_changes_nothing_else() -> None:
-    obs = observed([math.nan, *LOSSES, math.inf, 0.0])
-    tokens = obs.tokens.clone()
+    samples = observed([math.nan, *LOSSES, math.inf, 0.0])
+    tokens = samples.num_tokens.clone()
     tokens[-1] = 0
-    found = Focal().weights(SampleObs(obs.sample_id, obs.domain, obs.loss_sum, tokens), 0, 10)
+    found = Focal().weights(SampleStats(samples.sample_ids, samples.domain_ids, samples.loss_sum, tokens), 0, 10)
     assert found[[0, 4, 5]].tolist() == [1.0, 1.0, 1.0]
     assert torch.equal(found[1:4], Focal().weights(observed(LOSSES), 0, 10))
 
 
 def test_weights_carry_no_gradient() -> None:
-    obs = observed(LOSSES)
-    traced = SampleObs(obs.sample_id, obs.domain, obs.loss_sum.requires_grad_(), obs.tokens)
+    samples = observed(LOSSES)
+    traced = SampleStats(samples.sample_ids, samples.domain_ids, samples.loss_sum.requires_grad_(), samples.num_tokens)
     assert not Focal().weights(traced, 0, 10).requires_grad
 
 

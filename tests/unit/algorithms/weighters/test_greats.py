@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from dataflex_mega.algorithms.weighters.greats import Greats, pick
+from dataflex_mega.algorithms.weighters.greats import Greats, greedy_select
 from dataflex_mega.errors import ConfigError, TrainingFault
-from dataflex_mega.types import FeatureSpec
+from dataflex_mega.types import ProjectionSpec
 from tests.unit.algorithms.examples import generator, observed
 
 DOT = torch.tensor([3.0, 2.9, 1.0])
@@ -15,9 +15,9 @@ GRAM = torch.tensor([[4.0, 3.5, 0.0], [3.5, 4.0, 0.0], [0.0, 0.0, 2.0]])
 
 
 def test_golden_choice_leaves_out_what_says_the_same():
-    assert pick(DOT, GRAM, 2, 1.0).tolist() == [0, 2]
-    assert pick(DOT, GRAM, 2, 0.0).tolist() == [0, 1], "the two largest gains"
-    assert sorted(pick(DOT, GRAM, 3, 1.0).tolist()) == [0, 1, 2]
+    assert greedy_select(DOT, GRAM, 2, 1.0).tolist() == [0, 2]
+    assert greedy_select(DOT, GRAM, 2, 0.0).tolist() == [0, 1], "the two largest gains"
+    assert sorted(greedy_select(DOT, GRAM, 3, 1.0).tolist()) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -33,55 +33,69 @@ def test_every_step_lowers_a_quadratic_loss_as_much_as_one_sample_can(seed):
     taken = []
     for _ in range(4):
         taken.append(max((i for i in range(7) if i not in taken), key=lambda i: gained([*taken, i])))
-    assert pick(g @ h, g @ g.t(), 4, 0.7).tolist() == taken
+    assert greedy_select(g @ h, g @ g.t(), 4, 0.7).tolist() == taken
 
 
 def test_samples_without_interaction_are_taken_as_the_best_subset():
     dot = torch.tensor([0.3, -1.0, 2.0, 0.9, -0.2])
     best = max(itertools.combinations(range(5), 3), key=lambda s: float(dot[list(s)].sum()))
-    assert sorted(pick(dot, torch.eye(5), 3, 1.0).tolist()) == list(best)
+    assert sorted(greedy_select(dot, torch.eye(5), 3, 1.0).tolist()) == list(best)
 
 
 def test_equal_gains_go_by_position_and_not_a_number_is_last():
-    assert pick(torch.tensor([1.0, float("nan"), 1.0]), torch.zeros(3, 3), 2, 1.0).tolist() == [0, 2]
-    assert sorted(pick(torch.tensor([1.0, float("nan"), 1.0]), torch.zeros(3, 3), 3, 1.0).tolist()) == [0, 1, 2]
+    assert greedy_select(torch.tensor([1.0, float("nan"), 1.0]), torch.zeros(3, 3), 2, 1.0).tolist() == [0, 2]
+    assert sorted(greedy_select(torch.tensor([1.0, float("nan"), 1.0]), torch.zeros(3, 3), 3, 1.0).tolist()) == [
+        0,
+        1,
+        2,
+    ]
 
 
 def test_weights_are_those_of_the_coming_batch_in_any_order():
-    greats = Greats(keep=0.5)
-    greats.look(torch.tensor([7, 3, 9, 1]), torch.tensor([1.0, 5.0, 2.0, 4.0]), torch.zeros(4, 4))
-    obs = observed([1.0, 1.0, 1.0, 1.0])
+    greats = Greats(keep_ratio=0.5)
+    greats.observe_batch(torch.tensor([7, 3, 9, 1]), torch.tensor([1.0, 5.0, 2.0, 4.0]), torch.zeros(4, 4))
+    samples = observed([1.0, 1.0, 1.0, 1.0])
     for ids, expected in (([1, 3, 7, 9], [2, 2, 0, 0]), ([9, 7, 3, 1], [0, 0, 2, 2])):
-        found = greats.weights(type(obs)(torch.tensor(ids), obs.domain, obs.loss_sum, obs.tokens), 0, 10)
+        found = greats.weights(
+            type(samples)(torch.tensor(ids), samples.domain_ids, samples.loss_sum, samples.num_tokens), 0, 10
+        )
         assert found.tolist() == expected and float(found.mean()) == 1
-    with pytest.raises(TrainingFault, match="step 6 trains samples that were not looked at"):
-        greats.weights(type(obs)(torch.tensor([1, 3, 7, 8]), obs.domain, obs.loss_sum, obs.tokens), 5, 10)
+    with pytest.raises(TrainingFault, match="step 6 trains samples that are not in the observed batch"):
+        greats.weights(
+            type(samples)(torch.tensor([1, 3, 7, 8]), samples.domain_ids, samples.loss_sum, samples.num_tokens), 5, 10
+        )
 
 
 def test_a_sample_that_is_drawn_twice_weighs_as_its_copies_together():
-    greats = Greats(keep=0.5)
-    greats.look(torch.tensor([5, 5, 2, 1]), torch.tensor([3.0, 3.0, 2.0, 1.0]), torch.zeros(4, 4) + torch.eye(4) * 2)
-    obs = observed([1.0] * 4)
-    found = greats.weights(type(obs)(torch.tensor([5, 5, 2, 1]), obs.domain, obs.loss_sum, obs.tokens), 0, 10)
+    greats = Greats(keep_ratio=0.5)
+    greats.observe_batch(
+        torch.tensor([5, 5, 2, 1]), torch.tensor([3.0, 3.0, 2.0, 1.0]), torch.zeros(4, 4) + torch.eye(4) * 2
+    )
+    samples = observed([1.0] * 4)
+    found = greats.weights(
+        type(samples)(torch.tensor([5, 5, 2, 1]), samples.domain_ids, samples.loss_sum, samples.num_tokens), 0, 10
+    )
     assert found.tolist() == [2, 2, 0, 0]
     same = torch.tensor([[1.0, 1.0, 0, 0], [1.0, 1.0, 0, 0], [0, 0, 1.0, 0], [0, 0, 0, 1.0]]) * 2
-    greats.look(torch.tensor([5, 5, 2, 1]), torch.tensor([3.0, 3.0, 2.0, 1.0]), same)
-    found = greats.weights(type(obs)(torch.tensor([5, 5, 2, 1]), obs.domain, obs.loss_sum, obs.tokens), 0, 10)
+    greats.observe_batch(torch.tensor([5, 5, 2, 1]), torch.tensor([3.0, 3.0, 2.0, 1.0]), same)
+    found = greats.weights(
+        type(samples)(torch.tensor([5, 5, 2, 1]), samples.domain_ids, samples.loss_sum, samples.num_tokens), 0, 10
+    )
     assert found.tolist() == [1, 1, 2, 0], "one copy was taken: both weigh half of it"
 
 
-@pytest.mark.parametrize(("keep", "count"), [(0.5, 4), (0.01, 1), (0.45, 4), (1.0, 8)])
-def test_how_many_are_kept(keep, count):
-    greats = Greats(keep=keep)
-    greats.look(torch.arange(8), torch.rand(8, generator=generator()), torch.eye(8))
+@pytest.mark.parametrize(("keep_ratio", "count"), [(0.5, 4), (0.01, 1), (0.45, 4), (1.0, 8)])
+def test_how_many_are_kept(keep_ratio, count):
+    greats = Greats(keep_ratio=keep_ratio)
+    greats.observe_batch(torch.arange(8), torch.rand(8, generator=generator()), torch.eye(8))
     weights = greats.weights(observed([1.0] * 8), 0, 1)
     assert int((weights > 0).sum()) == count and float(weights.mean()) == pytest.approx(1)
     assert weights.max() == pytest.approx(8 / count)
 
 
 def test_what_it_asks_for_and_what_cannot_be():
-    assert Greats(side=8, seed=2).feature_spec() == FeatureSpec("two_sided", 8, 2)
+    assert Greats(side=8, seed=2).feature_spec() == ProjectionSpec("two_sided", 8, 2)
     assert Greats(gradient_type="adam").preconditioned and not Greats().preconditioned
-    for wrong in ({"keep": 0.0}, {"keep": 1.5}, {"curvature": -1.0}, {"target_batch": -1}, {"side": 0}):
+    for wrong in ({"keep_ratio": 0.0}, {"keep_ratio": 1.5}, {"curvature": -1.0}, {"target_batch": -1}, {"side": 0}):
         with pytest.raises(ConfigError, match=rf"weighter\.greats\.{next(iter(wrong))}:"):
             Greats(**wrong)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from dataflex_mega.algorithms.weighters.joint_update_aware import JointUpdateAware, maximum, repeated
+from dataflex_mega.algorithms.weighters.joint_update_aware import JointUpdateAware, solve_exact, solve_fixed_point
 from dataflex_mega.errors import ConfigError
 from tests.unit.algorithms.examples import observed
 
@@ -34,7 +34,7 @@ GOLDEN: list[tuple[dict[str, Any], list[float]]] = [
 def weigh(vectors: torch.Tensor, target: torch.Tensor, **parameters: Any) -> torch.Tensor:
     weighter = JointUpdateAware(**parameters)
     weighter.learn(target, 0)
-    return weighter.weights(replace(observed([1.0] * len(vectors)), hidden=weighter.compare(vectors)), 0, 1)
+    return weighter.weights(replace(observed([1.0] * len(vectors)), embeddings=weighter.compare(vectors)), 0, 1)
 
 
 @pytest.mark.parametrize(("parameters", "expected"), GOLDEN)
@@ -46,11 +46,11 @@ def test_where_the_iteration_swings_the_maximum_is_found() -> None:
     """Two pairs of the same vectors: without damping the iteration has a cycle of two, with it the limit is the maximum."""
     pairs, target = torch.eye(2).double()[[0, 0, 1, 1]], torch.tensor([1.0, 0.9], dtype=torch.float64)
     alike, between = pairs @ (target / target.norm()), 0.2 * pairs @ pairs.T
-    swings = [repeated(alike, between, 0.05, times, 1.0) for times in (100, 101)]
+    swings = [solve_fixed_point(alike, between, 0.05, times, 1.0) for times in (100, 101)]
     assert float((swings[0] - swings[1]).abs().max()) > 0.1
     assert (weigh(pairs, target, beta=0.2) / 4)[0].item() == pytest.approx(0.311512, abs=1e-6)
-    damped = repeated(alike, between, 0.05, 500, 0.3)
-    torch.testing.assert_close(maximum(alike, between, 0.05), damped, rtol=1e-9, atol=0)
+    damped = solve_fixed_point(alike, between, 0.05, 500, 0.3)
+    torch.testing.assert_close(solve_exact(alike, between, 0.05), damped, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize(("beta", "tau"), [(0.1, 0.05), (5.0, 0.01), (300.0, 0.02), (0.0, 0.3)])
@@ -58,7 +58,7 @@ def test_no_point_of_the_simplex_is_better(beta: float, tau: float) -> None:
     generator = torch.Generator().manual_seed(3)
     vectors = torch.nn.functional.normalize(torch.randn(60, 8, generator=generator, dtype=torch.float64))
     alike, between = vectors @ vectors[0], beta * vectors @ vectors.T
-    p = maximum(alike, between, tau)
+    p = solve_exact(alike, between, tau)
     gradient = alike - between @ p - tau * (p.log() + 1)  # equal everywhere at an inner maximum of a concave function
     assert float(gradient.max() - gradient.min()) < 1e-9 * max(1.0, beta)
     assert float(p.sum()) == pytest.approx(1, abs=1e-12) and bool((p > 0).all())
@@ -74,7 +74,7 @@ def test_a_general_optimiser_finds_the_same() -> None:
 
     found = minimize(lost, np.zeros(4), tol=1e-14)
     expected = np.exp(found.x) / np.exp(found.x).sum()
-    p = maximum(Z @ U, 0.7 * Z @ Z.T, tau).tolist()
+    p = solve_exact(Z @ U, 0.7 * Z @ Z.T, tau).tolist()
     assert p == pytest.approx(expected.tolist(), abs=1e-5)
 
 
@@ -95,12 +95,12 @@ def test_vectors_that_are_not_numbers_weigh_one_and_are_left_out() -> None:
 
 def test_spec_and_target_follow_the_parameters() -> None:
     weighter = JointUpdateAware(pooling="mean_pool", embed_layer=2, embed_normalize=False)
-    assert (weighter.hidden.pooling, weighter.hidden.layer, weighter.hidden.unit) == ("mean", 2, False)
+    assert (weighter.hidden.pooling, weighter.hidden.layer, weighter.hidden.normalize) == ("mean", 2, False)
     assert JointUpdateAware().hidden.pooling == "last"
     assert JointUpdateAware().target_samples == JointUpdateAware(target_num_batches=-1).target_samples == 0
     assert JointUpdateAware(target_batch_size=4, target_num_batches=3).target_samples == 12
     weighter.learn(2 * U, 0)
-    assert weighter.state()["target"].tolist() == (2 * U).tolist(), "as it is"
+    assert weighter.state_dict()["target"].tolist() == (2 * U).tolist(), "as it is"
 
 
 @pytest.mark.parametrize(

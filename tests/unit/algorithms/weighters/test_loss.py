@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from dataflex_mega.algorithms.weighters.loss import Loss, weigh
+from dataflex_mega.algorithms.weighters.loss import LossWeighter, weights_from_losses
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.types import SampleObs
+from dataflex_mega.types import SampleStats
 from tests.unit.algorithms.examples import observed, softmax
 
 LOSSES = torch.tensor([1.0, 2.0, 3.0, 5.0], dtype=torch.float64)
@@ -38,9 +38,9 @@ def published(losses: list[float], strategy: str, delta: float, r: float) -> lis
 
 @pytest.mark.parametrize(("strategy", "r", "expected"), GOLDEN)
 def test_golden_weights(strategy: Any, r: float, expected: list[float]) -> None:
-    assert weigh(LOSSES.float(), strategy, 1.0, r).dtype == torch.float64
-    assert (weigh(LOSSES, strategy, 1.0, r) / 4).tolist() == pytest.approx(expected, abs=5.1e-11)
-    found = Loss(strategy=strategy, r=r).weights(observed(LOSSES), 0, 10)
+    assert weights_from_losses(LOSSES.float(), strategy, 1.0, r).dtype == torch.float64
+    assert (weights_from_losses(LOSSES, strategy, 1.0, r) / 4).tolist() == pytest.approx(expected, abs=5.1e-11)
+    found = LossWeighter(strategy=strategy, r=r).weights(observed(LOSSES), 0, 10)
     assert found.dtype == torch.float32
     assert (found / 4).tolist() == pytest.approx(expected, abs=1e-6)
 
@@ -49,75 +49,75 @@ def test_golden_weights(strategy: Any, r: float, expected: list[float]) -> None:
 @pytest.mark.parametrize(("delta", "r"), [(1.0, 1.0), (2.5, 0.7), (0.3, 4.0)])
 def test_published_formula(strategy: Any, delta: float, r: float) -> None:
     losses = (torch.rand(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 6).tolist()
-    found = weigh(torch.tensor(losses, dtype=torch.float64), strategy, delta, r)
+    found = weights_from_losses(torch.tensor(losses, dtype=torch.float64), strategy, delta, r)
     assert found.tolist() == pytest.approx(published(losses, strategy, delta, r), rel=1e-12)
 
 
 def test_uniform_is_exactly_one() -> None:
-    assert Loss(strategy="uniform").weights(observed([0.1, 7.0, 3.0]), 0, 10).tolist() == [1.0, 1.0, 1.0]
+    assert LossWeighter(strategy="uniform").weights(observed([0.1, 7.0, 3.0]), 0, 10).tolist() == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_scaled_and_shifted_losses_weigh_the_same(strategy: Any) -> None:
-    found = weigh(LOSSES * 3.7 + 11, strategy)
-    assert found.tolist() == pytest.approx(weigh(LOSSES, strategy).tolist(), rel=1e-12)
+    found = weights_from_losses(LOSSES * 3.7 + 11, strategy)
+    assert found.tolist() == pytest.approx(weights_from_losses(LOSSES, strategy).tolist(), rel=1e-12)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_equal_losses_and_a_hot_softmax_are_uniform(strategy: Any) -> None:
-    assert weigh(torch.full((5,), 2.3), strategy).tolist() == pytest.approx([1.0] * 5, abs=1e-15)
-    assert weigh(LOSSES, strategy, 1.0, 1e9).tolist() == pytest.approx([1.0] * 4, abs=1e-8)
+    assert weights_from_losses(torch.full((5,), 2.3), strategy).tolist() == pytest.approx([1.0] * 5, abs=1e-15)
+    assert weights_from_losses(LOSSES, strategy, 1.0, 1e9).tolist() == pytest.approx([1.0] * 4, abs=1e-8)
 
 
 def test_nearly_equal_losses_do_not_cancel() -> None:
     """In float32, with a range of 3e-6 around 10, the published form is noise; from the minimum it is exact."""
     tight = torch.tensor([10.0, 10.0 + 2**-20, 10.0 + 2**-19, 10.0 + 2**-18], dtype=torch.float32)
-    expected = weigh(torch.tensor([0.0, 1.0, 2.0, 4.0]), "linupper")
-    assert weigh(tight, "linupper").tolist() == pytest.approx(expected.tolist(), rel=1e-12)
+    expected = weights_from_losses(torch.tensor([0.0, 1.0, 2.0, 4.0]), "linupper")
+    assert weights_from_losses(tight, "linupper").tolist() == pytest.approx(expected.tolist(), rel=1e-12)
 
 
 def test_linupper_bounds_the_largest_weight() -> None:
     losses = torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 4
     for r in (0.5, 1.0, 3.0):
-        assert float(weigh(losses, "linupper", 1.0, r).max()) <= math.exp(1 / r)
+        assert float(weights_from_losses(losses, "linupper", 1.0, r).max()) <= math.exp(1 / r)
 
 
 def test_a_sample_without_tokens_weighs_one_and_changes_nothing_else() -> None:
-    obs = observed(LOSSES)
-    blank = SampleObs(
+    samples = observed(LOSSES)
+    blank = SampleStats(
         torch.arange(5),
         torch.zeros(5, dtype=torch.int64),
-        torch.cat([torch.zeros(1), obs.loss_sum]),
-        torch.cat([torch.zeros(1, dtype=torch.int64), obs.tokens]),
+        torch.cat([torch.zeros(1), samples.loss_sum]),
+        torch.cat([torch.zeros(1, dtype=torch.int64), samples.num_tokens]),
     )
-    found = Loss().weights(blank, 0, 10)
+    found = LossWeighter().weights(blank, 0, 10)
     assert float(found[0]) == 1.0
-    assert torch.equal(found[1:], Loss().weights(obs, 0, 10))
+    assert torch.equal(found[1:], LossWeighter().weights(samples, 0, 10))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_loss_that_is_not_finite_spoils_no_other_weight(strategy: Any) -> None:
     spoilt = torch.tensor([math.nan, 1.0, 2.0, math.inf, 3.0, 5.0], dtype=torch.float64)
-    found = weigh(spoilt, strategy)
+    found = weights_from_losses(spoilt, strategy)
     assert found[[0, 3]].tolist() == [1.0, 1.0]
-    assert found[[1, 2, 4, 5]].tolist() == pytest.approx(weigh(LOSSES, strategy).tolist(), rel=1e-15)
-    assert weigh(torch.full((2,), math.nan), strategy).tolist() == [1.0, 1.0]
-    assert weigh(torch.zeros(0), strategy).shape == (0,)
+    assert found[[1, 2, 4, 5]].tolist() == pytest.approx(weights_from_losses(LOSSES, strategy).tolist(), rel=1e-15)
+    assert weights_from_losses(torch.full((2,), math.nan), strategy).tolist() == [1.0, 1.0]
+    assert weights_from_losses(torch.zeros(0), strategy).shape == (0,)
 
 
 def test_the_temperature_moves_linearly_to_its_end() -> None:
-    weighter = Loss(r=1.0, r_start=100.0, anneal_steps=10)
+    weighter = LossWeighter(r=1.0, r_start=100.0, anneal_steps=10)
     assert [weighter.temperature(step) for step in (0, 5, 10, 50)] == [100.0, 50.5, 1.0, 1.0]
-    assert [Loss(r=0.5).temperature(step) for step in (0, 99)] == [0.5, 0.5]
+    assert [LossWeighter(r=0.5).temperature(step) for step in (0, 99)] == [0.5, 0.5]
     spread = [float(weighter.weights(observed(LOSSES), step, 100).std()) for step in range(11)]
     assert spread == sorted(spread) and spread[0] < 0.01 < 0.3 < spread[-1]
-    assert torch.equal(weighter.weights(observed(LOSSES), 10, 100), Loss().weights(observed(LOSSES), 0, 100))
+    assert torch.equal(weighter.weights(observed(LOSSES), 10, 100), LossWeighter().weights(observed(LOSSES), 0, 100))
 
 
 def test_weights_carry_no_gradient() -> None:
     losses = LOSSES.float().requires_grad_()
-    obs = SampleObs(torch.arange(4), torch.zeros(4, dtype=torch.int64), losses * 2, torch.full((4,), 2))
-    assert not Loss().weights(obs, 0, 10).requires_grad
+    samples = SampleStats(torch.arange(4), torch.zeros(4, dtype=torch.int64), losses * 2, torch.full((4,), 2))
+    assert not LossWeighter().weights(samples, 0, 10).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -134,4 +134,4 @@ def test_weights_carry_no_gradient() -> None:
 )
 def test_wrong_parameters_name_their_key(parameters: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=rf"weighter\.loss\.{key}: .*found"):
-        Loss(**parameters)
+        LossWeighter(**parameters)

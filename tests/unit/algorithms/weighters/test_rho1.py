@@ -7,7 +7,7 @@ from dataflex_mega.algorithms.weighters.rho1 import Rho1
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.objective import token_weights
 from dataflex_mega.registry import build
-from dataflex_mega.types import IGNORED, Batch, TokenWeigh
+from dataflex_mega.types import IGNORE_INDEX, Batch, TokenWeightFn
 from tests.unit.algorithms.examples import observed
 
 
@@ -15,11 +15,11 @@ def batch_of(labels, reference):
     count, width = labels.shape
     segment = torch.arange(count).unsqueeze(1).expand(count, width)
     ids = torch.arange(count)
-    return Batch(labels.clamp(min=0), labels, segment, segment, ids, ids, reference=reference)
+    return Batch(labels.clamp(min=0), labels, segment, segment, ids, ids, reference_losses=reference)
 
 
-def weights_of(keep, losses, reference, labels):
-    weigh = TokenWeigh(lambda obs: torch.ones_like(obs.loss_sum), Rho1(keep))
+def weights_of(keep_ratio, losses, reference, labels):
+    weigh = TokenWeightFn(lambda samples: torch.ones_like(samples.loss_sum), Rho1(keep_ratio))
     return token_weights([(losses, batch_of(labels, reference))], weigh, lambda x: x)[0]
 
 
@@ -32,19 +32,19 @@ def test_golden_choice_of_four_tokens_out_of_six():
     """Excesses 1, 2, -1 and 3, 0, 0.5; the seventh token, with the largest, is no target. ceil(0.6 * 6) = 4 are kept."""
     losses = torch.tensor([[2.0, 3.0, 1.0, 9.0], [4.0, 1.0, 1.5, 0.0]])
     reference = torch.tensor([[1.0, 1.0, 2.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
-    labels = torch.tensor([[5, 5, 5, IGNORED], [5, 5, 5, IGNORED]])
+    labels = torch.tensor([[5, 5, 5, IGNORE_INDEX], [5, 5, 5, IGNORE_INDEX]])
     assert weights_of(0.6, losses, reference, labels).tolist() == [[1.5, 1.5, 0, 0], [1.5, 0, 1.5, 0]]
 
 
-@pytest.mark.parametrize("keep", [0.1, 0.35, 0.6, 1.0])
-def test_against_a_sort_and_with_mean_one(keep):
+@pytest.mark.parametrize("keep_ratio", [0.1, 0.35, 0.6, 1.0])
+def test_against_a_sort_and_with_mean_one(keep_ratio):
     torch.manual_seed(0)
     losses, reference = torch.rand(4, 30) * 5, torch.rand(4, 30) * 5
-    labels = torch.where(torch.rand(4, 30) < 0.2, IGNORED, 7)
-    there = labels != IGNORED
-    found = weights_of(keep, losses, reference, labels)
+    labels = torch.where(torch.rand(4, 30) < 0.2, IGNORE_INDEX, 7)
+    there = labels != IGNORE_INDEX
+    found = weights_of(keep_ratio, losses, reference, labels)
     count = int(there.sum())
-    wanted = -int(-keep * count // 1)
+    wanted = -int(-keep_ratio * count // 1)
     best = (losses - reference)[there].sort(descending=True).values[wanted - 1]
     kept = there & (losses - reference >= best)
     assert int(kept.sum()) == wanted, "no two of these are equal"
@@ -62,7 +62,7 @@ def test_samples_weigh_the_same():
     assert Rho1().weights(observed([1.0, 2.0, 9.0]), 0, 1).tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("keep", [0.0, -0.1, 1.1, float("nan")])
-def test_a_share_out_of_range_is_named(keep):
-    with pytest.raises(ConfigError, match=r"weighter\.rho1\.keep: must be > 0 and <= 1"):
-        build("weighter", {"name": "rho1", "keep": keep})
+@pytest.mark.parametrize("keep_ratio", [0.0, -0.1, 1.1, float("nan")])
+def test_a_share_out_of_range_is_named(keep_ratio):
+    with pytest.raises(ConfigError, match=r"weighter\.rho1\.keep_ratio: must be > 0 and <= 1"):
+        build("weighter", {"name": "rho1", "keep_ratio": keep_ratio})

@@ -14,11 +14,10 @@ from transformers import (
 )
 
 from dataflex_mega.config.megatron import MegatronArguments
-from dataflex_mega.engines.megatron import cpu, model
-from dataflex_mega.engines.megatron import process_groups as processes
-from dataflex_mega.engines.megatron.layout import Layout
-from dataflex_mega.engines.megatron.settings import Training, settings
-from dataflex_mega.engines.megatron.shape import Shape
+from dataflex_mega.engines.megatron import cpu, model, process_groups
+from dataflex_mega.engines.megatron.decoder_config import DecoderConfig
+from dataflex_mega.engines.megatron.layout import MegatronLayout
+from dataflex_mega.engines.megatron.settings import TrainingSettings, build_settings
 
 # 4 heads on 2 key-value heads; head_dim is not hidden / heads in some; 53 is no multiple of anything.
 SIZES = {
@@ -78,21 +77,21 @@ def hf_model(config, seed=0, dtype=torch.float32):
 
 def build(config, layout, dtype=torch.float32):
     """This rank's chunks, not initialised; parallel state of `layout` must be up. Parameters start as NaN."""
-    shape = Shape.of(config, MULTIPLE * layout.tensor)
+    shape = DecoderConfig.from_hf_config(config, MULTIPLE * layout.tensor)
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     keys = replace(MegatronArguments(), moe_token_dispatcher_type="allgather")
-    made = settings(keys, layout, shape, Training("adam", 1e-3, 0.0, (0.9, 0.95), 1e-8, 1.0, precision))
-    with cpu.redirected():
+    made = build_settings(keys, layout, shape, TrainingSettings("adam", 1e-3, 0.0, (0.9, 0.95), 1e-8, 1.0, precision))
+    with cpu.cuda_calls_on_cpu():
         model.seed_everything(1)
-        chunks = model.build_chunks(shape, made.model, made.transformer_engine)
+        chunks = model.create_chunks(shape, made.model, made.transformer_engine)
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.data.fill_(float("nan"))
     return chunks
 
 
-def start(mesh, **sizes):
+def start(parallel_info, **sizes):
     """Bring up the parallel state of a layout of all processes."""
-    layout = Layout(mesh.world, **sizes)
-    processes.start(mesh, layout)
+    layout = MegatronLayout(parallel_info.world_size, **sizes)
+    process_groups.init_model_parallel(parallel_info, layout)
     return layout

@@ -4,27 +4,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dataflex_mega.engines.megatron.context import Context, places, positions
+from dataflex_mega.engines.megatron.context import ContextParallel, gather_order, local_positions
 from dataflex_mega.types import Batch
 
 
 def test_a_rank_has_a_piece_from_each_end():
-    assert positions(8, 2, 0).tolist() == [0, 1, 6, 7]
-    assert positions(8, 2, 1).tolist() == [2, 3, 4, 5]
+    assert local_positions(8, 2, 0).tolist() == [0, 1, 6, 7]
+    assert local_positions(8, 2, 1).tolist() == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_places_put_the_ranks_parts_in_order(size):
     length = 12 * size
-    parts = torch.cat([positions(length, size, rank) for rank in range(size)])
-    assert parts[places(length, size)].tolist() == list(range(length))
+    parts = torch.cat([local_positions(length, size, rank) for rank in range(size)])
+    assert parts[gather_order(length, size)].tolist() == list(range(length))
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_rank_is_asked_for_as_much_attention(size):
     """Pairs of a position and one that it attends to, but for the pairs within a piece."""
     length, piece = 12 * size, 6
-    work = [int((positions(length, size, rank) // piece).sum()) for rank in range(size)]
+    work = [int((local_positions(length, size, rank) // piece).sum()) for rank in range(size)]
     assert len(set(work)) == 1
 
 
@@ -46,9 +46,9 @@ def test_attention_of_shares_is_causal_attention_and_so_are_its_gradients(size, 
     grads = [torch.zeros_like(part) for part in whole]
     close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     for rank in range(size):
-        mine = positions(length, size, rank).to(device)
+        mine = local_positions(length, size, rank).to(device)
         q, k, v = whole
-        found = Context(size, rank).attend(q[:, :, mine], k, v, **options)
+        found = ContextParallel(size, rank).attend(q[:, :, mine], k, v, **options)
         torch.testing.assert_close(found, expected[:, :, mine], **close)
         for total, grad in zip(grads, torch.autograd.grad(found, whole, out_grad[:, :, mine]), strict=True):
             total += grad
@@ -59,8 +59,8 @@ def test_attention_of_shares_is_causal_attention_and_so_are_its_gradients(size, 
 def test_a_share_of_a_batch_has_its_positions_and_all_samples():
     grid = torch.arange(16).view(2, 8)
     batch = Batch(grid, grid + 1, torch.zeros_like(grid), grid % 8, torch.tensor([5, 6]), torch.tensor([0, 1]))
-    part, mine = Context(2, 1).share(batch)
+    part, mine = ContextParallel(2, 1).shard(batch)
     assert part.input_ids.tolist() == [[2, 3, 4, 5], [10, 11, 12, 13]] == (part.labels - 1).tolist()
     assert part.position_ids[0].tolist() == mine.tolist() == [2, 3, 4, 5]
-    assert part.sample_id.tolist() == [5, 6]
-    assert Context().share(batch) == (batch, None)
+    assert part.sample_ids.tolist() == [5, 6]
+    assert ContextParallel().shard(batch) == (batch, None)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA not
 
 @pytest.fixture
 def redirected():
-    with cpu.redirected():
+    with cpu.cuda_calls_on_cpu():
         yield
 
 
@@ -72,8 +72,8 @@ def test_named_random_states_of_megatron_core_work_on_a_cpu(redirected):
 
 def test_entered_within_itself_and_left_everything_is_as_before():
     before = (torch.cuda.current_device, torch.cuda.synchronize, rng._get_cuda_rng_state)
-    with cpu.redirected():
-        with cpu.redirected():
+    with cpu.cuda_calls_on_cpu():
+        with cpu.cuda_calls_on_cpu():
             assert torch.cuda.current_device() == CPU
         assert torch.cuda.current_device() == CPU
     assert (torch.cuda.current_device, torch.cuda.synchronize, rng._get_cuda_rng_state) == before
@@ -82,7 +82,7 @@ def test_entered_within_itself_and_left_everything_is_as_before():
 def test_with_cuda_nothing_is_replaced(monkeypatch):
     before = torch.cuda.current_device
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with cpu.redirected():
+    with cpu.cuda_calls_on_cpu():
         assert torch.cuda.current_device is before
 
 

@@ -1,10 +1,10 @@
-"""How tensors are shared out over files."""
+"""How export divides tensors over files."""
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dataflex_mega.distributed.testing import run_processes
+from dataflex_mega.distributed.testing import run_distributed_test
 from dataflex_mega.engines.megatron.export import file_names, pack
 from tests.unit.engines.megatron import small
 
@@ -34,13 +34,13 @@ def test_files_are_numbered_through_all_writers():
     ]
 
 
-def export_over_an_older_one(mesh, folder):
+def export_over_an_older_one(parallel_info, folder):
     from dataflex_mega.engines.megatron.export import ExportOptions, export
-    from dataflex_mega.engines.megatron.weights import HFFolder, load
+    from dataflex_mega.engines.megatron.weights import HFCheckpointReader, load
 
     config = small.configs()["llama"]
-    chunks = small.build(config, small.start(mesh), torch.bfloat16)
-    load(chunks, config, HFFolder(folder / "source", config))
+    chunks = small.build(config, small.start(parallel_info), torch.bfloat16)
+    load(chunks, config, HFCheckpointReader(folder / "source", config))
     export(chunks, config, folder / "out", torch.bfloat16, ExportOptions(20_000))
     assert len(list(folder.glob("out/*.safetensors"))) > 3
     export(chunks, config, folder / "out", torch.bfloat16)
@@ -50,7 +50,7 @@ def test_an_export_replaces_the_files_of_an_older_one_and_keeps_others(tmp_path)
     small.hf_model(small.configs()["llama"], dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
     (tmp_path / "out").mkdir()
     save_file({"x": torch.zeros(1)}, tmp_path / "out" / "adapter.safetensors")
-    run_processes(export_over_an_older_one, 1, tmp_path)
+    run_distributed_test(export_over_an_older_one, 1, tmp_path)
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
         "adapter.safetensors", "config.json", "generation_config.json", "model.safetensors",
     ]  # fmt: skip

@@ -6,8 +6,8 @@ import pytest
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
 from dataflex_mega.config.megatron import MegatronArguments
-from dataflex_mega.engines.megatron.layout import Layout, check, read_layout
-from dataflex_mega.engines.megatron.shape import Shape
+from dataflex_mega.engines.megatron.decoder_config import DecoderConfig
+from dataflex_mega.engines.megatron.layout import MegatronLayout, check_layout, read_layout
 from dataflex_mega.errors import ConfigError
 
 T, P, V = "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
@@ -25,16 +25,16 @@ def keys(**given):
 @pytest.mark.parametrize(
     ("given", "world", "expected", "words"),
     [
-        ({}, 4, Layout(4), "DP4"),
-        ({T: 2}, 8, Layout(8, 2, expert_tensor=2), "TP2 x DP4"),
+        ({}, 4, MegatronLayout(4), "DP4"),
+        ({T: 2}, 8, MegatronLayout(8, 2, expert_tensor=2), "TP2 x DP4"),
         (
-            {T: 2, P: 2, V: 3, "sequence_parallel": True}, 4, Layout(4, 2, 2, 3, expert_tensor=2, sequence_parallel=True),
+            {T: 2, P: 2, V: 3, "sequence_parallel": True}, 4, MegatronLayout(4, 2, 2, 3, expert_tensor=2, sequence_parallel=True),
             "TP2 x PP2 x DP1 x 3 chunks a stage, sequence parallel",
         ),
-        ({"context_parallel_size": 2, P: 2}, 8, Layout(8, pipeline=2, context=2), "PP2 x CP2 x DP2"),
-        ({E: 4, P: 2}, 8, Layout(8, pipeline=2, expert=4), "PP2 x EP4 x DP4"),
+        ({"context_parallel_size": 2, P: 2}, 8, MegatronLayout(8, pipeline=2, context=2), "PP2 x CP2 x DP2"),
+        ({E: 4, P: 2}, 8, MegatronLayout(8, pipeline=2, expert=4), "PP2 x EP4 x DP4"),
         ({T: 2, E: 2, ET: 2, "sequence_parallel": True}, 4,
-         Layout(4, 2, expert=2, expert_tensor=2, sequence_parallel=True), "TP2 x EP2 x DP2, sequence parallel"),
+         MegatronLayout(4, 2, expert=2, expert_tensor=2, sequence_parallel=True), "TP2 x EP2 x DP2, sequence parallel"),
     ],
 )  # fmt: skip
 def test_sizes_make_a_layout(given, world, expected, words):
@@ -92,7 +92,7 @@ SPARSE = MixtralConfig(**SIZES, num_local_experts=4)
 )
 def test_a_model_that_cannot_be_cut_like_that(config, given, world, accumulation, message):
     with pytest.raises(ConfigError) as caught:
-        check(read_layout(keys(**given), world), Shape.of(config), keys(**given), accumulation, 32)
+        check_layout(read_layout(keys(**given), world), DecoderConfig.from_hf_config(config), keys(**given), accumulation, 32)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -101,16 +101,16 @@ def test_a_model_that_cannot_be_cut_like_that(config, given, world, accumulation
     [({T: 3, "sequence_parallel": True}, 3, 1), ({P: 3}, 6, 1), ({P: 2, V: 3}, 4, 2), ({P: 3, V: 2}, 3, 6)],
 )
 def test_a_model_that_can_be_cut(given, world, accumulation):
-    check(read_layout(keys(**given), world), Shape.of(DENSE), keys(**given), accumulation, 32)
+    check_layout(read_layout(keys(**given), world), DecoderConfig.from_hf_config(DENSE), keys(**given), accumulation, 32)
 
 
 def test_a_window_of_attention_shorter_than_the_rows_is_refused():
     config = LlamaConfig(**SIZES)
     config.sliding_window = 16
-    shape = Shape.of(config)
-    check(read_layout(keys(), 1), shape, keys(), 1, 16)
+    shape = DecoderConfig.from_hf_config(config)
+    check_layout(read_layout(keys(), 1), shape, keys(), 1, 16)
     with pytest.raises(ConfigError, match="cutoff_len: 17 is beyond the model's sliding_window of 16"):
-        check(read_layout(keys(), 1), shape, keys(), 1, 17)
+        check_layout(read_layout(keys(), 1), shape, keys(), 1, 17)
 
 
 @pytest.mark.parametrize(
@@ -128,10 +128,10 @@ def test_a_window_of_attention_shorter_than_the_rows_is_refused():
 )
 def test_a_model_that_megatron_has_not(config, message):
     with pytest.raises(ConfigError) as caught:
-        Shape.of(config)
+        DecoderConfig.from_hf_config(config)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("multiple", "padded"), [(1, 100), (2, 100), (8, 104), (128, 128)])
 def test_the_vocabulary_is_padded_to_a_multiple(multiple, padded):
-    assert Shape.of(DENSE, multiple).padded_vocab == padded
+    assert DecoderConfig.from_hf_config(DENSE, multiple).padded_vocab == padded

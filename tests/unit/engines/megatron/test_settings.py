@@ -8,19 +8,19 @@ from transformers import LlamaConfig, MixtralConfig
 
 from dataflex_mega.config.megatron import MegatronArguments
 from dataflex_mega.engines.megatron import cpu, version
-from dataflex_mega.engines.megatron.layout import Layout
-from dataflex_mega.engines.megatron.settings import Training, settings
-from dataflex_mega.engines.megatron.shape import Shape
+from dataflex_mega.engines.megatron.decoder_config import DecoderConfig
+from dataflex_mega.engines.megatron.layout import MegatronLayout
+from dataflex_mega.engines.megatron.settings import TrainingSettings, build_settings
 from dataflex_mega.errors import ConfigError, UserError
 from tests.unit.engines.megatron.small import SIZES
 
-ADAM = Training("adam", 1e-3, 0.1, (0.9, 0.95), 1e-8, 1.0, "fp32")
+ADAM = TrainingSettings("adam", 1e-3, 0.1, (0.9, 0.95), 1e-8, 1.0, "fp32")
 
 
 def made(layout=None, config=None, training=ADAM, **given):
-    shape = Shape.of(config or LlamaConfig(**SIZES))
-    with cpu.redirected():
-        return settings(replace(MegatronArguments(), **given), layout or Layout(1), shape, training)
+    shape = DecoderConfig.from_hf_config(config or LlamaConfig(**SIZES))
+    with cpu.cuda_calls_on_cpu():
+        return build_settings(replace(MegatronArguments(), **given), layout or MegatronLayout(1), shape, training)
 
 
 def test_further_fields_come_last_under_both_names_and_in_every_configuration_that_has_them():
@@ -52,7 +52,7 @@ def test_what_cannot_be_is_refused_in_one_line(given, message):
 
 @pytest.mark.parametrize("further", [{"batch_p2p_comm": True}, {"batch_p2p_comm": True, "overlap_p2p_comm": False}])
 def test_batched_messages_between_two_interleaved_stages_are_refused(further):
-    interleaved = Layout(2, pipeline=2, interleaved=2)
+    interleaved = MegatronLayout(2, pipeline=2, interleaved=2)
     found = made(interleaved).model
     assert found.overlap_p2p_comm and not found.batch_p2p_comm
     with pytest.raises(ConfigError, match=r"batch_p2p_comm with two interleaved stages gives wrong numbers|its own"):

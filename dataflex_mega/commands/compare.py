@@ -1,0 +1,15 @@
+"""`dataflex-cli compare`: methods against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+SUMMARY = "compare SUITE.yaml             train methods x seeds on the same budget; perplexity, cost, report, plots"
+HELP_ORDER = 60
+
+
+def main(argv: Sequence[str]) -> int:
+    """See compare.command.main."""
+    from dataflex_mega.compare import command
+
+    return command.main(list(argv))

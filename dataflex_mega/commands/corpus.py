@@ -1,0 +1,15 @@
+"""`dataflex-cli corpus`: text files -> a corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+SUMMARY = "corpus INPUT ... --output DIR  text files into Megatron .bin/.idx files, one pair a domain"
+HELP_ORDER = 100
+
+
+def main(argv: Sequence[str]) -> int:
+    """See corpus.command.main."""
+    from dataflex_mega.corpus import command
+
+    return command.main(list(argv))

@@ -1,0 +1,15 @@
+"""`dataflex-cli env`: what this machine can run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+SUMMARY = "env                            what this machine can run"
+HELP_ORDER = 110
+
+
+def main(argv: Sequence[str]) -> int:
+    """See doctor.main."""
+    from dataflex_mega import doctor
+
+    return doctor.main(list(argv))

@@ -1,0 +1,15 @@
+"""`dataflex-cli tsds`: chances by optimal transport, for selector tsds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dataflex_mega.commands import _offline
+
+SUMMARY = ""  # the line of `near` names it
+HELP_ORDER = 91
+
+
+def main(argv: Sequence[str]) -> int:
+    """See offline.command."""
+    return _offline.main("tsds", argv)

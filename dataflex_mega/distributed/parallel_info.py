@@ -1,0 +1,64 @@
+"""The rank, device and data-parallel group of this process; starting and leaving torch.distributed."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class ParallelInfo:
+    """The job as one process sees it.
+
+    Tensor- and pipeline-parallel ranks with one `dp_rank` see the same samples. Without such ranks the data-parallel rank is
+    the global rank, and `dp_group` is None: the default group of all processes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dp_rank: int  # which part of a global batch this process trains on
+    dp_size: int  # into how many parts a global batch is divided
+    dp_group: dist.ProcessGroup | None = None  # the ranks with the other parts, one for each
+    dp_pp_group: dist.ProcessGroup | None = None  # dp_group times the pipeline: one rank per part and stage
+    pipeline_stages: int = 1  # only the last stage sees losses
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes logs and files."""
+        return self.rank == 0
+
+
+def data_parallel(rank: int, world_size: int, device: torch.device) -> ParallelInfo:
+    """Pure data parallelism: every rank is a data-parallel rank."""
+    return ParallelInfo(rank, world_size, device, dp_rank=rank, dp_size=world_size)
+
+
+def init_distributed() -> ParallelInfo:
+    """Join the process group that torchrun describes, or create one of a single process. Safe to call twice."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return data_parallel(rank, world_size, device)
+
+
+def shutdown_distributed(orderly: bool) -> None:
+    """Leave the process group. After an `orderly` end all ranks wait for each other first, since gloo aborts a process whose
+    peer leaves while they communicate. After an error no rank waits."""
+    if dist.is_initialized():
+        if orderly:
+            dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,84 @@
+"""Durable and atomic writing: a file or folder appears under its name complete or not at all, also after a power failure.
+
+Content is written under a temporary name in the same folder and flushed to the disk. The rename is the last act, and the
+folder that holds the new name is flushed after it. All renames of the package are made here.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Write a whole file; text is encoded as UTF-8. Raises OSError, and leaves a former file of that name as it was."""
+    with atomic_file(path) as stream:
+        stream.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A binary stream whose content appears as `path` when the block ends; after an exception nothing appears."""
+    temporary = temporary_path(path)
+    try:
+        with temporary.open("xb") as stream:
+            yield stream
+        replace_file(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that no other process or thread uses."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """Rename a finished file of the same folder, over a former `target`; its content reaches the disk first."""
+    fsync_file(source)
+    source.replace(target)
+    fsync_directory(target.parent)
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Rename a finished folder beside `target` and remove a former `target`; all its content reaches the disk first."""
+    for path in source.rglob("*"):
+        if path.is_dir():
+            fsync_directory(path)
+        else:
+            fsync_file(path)
+    fsync_directory(source)
+    shutil.rmtree(target, ignore_errors=True)
+    source.rename(target)
+    fsync_directory(target.parent)
+
+
+def close_durably(stream: IO[Any]) -> None:
+    """Close a file that was written, after its content has reached the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
+    stream.close()
+
+
+def fsync_file(path: Path) -> None:
+    """Flush the content of a file to the disk."""
+    _fsync(path)
+
+
+def fsync_directory(folder: Path) -> None:
+    """Flush the names in a folder to the disk, so that a rename survives a power failure."""
+    _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
