@@ -90,12 +90,12 @@ def delegate(command: str, arguments: list[str]) -> int:
     from dataflex_mega.llamafactory.compat import ensure_importable
 
     ensure_importable()
-    found = metadata.entry_points(group="console_scripts", name=LLAMAFACTORY_CLI)
-    if not found:
+    entry_points = metadata.entry_points(group="console_scripts", name=LLAMAFACTORY_CLI)
+    if not entry_points:
         raise UserError(f"{command}: {LLAMAFACTORY_CLI} is not installed")
-    theirs = next(iter(found)).load()
+    run_llamafactory = next(iter(entry_points)).load()
     sys.argv[:] = [LLAMAFACTORY_CLI, command, *arguments]
     try:
-        return theirs() or 0
+        return run_llamafactory() or 0
     except NotImplementedError as error:
         raise UserError(f"{command}: {LLAMAFACTORY_CLI} no longer does this: {error}") from error

@@ -29,9 +29,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         with temporary.open("xb") as stream:
             yield stream
         replace_file(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def temporary_path(path: Path) -> Path:
@@ -57,6 +56,14 @@ def replace_folder(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     source.rename(target)
     fsync_directory(target.parent)
+
+
+def append_durably(path: Path, text: str) -> None:
+    """Append to a file and flush it to the disk. A kill may leave the beginning of `text` alone."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def close_durably(stream: IO[Any]) -> None:

@@ -115,11 +115,11 @@ def token_weights(
     for token_loss, batch in losses:
         if batch.reference_losses is None:
             raise TrainingFault("token weights need reference losses, and a batch has none")
-        scores.append(weigh.choice.token_scores(token_loss.detach().float(), batch.reference_losses).float())
+        scores.append(weigh.selection.scores(token_loss.detach().float(), batch.reference_losses).float())
         is_target.append(batch.labels != IGNORE_INDEX)
     local_scores = torch.cat([score[mask] for score, mask in zip(scores, is_target, strict=True)])
     count = all_reduce_sum(torch.tensor(len(local_scores), device=local_scores.device))
-    k = torch.ceil(count.double() * weigh.choice.keep_ratio).long().clamp(min=1)
+    k = torch.ceil(count.double() * weigh.selection.keep_ratio).long().clamp(min=1)
     threshold = kth_largest(local_scores, k, all_reduce_sum)
     selected = [(_as_ordered_int(score) >= threshold) & mask for score, mask in zip(scores, is_target, strict=True)]
     num_selected = all_reduce_sum(torch.stack([mask.sum() for mask in selected]).sum())

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Final
 
+import numpy as np
+import torch
+
 
 class RngStream:
     """Plain numbers and no Enum, in which equal values would be one member."""
@@ -23,3 +26,9 @@ class RngStream:
     SELECTOR: Final = 2
     SCORE_SUBSET: Final = 3  # plus the seed of the score source: which samples are scored for an order
     TARGET_BATCH: Final = 11  # target samples that a step is compared with
+
+
+def generator(seed: int, step: int, stream: int) -> torch.Generator:
+    """A generator that depends on (seed, step, stream) alone."""
+    words = np.random.SeedSequence([seed, step, stream]).generate_state(2, np.uint64)
+    return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dataflex_mega.exit_status import exit_status
 from dataflex_mega.config.checks import check_dynamic, split_names
 from dataflex_mega.config.load import load
 from dataflex_mega.config.megatron import engine_of_environment
 from dataflex_mega.config.megatron_checks import check_megatron
 from dataflex_mega.config.parse import RunConfig, parse_config
-from dataflex_mega.errors import TrainingFault, UserError
 from dataflex_mega.llamafactory import predict
-from dataflex_mega.log import ALL_RANKS, get_logger
+from dataflex_mega.log import get_logger
 
 HELP = """usage: python -m dataflex_mega.train CONFIG.yaml [key=value ...]
        torchrun --nproc_per_node N -m dataflex_mega.train CONFIG.yaml [key=value ...]
@@ -33,8 +33,6 @@ A run that was interrupted continues from its last checkpoint when the same comm
 
 INTERRUPTED = "interrupted; a run with a role goes on from its last checkpoint when the same command is given again"
 
-logger = get_logger()
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 when trained, 2 for a user's mistake, 1 when training could not go on, 130 when interrupted."""
@@ -42,50 +40,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0 if argv else 2
-    try:
-        run(argv[0], argv[1:])
-    except UserError as error:  # every rank finds it alike, so the main one reports it
-        logger.error("error: %s", error)
-        return 2
-    except TrainingFault as error:
-        logger.error("error: %s", error, extra=ALL_RANKS)
-        return 1
-    except KeyboardInterrupt:
-        logger.info(INTERRUPTED)
-        return 130
-    return 0
+    return exit_status(lambda: run(argv[0], argv[1:]), INTERRUPTED)
 
 
-def run(path: str, overrides: Sequence[str] = ()) -> None:
-    """Train as the YAML says. Raises UserError for mistakes and TrainingFault for faults in the middle."""
+def run(path: str, overrides: Sequence[str] = ()) -> int:
+    """Train as the YAML says -> 0. Raises UserError for mistakes and TrainingFault for faults in the middle."""
     from dataflex_mega.llamafactory.args import argument_types
 
     variable = engine_of_environment(os.environ)  # before LLaMA-Factory is imported, which removes the variables
     config = parse_config(load(path, overrides), argument_types(), variable)
     for note in config.notes:
-        logger.info("note: %s", note)
+        get_logger().info("note: %s", note)
     if config.dataflex.train_type == "static" and config.engine == "fsdp":
         from dataflex_mega.llamafactory.static import run_static
 
         datasets = [name for key in ("dataset", "eval_dataset") for name in split_names(config.llamafactory.get(key))]
         run_static(config.llamafactory, list(config.dataflex.callbacks), datasets)
-        return
+        return 0
     check_dynamic(config)
     if predict.is_requested(config.llamafactory):
         predict.check(config.llamafactory)
     if config.engine == "megatron":
         check_megatron(config)
     run_dynamic(config)
+    return 0
 
 
 def run_dynamic(config: RunConfig) -> None:
     """Train in the package's own loop, on either engine; without a role every sample is drawn and counts alike."""
     from dataflex_mega.distributed.parallel_info import shutdown_distributed
-    from dataflex_mega.run.build import Build
+    from dataflex_mega.run.build import run_training  # imports LLaMA-Factory and transformers
 
     finished = False
     try:
-        Build(config).fit()
+        run_training(config)
         if predict.is_requested(config.llamafactory):
             predict.predict(config.llamafactory, Path(config.llamafactory["output_dir"]))
         finished = True

@@ -7,7 +7,6 @@ G samples of a global batch, k domains, N samples of the pool.
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -53,7 +52,7 @@ class SampleStats:
     num_tokens: Tensor  # [n] int64, number of target tokens
     excess_loss_sum: Tensor | None = None  # [n] float32, sum over target tokens of max(loss - reference loss, 0)
     step_denominators: Tensor | None = None  # [k] float64, each domain's part of the loss denominator of the whole step
-    # [n, h] float32, see EmbeddingSpec; for `Weighter.weights`, [n, m] what NeedsHidden.compare reduced them to
+    # [n, h] float32, see EmbeddingSpec; for `Weighter.weights`, [n, m] what `Weighter.reduce` made of them
     embeddings: Tensor | None = None
 
     def gathered_fields(self) -> dict[str, Tensor]:
@@ -79,25 +78,19 @@ WeightFn = Callable[[SampleStats], Tensor]
 
 
 DomainLossNorm = Literal["token", "per_domain"]
+"""How the weights w of k domains make a loss of a step in which domain d has the token-loss sum L_d and T_d tokens:
+
+"token"        sum over d of (w_d / p_d) L_d, divided by the sum of (w_d / p_d) T_d; p are the drawn proportions
+"per_domain"   sum over d of w_d L_d / T_d, divided by the sum of the w_d of domains that have tokens
+"""
 
 
-class NeedsReference:
-    """Marks an algorithm that compares token losses with those of a reference model, and so needs a reference run."""
+@dataclass(frozen=True)
+class StepLossWeights:
+    """Domain weights of the loss for the next step alone."""
 
-
-class NeedsGradients(ABC):
-    """A mixer that gets, before each of its updates, the inner products of the domains' gradients."""
-
-    probe_samples: int  # samples per domain whose mean gradient stands for the domain's
-    against: Literal["others", "eval"]  # "eval": the gradient of the evaluation sets is a further row of the products
-
-    @abstractmethod
-    def learn(self, gram: Tensor) -> None:
-        """`gram`: [m, m] float64 inner products; see signals.gradient_gram.DomainGradientGram."""
-
-
-class NeedsLoads:
-    """Marks a mixer that reads how many tokens of a domain each expert gets; see StepStats.expert_load."""
+    weights: Tensor  # [k] float64, sums to 1
+    loss_norm: DomainLossNorm
 
 
 @dataclass(frozen=True)
@@ -111,32 +104,6 @@ class EmbeddingSpec:
     tanh: bool = False  # whether hidden states go through tanh before they are averaged
 
 
-class NeedsHidden(ABC):
-    """A weighter that compares the hidden states of samples, from the training forward, with those of target samples."""
-
-    @property
-    @abstractmethod
-    def hidden(self) -> EmbeddingSpec:
-        """Which vector of a sample it compares."""
-
-    @property
-    def target_samples(self) -> int:
-        """How many target samples are averaged, spread evenly over the evaluation sets; 0: all of them."""
-        return 0
-
-    @abstractmethod
-    def stale(self, step: int) -> bool:
-        """Whether the target embeddings must be recomputed before the next step, after `step` steps."""
-
-    @abstractmethod
-    def learn(self, target: Tensor, step: int) -> None:
-        """`target`: [h] float64, the mean vector of the target samples under the current model."""
-
-    @abstractmethod
-    def compare(self, hidden: Tensor) -> Tensor:
-        """[n, h] vectors of one rank's samples -> [n, m], what is gathered from all ranks and given to `weights`."""
-
-
 @dataclass(frozen=True)
 class ClusterSpec:
     """How the pool is clustered by the samples' hidden states; see signals.clusters."""
@@ -148,20 +115,6 @@ class ClusterSpec:
     singleton_density: float = 1.0  # the density of a cluster with one member, which has no pair of members
 
 
-class NeedsClusters(ABC):
-    """A selector that reads the signals "clusters"; see algorithms.base.Selector."""
-
-    @abstractmethod
-    def cluster_spec(self) -> ClusterSpec:
-        """How the pool is clustered for it."""
-
-
-class CutsTargets:
-    """Marks a selector that may divide the evaluation samples into tasks of its own."""
-
-    task_boundaries: list[int] | None  # sizes of the tasks, in the order of the evaluation sets; None: a task per set
-
-
 @dataclass(frozen=True)
 class ProjectionSpec:
     """The random projection of per-sample gradients to features; see signals.projection."""
@@ -169,37 +122,6 @@ class ProjectionSpec:
     kind: Literal["two_sided", "dense"] = "two_sided"
     size: int = 16  # two_sided: width of each of a layer's two sides; dense: width of the whole feature
     seed: int = 0
-
-
-class UsesStore(ABC):
-    """A selector that may read gradient features from disk; see store.gradients."""
-
-    store_dir: str | None  # None: output_dir/gradient_store
-    store_block: int  # samples per block, the unit in which a store is written
-
-    @abstractmethod
-    def feature_spec(self) -> ProjectionSpec:
-        """The projection with which its features are made."""
-
-
-class NeedsBatchGradients(ABC):
-    """A weighter that gets the gradients of a global batch before the step that trains it; see
-    providers.batch_gradients."""
-
-    target_batch: int  # target samples per step, with which gradients are compared; 0: all
-
-    @property
-    @abstractmethod
-    def uses_adam(self) -> bool:
-        """Whether the samples' gradients are replaced by Adam's updates; those of the targets never are."""
-
-    @abstractmethod
-    def feature_spec(self) -> ProjectionSpec:
-        """The projection in which gradients are compared."""
-
-    @abstractmethod
-    def observe_batch(self, ids: Tensor, dot: Tensor, gram: Tensor) -> None:
-        """[G] ids of the next step, [G] inner products with the targets' mean gradient, [G, G] with each other."""
 
 
 @dataclass(frozen=True)
@@ -212,23 +134,6 @@ class GenerationSpec:
     top_p: float = 1.0
 
 
-class UsesPolicy(ABC):
-    """A selector whose targets are rewards of the current model's answers; see providers.policy_gradients."""
-
-    reward: str  # the name of a built-in reward, or package.module:function
-    mc_samples: int  # answers per prompt
-    max_prompt_length: int  # tokens; longer prompts lose their beginning
-    seed: int
-
-    @abstractmethod
-    def sampling(self) -> GenerationSpec:
-        """How answers are generated."""
-
-    @abstractmethod
-    def factors(self, rewards: Tensor) -> Tensor:
-        """[P, mc_samples] rewards -> [P, mc_samples] weights of the answers' log-probabilities."""
-
-
 @dataclass(frozen=True)
 class Clusters:
     """The cluster of every sample of a pool; equal on every rank."""
@@ -237,51 +142,24 @@ class Clusters:
     squared_distances: Tensor  # [N] float32, from a sample to the centre of its cluster
 
 
-class UsesClusters(ABC):
-    """A selector that scores clusters of samples by some of their members; see providers.cluster_gradients."""
+@dataclass(frozen=True)
+class BatchGradients:
+    """How the gradients of a global batch lie to those of targets and to each other; float32."""
 
-    cluster_count: int
-    samples_per_cluster: int
-    clustering_method: Literal["kmeans", "spherical_kmeans", "random"]
-    clustering_max_iter: int
-    representative_strategy: Literal["random", "nearest", "farthest", "mixed"]
-    embedding_layer: int
-    combine: Literal["mean", "direction"]
-    seed: int
-    clusters: Clusters | None  # None before the first selection
-
-    @abstractmethod
-    def feature_spec(self) -> ProjectionSpec:
-        """The projection for `combine: direction`."""
-
-    @abstractmethod
-    def set_clusters(self, clusters: Clusters) -> None:
-        """Take the clusters of the pool, which become part of its state."""
+    ids: Tensor  # [G] int64
+    dot: Tensor  # [G] inner products with the targets' mean gradient
+    gram: Tensor  # [G, G] inner products with each other
 
 
-class StepWeighing(ABC):
-    """A mixer whose domain weights of the loss change after every step, and not only with the plan."""
+@dataclass(frozen=True)
+class TokenSelection:
+    """Training on a fraction of the target tokens, those with the highest scores.
 
-    loss_norm: DomainLossNorm
-    """How the weights w of k domains make a loss of a step in which domain d has the token-loss sum L_d and T_d tokens:
-
-    "token"        sum over d of (w_d / p_d) L_d, divided by the sum of (w_d / p_d) T_d; p are the drawn proportions
-    "per_domain"   sum over d of w_d L_d / T_d, divided by the sum of the w_d of domains that have tokens
+    `scores`: token losses of the model and of the reference model, float32 of one shape -> scores of that shape.
     """
 
-    @abstractmethod
-    def domain_weights(self) -> Tensor:
-        """[k] float64 that sums to 1: the weights for the next step."""
-
-
-class TokenChoice(ABC):
-    """A weighter that trains on a fraction of the target tokens, those with the highest scores."""
-
-    keep_ratio: float  # the fraction, 0..1
-
-    @abstractmethod
-    def token_scores(self, token_loss: Tensor, reference: Tensor) -> Tensor:
-        """Token losses of the model and of the reference, float32 of one shape -> scores of that shape."""
+    keep_ratio: float  # 0..1
+    scores: Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -289,18 +167,10 @@ class TokenWeightFn:
     """A WeightFn that also selects tokens; see objective.token_weights."""
 
     weight_fn: WeightFn
-    choice: TokenChoice
+    selection: TokenSelection
 
     def __call__(self, samples: SampleStats) -> Tensor:
         return self.weight_fn(samples)
-
-
-class Averages(ABC):
-    """A mixer whose result is the mean of its weights over the run: the proportions of a later run."""
-
-    @abstractmethod
-    def average_weights(self) -> tuple[int, Tensor]:
-        """(number of updates, [k] float64 that sums to 1)."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ author = "the dataflex_mega authors"
 copyright = f"{author}, {about['license']}"
 release = version = about["version"]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
@@ -44,7 +44,7 @@ def write_pages(app) -> None:
 
 
 def convert_docstring(app, what, name, obj, options, lines) -> None:
-    """The package's docstrings are plain text: make them reStructuredText, before napoleon reads them."""
+    """The package's docstrings are plain text: make them reStructuredText."""
     lines[:] = api_pages.to_rst(lines)
 
 
@@ -57,5 +57,5 @@ def check_tables(app, page, source) -> None:
 def setup(app) -> None:
     """Connect the hooks; Sphinx calls this."""
     app.connect("builder-inited", write_pages)
-    app.connect("autodoc-process-docstring", convert_docstring, priority=100)
+    app.connect("autodoc-process-docstring", convert_docstring)
     app.connect("source-read", check_tables)

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from dataflex_mega.algorithms.base import Selector
+from dataflex_mega.algorithms.requests import ReferenceLossSignal, requests_of
 from dataflex_mega.registry import CONTRACTS, get_parameters, list_builtin_names, load_class
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,18 +30,6 @@ START_FROM = {
     "selector": "examples/select.yaml", "mixer": "examples/demo.yaml", "reorder": "examples/demo.yaml",
     "weighter": "examples/weight.yaml",
 }  # fmt: skip
-# A marker class of an algorithm -> the input that it needs besides the signals.
-INPUT_OF_MARKER = {
-    "NeedsReference": "token losses of `reference_model`",
-    "NeedsHidden": "hidden states of the training forward pass, and of target samples",
-    "StepWeighing": "the loss sums of every step",
-    "NeedsLoads": "the number of tokens of each domain per expert, counted in the training forward pass",
-    "NeedsGradients": "inner products of the domains' gradients, at every update",
-    "TokenChoice": "the loss of every token",
-    "UsesPolicy": "answers of the model to the prompts of `eval_dataset`",
-    "UsesClusters": "hidden states of the whole pool, once",
-    "NeedsBatchGradients": "gradients of the next training batch",
-}
 INPUT_OF_ROLE = {
     "mixer": "the loss sums and token counts of every domain, reduced once per step",
     "reorder": "a score of every sample that it orders, see `score_source`",
@@ -70,11 +58,16 @@ def parse_arguments_section(cls: type) -> dict[str, str]:
 
 
 def describe_inputs(kind: str, cls: type) -> list[str]:
-    """The inputs that a run computes for an algorithm."""
-    found = [INPUT_OF_ROLE[kind]] if kind in INPUT_OF_ROLE else []
-    if issubclass(cls, Selector):
-        found += [f"`{name}` of every candidate" for name in sorted(cls().signals)] or ["nothing of the candidates"]
-    return found + [text for name, text in INPUT_OF_MARKER.items() if name in {base.__name__ for base in cls.__mro__}]
+    """The inputs that a run computes for an algorithm with default parameters: those of its role, and its requests."""
+    requests = [summary(type(request)) for request in cls().requests()]
+    if kind == "selector" and not requests:
+        return ["nothing of the candidates"]
+    return [*([INPUT_OF_ROLE[kind]] if kind in INPUT_OF_ROLE else []), *dict.fromkeys(requests)]
+
+
+def summary(cls: type) -> str:
+    """The first paragraph of a class's docstring in one line of Markdown."""
+    return to_markdown(" ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split()))
 
 
 def notes_of(kind: str, name: str) -> str:
@@ -113,7 +106,7 @@ def example_arguments(kind: str, name: str) -> list[str]:
             return [str(path)]
     cls = load_class(kind, name)
     required = [key for key, p in get_parameters(kind, name).items() if p.default is dataclasses.MISSING]
-    if required or "NeedsReference" in {base.__name__ for base in cls.__mro__}:
+    if required or requests_of(cls(), ReferenceLossSignal):
         raise LookupError(f"{kind} {name}: no file of examples/ names it, and it needs more than its name")
     return [START_FROM[kind], f"{kind}={name}"]
 

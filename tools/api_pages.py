@@ -20,8 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docs" / "generated"
 PACKAGE = "dataflex_mega"
 # Title -> module whose public classes and functions a plug-in needs.
-MODULES = {"Contracts of algorithms": f"{PACKAGE}.algorithms.base", "Data of a step": f"{PACKAGE}.types"}
-SECTIONS = ("Args:", "Raises:", "Returns:", "Yields:")
+MODULES = {
+    "Contracts of algorithms": f"{PACKAGE}.algorithms.base",
+    "Requests of algorithms": f"{PACKAGE}.algorithms.requests",
+    "Data of a step": f"{PACKAGE}.types",
+}
+FIELDS = {"Args:": "param", "Raises:": "raises", "Returns:": "returns", "Yields:": "yields"}
 
 
 def directive(target: str, value: Any) -> str:
@@ -59,19 +63,33 @@ def render() -> str:
 def to_rst(lines: list[str]) -> list[str]:
     """A plain docstring as reStructuredText: code spans, indented blocks as literal blocks, special characters escaped.
 
-    Sections such as `Args:` keep their layout for sphinx.ext.napoleon.
+    The entries of sections such as `Args:` become fields.
     """
     result: list[str] = []
-    in_section, in_block = False, False
+    field, in_block = "", False
     for line in lines:
-        if line.strip() in SECTIONS and not line.startswith(" "):
-            in_section, in_block = True, False
-        elif line.strip() and not line.startswith(" "):
-            in_section, in_block = False, False
-        elif line.startswith(" ") and not in_section and not in_block:
+        indent = len(line) - len(line.lstrip())
+        if line.rstrip() in FIELDS:
+            field, in_block = FIELDS[line.rstrip()], False
+            result.append("")
+            continue
+        if line.strip() and indent == 0:
+            field, in_block = "", False
+        if field and line.strip():
+            name, colon, text = line.strip().partition(": ")
+            is_entry = indent == 4 and bool(colon) and re.fullmatch(r"\*{0,2}\w+(, \w+)*", name) is not None
+            if is_entry or (indent == 4 and result[-1] == ""):
+                line = (
+                    f":{field} {name.lstrip('*')}: {escape(text)}" if is_entry else f":{field}: {escape(line.strip())}"
+                )
+            else:
+                line = f"    {escape(line.strip())}"
+        elif indent and not field and not in_block:
             result += ["", "::", ""]
             in_block = True
-        result.append(line if in_block or not line.strip() else escape(line))
+        elif not in_block:
+            line = escape(line)
+        result.append(line)
     return result
 
 

@@ -23,7 +23,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "dataflex_mega"
 PAGE, PICTURE = Path("docs/architecture.md"), Path("docs/images/rooms.svg")
 BEGIN, END = "<!-- rooms: written by `python tools/rooms.py --write` -->", "<!-- end of rooms -->"
-OPEN_TO_ALL = ("types", "errors", "rng_streams", "log")  # every room may import these; the table leaves them out
+OPEN_TO_ALL = (
+    "types",
+    "errors",
+    "files",
+    "rng_streams",
+    "log",
+)  # every room may import these; the table leaves them out
 SUBROOMS = {"engines": ("fsdp", "megatron")}
 Graph = dict[str, set[str]]
 
@@ -129,10 +135,11 @@ def render_table(graph: Graph, descriptions: dict[str, str]) -> str:
 
 
 def render_picture(graph: Graph) -> str:
-    """An SVG: one row of boxes per level, the highest on top, and a line for every import that no other chain implies."""
+    """An SVG: one row of boxes per level, the highest on top; a line per import that no other chain of imports implies."""
+    graph = {room: targets for room, targets in graph.items() if room not in OPEN_TO_ALL}
     height = levels(graph)
     rows = [sorted(room for room in graph if height[room] == level) for level in range(max(height.values()) + 1)]
-    box, gap, step, margin = 116, 14, 78, 20
+    box, gap, step, margin = 128, 14, 78, 20
     width = max(len(row) for row in rows) * (box + gap) - gap + 2 * margin
     total = len(rows) * step - (step - 30) + 2 * margin
     place: dict[str, tuple[float, float]] = {}

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ROOT / "tools" / "side_by_side"
 CACHE = ROOT / ".same_numbers"
 BASE = "9201c49"
-COPIED = ("dataflex_mega", "configs", "examples", "tools", "README.md")  # of a checkout
+COPIED = ("dataflex_mega", "configs", "examples", "tools")  # of a checkout
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "CUDA_VISIBLE_DEVICES": "",
@@ -78,11 +78,7 @@ def copy_checkout(what: str, folder: Path) -> None:
     source = Path(what)
     if source.is_dir():
         for name in COPIED:
-            if (source / name).is_dir():
-                shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "build"))
-            elif (source / name).is_file():
-                folder.mkdir(parents=True, exist_ok=True)
-                shutil.copy(source / name, folder / name)
+            shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "build"))
         return
     command = ["git", "-C", str(ROOT), "archive", what, *COPIED]
     done = subprocess.run(command, capture_output=True)
@@ -197,8 +193,9 @@ def print_summary(table: Table, jobs: list[Job], inputs: Inputs, this: Path) -> 
         print(f"  not compared: {count} x {pattern}: {LEFT_OUT[pattern]}")
     examples = set(inputs.examples())
     own = {str(path.relative_to(this / "examples")) for path in (this / "examples").rglob("*.yaml")}
-    for name in sorted(examples - {name for job in jobs for name in job.examples}):
-        print(f"  not run: examples/{name}: no run of these process counts and names uses it")
+    idle = sorted(examples - {name for job in jobs for name in job.examples})
+    if idle:
+        print(f"  not run with these options: {len(idle)} examples: {', '.join(idle)}")
     for name in sorted(examples ^ own):
         print(f"  examples/{name}: only in {'BASE' if name in examples else 'this checkout'}")
 

@@ -18,12 +18,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dataflex_mega.algorithms.requests import Request
 from dataflex_mega.schema.constraints import Distinct as Distinct
 from dataflex_mega.schema.constraints import NotEmpty as NotEmpty
 from dataflex_mega.schema.constraints import Range as Range
 from dataflex_mega.schema.constraints import RelativeWeights as RelativeWeights
 from dataflex_mega.schema.constraints import check_fields
-from dataflex_mega.types import SampleStats, SignalTable, StepStats, UpdateContext
+from dataflex_mega.types import SampleStats, SignalTable, StepLossWeights, StepStats, TokenSelection, UpdateContext
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,18 @@ class Algorithm(ABC):
     def setup(self, domains: DomainInfo) -> None:
         """Called once, before training, with the pool's domains. Check parameters against them here (ConfigError)."""
 
+    def requests(self) -> tuple[Request, ...]:
+        """All that the algorithm may ask a run to compute for it; see algorithms.requests. Called after `setup` too."""
+        return ()
+
+    def is_due(self, request: Request, step: int) -> bool:
+        """Whether the value of a request is wanted now, after `step` steps. Not asked for columns of candidates."""
+        return True
+
+    def receive(self, request: Request, value: Any, step: int) -> None:
+        """Take the value of a request, computed after `step` steps with the current model; equal on every rank."""
+        raise NotImplementedError(f"{type(self).__name__} makes the request {request} and has no `receive`")
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that must survive a restart."""
         return {}
@@ -72,28 +85,10 @@ class Selector(Algorithm):
 
     role: ClassVar[str] = "selector"
 
-    @property
-    def signals(self) -> frozenset[str]:
-        """The signals to compute for every candidate, as columns of the table that `score` gets, n rows:
-
-        loss            "loss" [n] float32, mean loss of the sample's target tokens under the current model
-        reference_loss  "reference_loss" [n] float32, the same under the reference model
-        gradient_adam   "dot" [n, S] float32, inner products of the sample's gradient with the mean of the normalised target
-        gradient_sgd    gradients of each of S groups, and "norm2" [n], its squared norm; with Adam's moments or without
-        store_adam      the same two columns from projected gradients in a store; the selector is a types.UsesStore
-        store_sgd
-        cluster_adam    the same two, of a sample's cluster by some of its members; the selector is a types.UsesClusters
-        cluster_sgd
-        policy_adam     the same two, with policy gradients as targets; the selector is a types.UsesPolicy
-        policy_sgd
-        clusters        "cluster", "order" [n] int64, "density", "transferability" [n]: clusters of similar hidden states,
-                        see signals.clusters; the selector is a types.NeedsClusters
-        """
-        return frozenset()
-
     @abstractmethod
     def score(self, table: SignalTable) -> Tensor:
-        """Candidates of one rank, n rows -> their scores, [n] float32, or [n, m] where `select` needs m numbers of each.
+        """Candidates of one rank, n rows with the columns of its requests -> their scores, [n] float32; or [n, m] where
+        `select` needs m numbers of each.
 
         Called on every rank with the candidates of that rank: a row depends on that candidate alone.
         """
@@ -130,6 +125,16 @@ class Mixer(Algorithm):
         """[k] weights of the domains in the loss, or None for no weighting."""
         return None
 
+    def step_loss_weights(self) -> StepLossWeights | None:
+        """Weights of the domains in the loss of the next step, for a mixer whose weights change after every step and not
+        only with the plan. They act while `loss_weights` of the plan is set."""
+        return None
+
+    def average_weights(self) -> tuple[int, Tensor] | None:
+        """(number of updates, [k] float64 that sums to 1): the mean of the weights over the run, for a mixer whose result
+        is the proportions of a later run."""
+        return None
+
     def report(self) -> dict[str, Any]:
         """Further fields of a line of `<name>_weights.jsonl`."""
         return {}
@@ -139,6 +144,15 @@ class Weighter(Algorithm):
     """Gives every sample of a batch its weight in the loss."""
 
     role: ClassVar[str] = "weighter"
+
+    def token_selection(self) -> TokenSelection | None:
+        """Which target tokens are trained on; None: all."""
+        return None
+
+    def reduce(self, samples: SampleStats) -> SampleStats:
+        """The samples of one rank -> what travels to all ranks and reaches `weights`. Called before the gathering, so that
+        wide fields can be made narrow."""
+        return samples
 
     @abstractmethod
     def weights(self, samples: SampleStats, step: int, total_steps: int) -> Tensor:

@@ -25,7 +25,7 @@ def launch(module: str, arguments: list[str], announce: bool = False) -> int:
 
 
 def check_configuration(arguments: list[str]) -> None:
-    """Find a user's mistake here, once, and not in every process. Raises UserError."""
+    """Find a user's mistake once, before the processes start. Raises UserError."""
     from dataflex_mega.config.checks import check_dynamic
     from dataflex_mega.config.load import load
     from dataflex_mega.config.megatron import engine_of_environment
@@ -33,11 +33,11 @@ def check_configuration(arguments: list[str]) -> None:
     from dataflex_mega.config.parse import parse_config
     from dataflex_mega.llamafactory import predict
 
-    given = load(arguments[0], arguments[1:])  # before LLaMA-Factory's keys are asked for, which takes seconds
+    keys = load(arguments[0], arguments[1:])  # before LLaMA-Factory is imported, which takes seconds
     variable = engine_of_environment(os.environ)
     from dataflex_mega.llamafactory.args import argument_types
 
-    config = parse_config(given, argument_types(), variable)
+    config = parse_config(keys, argument_types(), variable)
     if config.dataflex.train_type != "static" or config.engine == "megatron":
         check_dynamic(config)
         if predict.is_requested(config.llamafactory):
@@ -77,7 +77,7 @@ def torchrun_command(
     port = read_count(environment, "MASTER_PORT", 0) or free_port()
     options = [f"--nproc_per_node={num_processes(environment, devices)}"]
     if "MAX_RESTARTS" in environment:
-        options.append(f"--max_restarts={read_count(environment, 'MAX_RESTARTS', 0, least=0)}")
+        options.append(f"--max_restarts={read_count(environment, 'MAX_RESTARTS', 0, minimum=0)}")
     if "RDZV_ID" in environment:
         options += [
             f"--nnodes={elastic_nodes(environment, nodes)}",
@@ -89,7 +89,7 @@ def torchrun_command(
         for name in ("MIN_NNODES", "MAX_NNODES"):
             if name in environment:
                 raise UserError(f"{name}: has no effect without RDZV_ID, which names an elastic run")
-        rank = read_count(environment, "NODE_RANK", 0, least=0)
+        rank = read_count(environment, "NODE_RANK", 0, minimum=0)
         if rank >= nodes:
             raise UserError(f"NODE_RANK: must be below NNODES, which is {nodes}, found {rank}")
         options += [f"--nnodes={nodes}", f"--node_rank={rank}", f"--master_addr={address}", f"--master_port={port}"]
@@ -103,28 +103,28 @@ def elastic_nodes(environment: Mapping[str, str], nodes: int) -> str:
         return str(nodes)
     if len(ends) == 1:
         raise UserError(f"{ends[0]}: needs {'MAX' if ends[0].startswith('MIN') else 'MIN'}_NNODES too")
-    least, most = read_count(environment, "MIN_NNODES", 1), read_count(environment, "MAX_NNODES", 1)
-    if least > most:
-        raise UserError(f"MIN_NNODES: must not be above MAX_NNODES, which is {most}, found {least}")
-    return f"{least}:{most}"
+    minimum, maximum = read_count(environment, "MIN_NNODES", 1), read_count(environment, "MAX_NNODES", 1)
+    if minimum > maximum:
+        raise UserError(f"MIN_NNODES: must not be above MAX_NNODES, which is {maximum}, found {minimum}")
+    return f"{minimum}:{maximum}"
 
 
 def num_processes(environment: Mapping[str, str], devices: Callable[[], int]) -> str:
     """Processes on this node: NPROC_PER_NODE, a number or one of torchrun's words, else one for each accelerator."""
-    given = environment.get("NPROC_PER_NODE")
-    if given in ("auto", "gpu", "cpu"):
-        return given
-    return str(max(1, devices()) if given is None else read_count(environment, "NPROC_PER_NODE", 1))
+    value = environment.get("NPROC_PER_NODE")
+    if value in ("auto", "gpu", "cpu"):
+        return value
+    return str(max(1, devices()) if value is None else read_count(environment, "NPROC_PER_NODE", 1))
 
 
-def read_count(environment: Mapping[str, str], name: str, default: int, least: int = 1) -> int:
+def read_count(environment: Mapping[str, str], name: str, default: int, minimum: int = 1) -> int:
     """A variable that holds a number. Raises UserError for anything else."""
-    given = environment.get(name)
-    if given is None:
+    value = environment.get(name)
+    if value is None:
         return default
-    if not given.isdecimal() or int(given) < least:
-        raise UserError(f"{name}: expected a whole number >= {least}, found {given!r}")
-    return int(given)
+    if not value.isdecimal() or int(value) < minimum:
+        raise UserError(f"{name}: expected a whole number >= {minimum}, found {value!r}")
+    return int(value)
 
 
 def is_on(environment: Mapping[str, str], name: str) -> bool:

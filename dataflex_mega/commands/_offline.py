@@ -18,25 +18,24 @@ MODULE = "dataflex_mega.commands._offline"
 
 def open_run(path: Path, part: str, overrides: Sequence[str]) -> Any:
     """The samples of a training configuration: of `dataset`, or of `eval_dataset`. Joins the processes. Raises UserError."""
-    from dataflex_mega.config.checks import check_dynamic
-    from dataflex_mega.config.load import load
-    from dataflex_mega.config.parse import parse_config
-    from dataflex_mega.llamafactory.args import argument_types
+    from dataflex_mega.commands._configuration import read_dynamic_config
     from dataflex_mega.offline.sample_sources import PoolSource
-    from dataflex_mega.run.build import Opened
+    from dataflex_mega.run.data import RunData
+    from dataflex_mega.run.roles import RunRoles
+    from dataflex_mega.run.session import Session
 
+    without_role = (
+        f"{path}: has no role, so its samples have no numbers; give it the selector that will read the result"
+    )
     # Nothing is written into output_dir, so it may hold a run.
-    config = parse_config(load(str(path), [*overrides, "overwrite_output_dir=true"]), argument_types())
-    if config.dataflex.train_type == "static":
-        raise ConfigError(
-            f"{path}: has no role, so its samples have no numbers; give it the selector that will read the result"
-        )
-    check_dynamic(config)
-    run = Opened(config)
-    if part == "eval" and not run.evaluation:
+    config = read_dynamic_config(str(path), [*overrides, "overwrite_output_dir=true"], without_role)
+    roles = RunRoles.from_config(config)
+    session = Session.start(config)
+    data = RunData.load(session, roles)
+    if part == "eval" and not data.evaluation:
         raise ConfigError(f"--part: eval needs eval_dataset (or val_size) in {path}")
-    pools = [run.pool] if part == "train" else list(run.evaluation.values())
-    return PoolSource(pools, run.tokenizer_module["tokenizer"])
+    pools = [data.pool] if part == "train" else list(data.evaluation.values())
+    return PoolSource(pools, session.tokenizer)
 
 
 def main(name: str, argv: Sequence[str]) -> int:

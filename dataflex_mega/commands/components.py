@@ -8,7 +8,8 @@ from dataclasses import MISSING
 from dataflex_mega.errors import UserError, did_you_mean
 
 SUMMARY = (
-    "components [ROLE ...]          the algorithms that can be a selector, mixer, reorder or weighter, and their parameters"
+    "components [ROLE ...]          the algorithms that can be a selector, mixer, reorder or weighter, "
+    "and their parameters"
 )
 HELP_ORDER = 50
 

@@ -1,4 +1,4 @@
-"""DoReMi's three runs and what each hands on to the next.
+"""DoReMi's three runs and what each passes to the next.
 
 1. `step1.yaml` trains the reference model on the proportions that its user would have taken.
 2. `step2.yaml` trains the proxy with `mixer: doremi` against it.
@@ -59,14 +59,14 @@ def run_steps(arguments: Sequence[str], start: Callable[[list[str]], int]) -> in
     outputs = [output_of(load(str(file), overrides), file) for file in files]
     if len({path.resolve() for path in outputs}) < len(STEPS):
         raise ConfigError(f"output_dir: {', '.join(map(str, outputs))}: each of the three runs needs its own")
-    handed = [
+    keys_of_steps = [
         [],
         [f"reference_model={outputs[0]}"],
         [f"init_mixture_proportions_file={outputs[1] / AVERAGES}"],
     ]
-    for step, file, more in zip(STEPS, files, handed, strict=True):
-        print(f"doremi: {step}: {file} {' '.join(more)}".rstrip(), file=sys.stderr, flush=True)
-        status = start([str(file), *overrides, *more])
+    for step, file, step_keys in zip(STEPS, files, keys_of_steps, strict=True):
+        print(f"doremi: {step}: {file} {' '.join(step_keys)}".rstrip(), file=sys.stderr, flush=True)
+        status = start([str(file), *overrides, *step_keys])
         if status != 0:
             print(f"doremi: {step} ended with status {status}", file=sys.stderr, flush=True)
             return status
@@ -79,12 +79,12 @@ def find(folder: Path, step: str) -> Path:
         raise ConfigError(
             f"doremi: {folder} is not a folder; expected one with {', '.join(f'{s}.yaml' for s in STEPS)}"
         )
-    found = [folder / f"{step}{suffix}" for suffix in SUFFIXES if (folder / f"{step}{suffix}").is_file()]
-    if len(found) != 1:
+    files = [folder / f"{step}{suffix}" for suffix in SUFFIXES if (folder / f"{step}{suffix}").is_file()]
+    if len(files) != 1:
         names = sorted(path.name for path in folder.iterdir())
-        what = f"{len(found)} of them" if found else f"none{did_you_mean(f'{step}.yaml', names)}"
+        what = f"{len(files)} of them" if files else f"none{did_you_mean(f'{step}.yaml', names)}"
         raise ConfigError(f"doremi: {folder} needs one {step}.yaml, found {what}")
-    return found[0]
+    return files[0]
 
 
 def output_of(config: dict[str, Any], file: Path) -> Path:

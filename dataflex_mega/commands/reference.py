@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from dataflex_mega.commands import _launcher
-from dataflex_mega.commands._status import exit_status
+from dataflex_mega.exit_status import exit_status
 from dataflex_mega.errors import ConfigError
 
 HELP = """usage: dataflex-cli reference CONFIG.yaml [key=value ...]
@@ -39,36 +39,33 @@ def run_here(arguments: Sequence[str]) -> int:
     """Build the cache in this process. 0 when it is complete; see `exit_status` for mistakes."""
 
     def action() -> int:
-        prepare(arguments[0], arguments[1:])
+        build_cache(arguments[0], arguments[1:])
         return 0
 
     return exit_status(action)
 
 
-def prepare(path: str, overrides: Sequence[str] = ()) -> None:
+def build_cache(path: str, overrides: Sequence[str] = ()) -> None:
     """Build the cache of a configuration. Raises UserError."""
-    from dataflex_mega.config.checks import check_dynamic
-    from dataflex_mega.config.load import load
-    from dataflex_mega.config.parse import parse_config
+    from dataflex_mega.commands._configuration import read_dynamic_config
     from dataflex_mega.distributed.parallel_info import shutdown_distributed
-    from dataflex_mega.llamafactory.args import argument_types
-    from dataflex_mega.run.build import Opened
-    from dataflex_mega.run.reference import cache_of, ensure
+    from dataflex_mega.run.data import RunData
+    from dataflex_mega.run.reference import configured_cache, ensure_complete
+    from dataflex_mega.run.roles import RunRoles
+    from dataflex_mega.run.session import Session
 
-    config = parse_config(load(path, overrides), argument_types())
-    if config.dataflex.train_type == "static":
-        raise ConfigError(
-            "reference: the configuration has no role; it must have one that reads the losses, such as doremi"
-        )
-    check_dynamic(config)
+    without_role = "reference: the configuration has no role; it must have one that reads the losses, such as doremi"
+    config = read_dynamic_config(path, overrides, without_role)
     if config.dataflex.reference_model is None:
         raise ConfigError("reference_model: missing; expected the folder of the model whose losses are to be written")
     finished = False
     try:
-        run = Opened(config)
-        cache = cache_of(run)
-        ensure(run, cache)
-        run.say(f"reference: {cache.num_samples} samples in {cache.folder}")
+        roles = RunRoles.from_config(config)
+        session = Session.start(config)
+        data = RunData.load(session, roles)
+        cache = configured_cache(session, data.pool)
+        ensure_complete(session, data, cache)
+        session.report(f"reference: {cache.num_samples} samples in {cache.folder}")
         finished = True
     finally:
         shutdown_distributed(orderly=finished)

@@ -11,13 +11,23 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dataflex_mega.commands import _launcher
-from dataflex_mega.commands._status import exit_status
+from dataflex_mega.exit_status import exit_status
 from dataflex_mega.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:  # imported where it is used: the help is printed without torch
+    from torch import Tensor
+
+    from dataflex_mega.algorithms.requests import StoredGradientSignal
+    from dataflex_mega.config.parse import RunConfig
+    from dataflex_mega.providers.context import SignalContext
+    from dataflex_mega.providers.gradient_features import GradientFeatures
+    from dataflex_mega.store.gradients import GradientStore
 
 HELP = """usage: dataflex-cli store build CONFIG.yaml [--folder FOLDER] [key=value ...]
        dataflex-cli store score CONFIG.yaml [--folder FOLDER | --checkpoints A,B,... [--weights X,Y,...]]
@@ -76,15 +86,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--weights", type=numbers)
     parser.add_argument("--top", type=int, default=10)
     parser.add_argument("--output", type=Path)
-    found = parser.parse_intermixed_args(list(argv))
-    if found.command in ("info", "verify") and (found.overrides or found.folder or found.output):
-        raise ConfigError(f"store {found.command}: takes one folder and nothing else")
-    if found.top < 1:
-        raise ConfigError(f"store: --top must be at least 1, found {found.top}")
-    if found.output is not None and found.output.suffix != ".npy":
-        raise ConfigError(f"store: --output must end in .npy, found {found.output}")
-    _check_checkpoints(found)
-    return found
+    options = parser.parse_intermixed_args(list(argv))
+    if options.command in ("info", "verify") and (options.overrides or options.folder or options.output):
+        raise ConfigError(f"store {options.command}: takes one folder and nothing else")
+    if options.top < 1:
+        raise ConfigError(f"store: --top must be at least 1, found {options.top}")
+    if options.output is not None and options.output.suffix != ".npy":
+        raise ConfigError(f"store: --output must end in .npy, found {options.output}")
+    _check_checkpoints(options)
+    return options
 
 
 def paths(text: str) -> list[Path]:
@@ -97,19 +107,21 @@ def numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",") if part]
 
 
-def _check_checkpoints(found: argparse.Namespace) -> None:
-    given, weights = found.checkpoints, found.weights
-    if given is None and weights is None:
+def _check_checkpoints(options: argparse.Namespace) -> None:
+    checkpoints, weights = options.checkpoints, options.weights
+    if checkpoints is None and weights is None:
         return
-    if found.command != "score" or not given:
+    if options.command != "score" or not checkpoints:
         raise ConfigError("store: --checkpoints and --weights belong to score, with at least one checkpoint")
-    if found.folder is not None or any(word.startswith("resume_from_checkpoint=") for word in found.overrides):
+    if options.folder is not None or any(word.startswith("resume_from_checkpoint=") for word in options.overrides):
         raise ConfigError(
             "store: --checkpoints names models and by them stores; leave out --folder and resume_from_checkpoint"
         )
-    if weights is not None and (len(weights) != len(given) or not all(0 < weight < math.inf for weight in weights)):
+    if weights is not None and (
+        len(weights) != len(checkpoints) or not all(0 < weight < math.inf for weight in weights)
+    ):
         raise ConfigError(
-            f"store: --weights must be a number > 0 for each of {len(given)} checkpoints, found {weights}"
+            f"store: --weights must be a number > 0 for each of {len(checkpoints)} checkpoints, found {weights}"
         )
 
 
@@ -182,21 +194,40 @@ def verify(folder: Path) -> int:
 # -- a run ---------------------------------------------------------------------------------------------------------------
 
 
-def on_run(given: argparse.Namespace) -> int:
-    """`build` and `score`. Raises UserError."""
-    from dataflex_mega.config.checks import check_dynamic
-    from dataflex_mega.config.load import load
-    from dataflex_mega.config.parse import parse_config
-    from dataflex_mega.distributed.parallel_info import shutdown_distributed
-    from dataflex_mega.llamafactory.args import argument_types
+@dataclass(frozen=True)
+class StoreRun:
+    """The features of a run's model and the request of its selector."""
 
-    config = parse_config(load(given.what, given.overrides), argument_types())
-    if config.dataflex.train_type == "static":
-        raise ConfigError("store: the configuration has no selector; it must have one with a store, such as less")
-    check_dynamic(config)
+    features: GradientFeatures
+    request: StoredGradientSignal
+
+    @property
+    def context(self) -> SignalContext:
+        """Pool, evaluation sets, processes."""
+        return self.features.context
+
+    @property
+    def engine(self) -> Any:
+        """The engine with the model."""
+        return self.context.engine
+
+    def folder(self, folder: Path | None, identity: dict[str, Any]) -> Path:
+        """Where the store is: `folder`, else one of its own under the selector's store_dir."""
+        from dataflex_mega.providers.stored_gradients import store_path
+
+        return folder or store_path(self.context, self.request, identity)
+
+
+def on_run(options: argparse.Namespace) -> int:
+    """`build` and `score`. Raises UserError."""
+    from dataflex_mega.commands._configuration import read_dynamic_config
+    from dataflex_mega.distributed.parallel_info import shutdown_distributed
+
+    without_role = "store: the configuration has no selector; it must have one with a store, such as less"
+    config = read_dynamic_config(options.what, options.overrides, without_role)
     finished = False
     try:
-        _work(config, given)
+        _build_or_score(config, options)
         gc.collect()  # the model's wrappers hold the process group, which must not end inside them
         finished = True
     finally:
@@ -204,129 +235,127 @@ def on_run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _work(config: Any, given: argparse.Namespace) -> None:
-    from dataflex_mega.run.build import Opened
-
-    features = features_of(Opened(config), bool(given.checkpoints))
-    if given.command == "build":
-        build(features, given.folder)
+def _build_or_score(config: RunConfig, options: argparse.Namespace) -> None:
+    run = open_store_run(config, bool(options.checkpoints))
+    if options.command == "build":
+        build(run, options.folder)
     else:
-        score(features, given)
+        score(run, options)
 
 
-def features_of(run: Any, several: bool = False) -> Any:
-    """The features of the run's model; with `several` checkpoints, before one is loaded.
+def open_store_run(config: RunConfig, several: bool = False) -> StoreRun:
+    """Build the model and its features; with `several` checkpoints, before one is loaded.
 
     Raises ConfigError for a selector without a store.
     """
-    from dataflex_mega.providers.stored_gradients import Features
-    from dataflex_mega.types import UsesStore
+    from dataflex_mega.algorithms.requests import StoredGradientSignal
+    from dataflex_mega.providers.gradient_features import GradientFeatures
+    from dataflex_mega.run.data import RunData
+    from dataflex_mega.run.roles import RunRoles
+    from dataflex_mega.run.session import Session
 
-    selector = run.roles.selector
-    wanted = sorted(name for name in selector.signals if name.startswith("store_")) if selector is not None else []
-    if not isinstance(selector, UsesStore) or not wanted:
-        name = run.specs["selector"]["name"] if "selector" in run.specs else "none"
+    roles = RunRoles.from_config(config)
+    session = Session.start(config)
+    data = RunData.load(session, roles)
+    selector = roles.algorithms.selector
+    requests = [r for r in selector.requests() if isinstance(r, StoredGradientSignal)] if selector is not None else []
+    if not requests:
+        name = roles.specs["selector"]["name"] if "selector" in roles.specs else "none"
         raise ConfigError(f"store: selector {name} uses no store here; less does, with selector.mode: store")
-    adam = wanted[0] == "store_adam"
-    engine = run.backend.engine(run.tokenizer_module["tokenizer"], len(run.pool.sizes), 1)
-    checkpoint = None if several else run.config.llamafactory.get("resume_from_checkpoint")
+    engine = session.engine_builder.build_engine(session.tokenizer, len(data.pool.sizes), 1, {})
+    checkpoint = None if several else config.llamafactory.get("resume_from_checkpoint")
     if checkpoint:
         load_checkpoint(engine, Path(str(checkpoint)))
-    elif adam and not several:
-        run.say("note: without resume_from_checkpoint Adam's moments are zero, as before the first step")
-    return Features.of(run, engine, selector.feature_spec(), adam)
+    elif requests[0].adam and not several:
+        session.report("note: without resume_from_checkpoint Adam's moments are zero, as before the first step")
+    context = data.signal_context(session, engine)
+    return StoreRun(GradientFeatures(context, requests[0].projection, requests[0].adam), requests[0])
 
 
 def load_checkpoint(engine: Any, path: Path) -> None:
-    """Parameters and moments of a checkpoint. Raises CheckpointError when it is none."""
+    """Load parameters and moments of a checkpoint. Raises CheckpointError when it is none."""
     if not (path / "manifest.json").is_file() or not (path / "engine").is_dir():
         raise CheckpointError(f"resume_from_checkpoint: {path} is not a whole checkpoint of dataflex_mega")
     engine.load_state(path / "engine")
 
 
-def build(features: Any, folder: Path | None) -> None:
-    """Build a store, or go on with one."""
-    from dataflex_mega.providers.stored_gradients import ensure, place_of
+def build(run: StoreRun, folder: Path | None) -> None:
+    """Build a store, or continue one."""
+    from dataflex_mega.providers.stored_gradients import open_or_build
 
-    identity = features.identity()
-    run = features.run
-    place = folder or place_of(run, run.roles.selector, identity)
-    store = ensure(features, place, identity, run.roles.selector.store_block)
-    run.say(f"store: {store.layout.num_samples} samples x {store.layout.width} numbers in {place}")
+    identity = run.features.identity()
+    path = run.folder(folder, identity)
+    store = open_or_build(run.features, path, identity, run.request.block_size)
+    run.context.report(f"store: {store.layout.num_samples} samples x {store.layout.width} numbers in {path}")
 
 
-def score(features: Any, given: argparse.Namespace) -> None:
-    """Compare all samples with the targets: the share of a rank by itself, then the best of all ranks."""
+def score(run: StoreRun, options: argparse.Namespace) -> None:
+    """Compare all samples with the targets: each rank its share, then the best of all ranks."""
     import numpy as np
 
     from dataflex_mega.store import search
 
-    run = features.run
-    mine, counts = several(features, given) if given.checkpoints else single(features, given.folder)
-    ids, best = search.top_k(mine, run.parallel_info.dp_rank, counts, min(given.top, sum(counts)), run.collectives)
-    if given.output is not None:
-        everyone = run.collectives.all_gather_uneven(mine, counts)
-        if run.parallel_info.is_main:
-            np.save(given.output, everyone.numpy())
-    if run.parallel_info.is_main:
+    context = run.context
+    info, collectives = context.parallel_info, context.collectives
+    scores, counts = (
+        score_with_checkpoints(run, options) if options.checkpoints else score_with_model(run, options.folder)
+    )
+    ids, best = search.top_k(scores, info.dp_rank, counts, min(options.top, sum(counts)), collectives)
+    if options.output is not None:
+        all_scores = collectives.all_gather_uneven(scores, counts)
+        if info.is_main:
+            np.save(options.output, all_scores.numpy())
+    if info.is_main:
         for number, value in zip(ids.tolist(), best.tolist(), strict=True):
-            print(f"{value:+.4f}  {number}  {run.pool.describe(number)}")
+            print(f"{value:+.4f}  {number}  {context.pool.describe(number)}")
 
 
-def opened(features: Any, folder: Path | None) -> tuple[Any, Any]:
-    """(the store of the model of now, its directions [S, width])."""
+def open_store(run: StoreRun, folder: Path | None) -> tuple[GradientStore, Tensor]:
+    """(the store of the current model, its directions [S, width])."""
     from dataflex_mega.distributed.agreement import run_and_agree
-    from dataflex_mega.providers.stored_gradients import place_of
-    from dataflex_mega.signals.computer import target_batches
     from dataflex_mega.store.gradients import GradientStore
 
-    run = features.run
-    identity = features.identity()
-    place = folder or place_of(run, run.roles.selector, identity)
-    store = run_and_agree(run.collectives, partial(GradientStore, place, identity))
-    groups, dp_rank, dp_size = list(run.evaluation.values()), run.parallel_info.dp_rank, run.parallel_info.dp_size
-    return store, features.directions(target_batches(groups, features.collate, features.batch_size, dp_rank, dp_size))
+    identity = run.features.identity()
+    store = run_and_agree(run.context.collectives, partial(GradientStore, run.folder(folder, identity), identity))
+    return store, run.features.directions(run.context.target_batches(run.context.target_groups()))
 
 
-def single(features: Any, folder: Path | None) -> tuple[Any, list[int]]:
-    """([n] scores of this rank's share, samples of each rank)."""
+def score_with_model(run: StoreRun, folder: Path | None) -> tuple[Tensor, list[int]]:
+    """([n] scores of this rank's samples, number of samples of each rank)."""
     from dataflex_mega.distributed.agreement import run_and_agree
     from dataflex_mega.store import search
 
-    run = features.run
-    store, directions = opened(features, folder)
-    dp_rank, dp_size = run.parallel_info.dp_rank, run.parallel_info.dp_size
-    mine = run_and_agree(run.collectives, partial(search.streamed_max_cosine, store, directions, dp_rank, dp_size))
-    return mine, search.rank_counts(store, dp_size)
+    store, directions = open_store(run, folder)
+    dp_rank, dp_size = run.context.parallel_info.dp_rank, run.context.parallel_info.dp_size
+    compare = partial(search.streamed_max_cosine, store, directions, dp_rank, dp_size)
+    return run_and_agree(run.context.collectives, compare), search.rank_counts(store, dp_size)
 
 
-def several(features: Any, given: argparse.Namespace) -> tuple[Any, list[int]]:
-    """`single` over checkpoints: the largest, over evaluation sets, of the mean of the cosines by weights."""
+def score_with_checkpoints(run: StoreRun, options: argparse.Namespace) -> tuple[Tensor, list[int]]:
+    """The same over checkpoints: the largest, over evaluation sets, of the weighted mean of the cosines."""
     from dataflex_mega.distributed.agreement import run_and_agree
     from dataflex_mega.store import search
 
-    run, engine = features.run, features.engine
-    dp_rank, dp_size = run.parallel_info.dp_rank, run.parallel_info.dp_size
+    dp_rank, dp_size = run.context.parallel_info.dp_rank, run.context.parallel_info.dp_size
     total: Any = 0.0  # [n, S]
-    weights, counts = 0.0, None
-    for number, checkpoint in enumerate(given.checkpoints):
-        load_checkpoint(engine, checkpoint)
-        features.maker.refresh()
-        weight = given.weights[number] if given.weights else engine.learning_rate()
+    weight_sum, counts = 0.0, None
+    for number, checkpoint in enumerate(options.checkpoints):
+        load_checkpoint(run.engine, checkpoint)
+        run.features.maker.refresh()
+        weight = options.weights[number] if options.weights else run.engine.learning_rate()
         if weight <= 0:
-            raise ConfigError(
-                f"store: the learning rate after {checkpoint} is {weight}; say what counts with --weights"
-            )
-        run.say(f"{checkpoint}: weight {weight:g}")
-        store, directions = opened(features, None)
+            raise ConfigError(f"store: the learning rate after {checkpoint} is {weight}; set --weights")
+        run.context.report(f"{checkpoint}: weight {weight:g}")
+        store, directions = open_store(run, None)
         if counts is not None and search.rank_counts(store, dp_size) != counts:
             raise CheckpointError(f"store: {store.folder} has blocks of another size than the stores before it")
         counts = search.rank_counts(store, dp_size)
-        dot, norm2 = run_and_agree(run.collectives, partial(search.dot_products, store, directions, dp_rank, dp_size))
+        compare = partial(search.dot_products, store, directions, dp_rank, dp_size)
+        dot, norm2 = run_and_agree(run.context.collectives, compare)
         total = total + weight * search.cosine_matrix(dot, norm2).double()
-        weights += weight
+        weight_sum += weight
     assert counts is not None, "there is a checkpoint"
-    return (total / weights).max(dim=1).values.float(), counts
+    return (total / weight_sum).max(dim=1).values.float(), counts
 
 
 if __name__ == "__main__":

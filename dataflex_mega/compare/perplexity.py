@@ -148,7 +148,7 @@ def domain_sums(
     `batching`: (padding token, rows of a batch, autocast precision or None).
     """
     from dataflex_mega.data.collate import collate
-    from dataflex_mega.signals.computer import SignalComputer, evaluate
+    from dataflex_mega.signals.pool_share import PoolShare, evaluate
 
     pad, size, precision = batching
     batches, done = -(-len(pool) // size), 0
@@ -161,7 +161,7 @@ def domain_sums(
             progress(done, batches)
         return observed
 
-    return evaluate(SignalComputer(pool, partial(collate, pad_id=pad), forward, size, dp_rank=0, dp_size=1))
+    return evaluate(PoolShare(pool, size, dp_rank=0, dp_size=1), partial(collate, pad_id=pad), forward)
 
 
 @torch.inference_mode()
@@ -170,4 +170,6 @@ def observe(model: Any, batch: Batch, precision: torch.dtype | None) -> SampleSt
     batch = batch.to(model.device)
     with torch.autocast(model.device.type, dtype=precision, enabled=precision is not None):
         logits = model(input_ids=batch.input_ids, use_cache=False).logits
-    return objective.make_sample_stats(objective.sample_sums(objective.token_losses(logits, batch.labels), batch), batch)
+    return objective.make_sample_stats(
+        objective.sample_sums(objective.token_losses(logits, batch.labels), batch), batch
+    )

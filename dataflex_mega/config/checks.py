@@ -1,4 +1,4 @@
-"""What a dynamic run cannot do, found from the configuration alone, before a model or a dataset is touched.
+"""What a dynamic run cannot do, checked from the configuration alone, before a model or a dataset is touched.
 
 Static runs are LLaMA-Factory's and do all of it. Nothing is ignored in silence: a key of LLaMA-Factory or of Hugging
 Face's Trainer that our loop does not act on is refused by name.
@@ -27,23 +27,21 @@ STATIC_DOES = "train_type: static does"
 # Key -> what to do instead. Refused when set to anything but false, 0, nothing or an empty list.
 REFUSED = {
     "deepspeed": "fsdp: full_shard shards parameters, gradients and optimizer state",
-    **dict.fromkeys(
-        ("use_badam", "use_galore", "use_apollo", "use_adam_mini", "use_muon"), "optim: adamw_torch is there"
-    ),
-    "optim_target_modules": "optim: adamw_torch is there",
+    **dict.fromkeys(("use_badam", "use_galore", "use_apollo", "use_adam_mini", "use_muon"), "use optim: adamw_torch"),
+    "optim_target_modules": "use optim: adamw_torch",
     "streaming": "samples must be reachable by number",
-    "quantization_bit": "LoRA without quantization is there",
+    "quantization_bit": "use LoRA without quantization",
     "use_unsloth": STATIC_DOES,
     "use_unsloth_gc": "other gradient checkpointing is on unless disable_gradient_checkpointing is set",
     "use_kt": STATIC_DOES,
-    "use_liger_kernel": "enable_liger_kernel is there",
+    "use_liger_kernel": "use enable_liger_kernel",
     "mixture_of_depths": STATIC_DOES,
-    "fp8": "bf16 is there",
-    "fp8_enable_fsdp_float8_all_gather": "bf16 is there",
+    "fp8": "use bf16",
+    "fp8_enable_fsdp_float8_all_gather": "use bf16",
     "use_hyper_parallel": STATIC_DOES,
-    "parallelism_config": "fsdp: full_shard is there",
+    "parallelism_config": "use fsdp: full_shard",
     "accelerator_config": STATIC_DOES,
-    "load_best_model_at_end": "checkpoints are kept in output_dir",
+    "load_best_model_at_end": "the checkpoints stay in output_dir",
     "neftune_noise_alpha": STATIC_DOES,
     "label_smoothing_factor": STATIC_DOES,
     "compute_accuracy": "evaluation gives the loss",
@@ -57,10 +55,10 @@ REFUSED = {
     "fp16_full_eval": STATIC_DOES,
     "full_determinism": STATIC_DOES,
     "ignore_data_skip": "where the data goes on is arithmetic, nothing is skipped",
-    "enable_jit_checkpoint": "save_steps is there",
+    "enable_jit_checkpoint": "use save_steps",
     "enable_torch_profiler": STATIC_DOES,
     "push_to_hub": "upload output_dir afterwards",
-    "use_swanlab": "TensorBoard is there",
+    "use_swanlab": "use TensorBoard",
     "tokenized_path": "it does not say which row is which",
     "interleave_probs": "mixer: static with init_mixture_proportions draws in proportions",
     "disable_shuffling": "the order follows from seed and step",
@@ -73,7 +71,7 @@ ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "mix_strategy": (("concat",), "mixer: static with init_mixture_proportions draws in proportions"),
     "train_sampling_strategy": (("random",), "the order follows from seed and step"),
     "save_strategy": (("steps", "epoch", "no"), "checkpoints are for resuming, not for choosing the best"),
-    "do_train": ((True,), "there is nothing else to do"),
+    "do_train": ((True,), "a dynamic run trains"),
 }
 LF_MIN_VALUES = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "cutoff_len": 1,
@@ -84,7 +82,7 @@ LF_MIN_VALUES = {
 
 
 def check_dynamic(config: RunConfig) -> None:
-    """Raises ConfigError naming the key, what was found and what is allowed."""
+    """Raises ConfigError naming the key, its value and what is allowed."""
     checks: tuple[Callable[[RunConfig], None], ...] = (
         _check_required,
         _check_refused,
@@ -157,7 +155,7 @@ def _check_attention(config: RunConfig) -> None:
 
 
 def _check_length(config: RunConfig) -> None:
-    """Something must say how long to train; where nothing is given, LLaMA-Factory's default of 3 epochs does."""
+    """A key must set the length of the run; without one, LLaMA-Factory's default of 3 epochs does."""
     epochs = config.llamafactory.get("num_train_epochs", 3.0)
     if config.dataflex.train_step < 1 and config.llamafactory.get("max_steps", -1) < 1 and epochs <= 0:
         raise ConfigError(f"num_train_epochs: must be > 0 when neither max_steps nor train_step is, found {epochs}")
@@ -175,8 +173,7 @@ def _check_evaluation(config: RunConfig) -> None:
 
 
 def _check_reports(config: RunConfig) -> None:
-    given = config.llamafactory.get("report_to")
-    for name in split_names(given):
+    for name in split_names(config.llamafactory.get("report_to")):
         if name not in REPORTS:
             raise ConfigError(f"report_to: dynamic training takes {', '.join(REPORTS)}, found {name!r}")
 
@@ -209,11 +206,11 @@ def _check_datasets(config: RunConfig) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"dataset: {name!r} is listed {names.count(name)} times")
-    given = config.dataflex.init_mixture_proportions
+    proportions = config.dataflex.init_mixture_proportions
     names = names or [domain.name for domain in training_domains(config.dataflex, names)]
-    if given is not None and len(given) != len(names):
+    if proportions is not None and len(proportions) != len(names):
         raise ConfigError(
-            f"init_mixture_proportions: {len(given)} numbers for {len(names)} datasets ({', '.join(names)})"
+            f"init_mixture_proportions: {len(proportions)} numbers for {len(names)} datasets ({', '.join(names)})"
         )
 
 

@@ -1,7 +1,7 @@
-"""Parameters of DataFlex's component files that are none of an algorithm here: keys of the run, and ones without an effect.
+"""Parameters in DataFlex's components files that no algorithm has: keys of the run, and parameters without an effect.
 
-An entry of DataFlex's file is read as it is. What one of its parameters says is a key of the run here (`MOVED_TO_RUN_KEYS`),
-or nothing is left for it to say (`UNUSED_PARAMETERS`), which the user is told in one note for each entry.
+An entry of DataFlex's file is read as it is. Some of its parameters are keys of the run here (`MOVED_TO_RUN_KEYS`); others
+have no effect (`UNUSED_PARAMETERS`), which one note per entry says.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NOT_PROJECTED = "gradients are not projected"
 NOT_SAVED = "gradients are not written to files"
 LOADER = "the loader of the run reads the candidates"
 RUN_BATCH = "score_batch_size is the key of the run"
-DEVICES = "clusters are found on the devices of the run"
+DEVICES = "clustering runs on the devices of the run"
 TRAINED_MODEL = "the model that trains embeds the samples"
 ROUTERS = "routers are counted in the forward passes of training (count_steps)"
 REWARD = "reward says what scores an answer"
@@ -50,7 +50,7 @@ UNUSED_PARAMETERS: dict[tuple[str, str], dict[str, str]] = {
     ("mixer", "dynamic_moe"): {"collect_steps": ROUTERS, "eval_samples": ROUTERS, "eval_batch_size": ROUTERS},
     ("weighter", "adapt"): {"anchor_batch_size": RUN_BATCH, "eps": "a vector is divided by its length as it is"},
 }  # fmt: skip
-# Of those, the ones whose value would ask for something else than what is done.
+# Those of them that must be left out: any value would ask for another behaviour.
 ONLY_NOTHING = ("embedding_model_name_or_path",)
 
 
@@ -64,17 +64,17 @@ def move_to_run_keys(role: str, spec: Spec) -> tuple[Spec, dict[str, Any]]:
 def drop_unused(role: str, spec: Mapping[str, Any], where: str) -> tuple[Spec, list[str]]:
     """A specification -> (it without the parameters that have no effect, at most one note, on those that are set).
 
-    Raises ConfigError for one whose value asks for something else than what is done.
+    Raises ConfigError for one of ONLY_NOTHING that has a value.
     """
     reasons = UNUSED_PARAMETERS.get((role, str(spec.get("name"))), {})
-    given = [name for name in spec if name in reasons and spec[name] is not None]
-    for name in given:
+    unused = [name for name in spec if name in reasons and spec[name] is not None]
+    for name in unused:
         if name in ONLY_NOTHING:
             found = f"expected nothing: {reasons[name]}, found {spec[name]!r}"
             raise ConfigError(f"{role}.{spec['name']}.{name}: {found}")
     by_reason: dict[str, list[str]] = {}
-    for name in given:
+    for name in unused:
         by_reason.setdefault(reasons[name], []).append(name)
     text = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
-    kept = {name: value for name, value in spec.items() if name not in reasons}
-    return kept, [f"{where}: no effect here: {text}"] if text else []
+    used = {name: value for name, value in spec.items() if name not in reasons}
+    return used, [f"{where}: no effect here: {text}"] if text else []

@@ -1,6 +1,6 @@
 """Which algorithms are on: from `train_type` and a components file as in DataFlex, from our own keys, or from both.
 
-A specification leaves here as a flat mapping, `{"name": "odm", "alpha": 0.8}`, however it was written.
+The functions return a specification as a flat mapping, `{"name": "odm", "alpha": 0.8}`, however it was written.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DATAFLEX_FILE = "dataflex/configs/components.yaml"  # the end of the path of the
 
 
 def stands_for_packaged(path: str | None) -> bool:
-    """Whether a path names DataFlex's own file, which is not here: the packaged one has its entries and more."""
+    """Whether a path names DataFlex's own file, which is not available: the packaged one has its entries and more."""
     return path is not None and Path(path).as_posix().endswith(DATAFLEX_FILE) and not Path(path).expanduser().is_file()
 
 
@@ -86,7 +86,7 @@ class Component:
 
 
 def read_component(path: str | None, role: str, name: str) -> Component:
-    """One entry, its parameters sorted by what they are here. Raises ConfigError as `raw_entry` does."""
+    """One entry, divided into parameters of the algorithm, keys of the run and notes. Raises ConfigError as `raw_entry`."""
     spec, run_keys = move_to_run_keys(role, raw_entry(path, role, name))
     spec, notes = drop_unused(role, spec, f"{role} {name}")
     return Component(spec, run_keys, tuple(notes))
@@ -95,19 +95,19 @@ def read_component(path: str | None, role: str, name: str) -> Component:
 def raw_entry(path: str | None, role: str, name: str) -> Spec:
     """One entry as written. Raises ConfigError when there is none, with the nearest name and all names."""
     data, section = read_components(path), SECTIONS[role]
-    found = entries(path, role)
+    names = entries(path, role)
     where = path or "the packaged components file"
-    if name not in found:
+    if name not in names:
         elsewhere = [s for s, inner in data.items() if s != section and isinstance(inner, Mapping) and name in inner]
-        hint = did_you_mean(name, found) or (f" (it is one of {elsewhere[0]})" if elsewhere else "")
-        raise ConfigError(f"component_name: no {role} {name!r} in {where}{hint}; there is {', '.join(found) or 'none'}")
-    given = resolve(data, where)[section][name]
-    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
-        raise ConfigError(f"{where}: {section}.{name} must be a mapping with `name` and `params`, found {given!r}")
-    rest = sorted(set(given) - {"name", "params"})
+        hint = did_you_mean(name, names) or (f" (it is one of {elsewhere[0]})" if elsewhere else "")
+        raise ConfigError(f"component_name: no {role} {name!r} in {where}{hint}; there is {', '.join(names) or 'none'}")
+    written = resolve(data, where)[section][name]
+    if not isinstance(written, Mapping) or not isinstance(written.get("name"), str):
+        raise ConfigError(f"{where}: {section}.{name} must be a mapping with `name` and `params`, found {written!r}")
+    rest = sorted(set(written) - {"name", "params"})
     if rest:
         raise ConfigError(f"{where}: {section}.{name} has {', '.join(rest)} beside name and params")
-    return flatten_spec(role, given)
+    return flatten_spec(role, written)
 
 
 def flatten_spec(role: str, spec: str | Mapping[str, Any]) -> Spec:

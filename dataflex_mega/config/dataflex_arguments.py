@@ -16,7 +16,7 @@ Fraction = Range(ge=0, le=1)
 
 @dataclass(frozen=True)
 class RunArguments:
-    """Everything that is neither LLaMA-Factory's nor Megatron's. `dataflex_parse.parse` makes it and checks keys against each other."""
+    """The keys that are neither LLaMA-Factory's nor Megatron's; dataflex_parse.parse checks them against each other."""
 
     # DataFlex's
     train_type: str = field(

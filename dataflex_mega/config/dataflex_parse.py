@@ -28,17 +28,17 @@ TRAIN_TYPES = (
     "dynamic",
 )
 ALIASES = {"static_full": "static", "dynamic_weighting": "dynamic_weight"}
-# The keys that mean nothing without a role; the other ones of ours are options of the engine or mean something always.
+# The keys that have no effect without a role. The others are options of the engine, or always have an effect.
 ROLE_KEYS = (
     "component_name", "warmup_step", "update_step", "update_times", "static_mix", "train_step", "freeze_gate",
     "early_stopping_min_delta", "mixture_sample_rule", "init_mixture_proportions", "init_mixture_proportions_file",
-    "mixer_eval_dataset", "candidate_fraction", "score_reuse", *LIMITS, "reference_model", "reference_cache", "reference_dtype",
-    "plugins", "pipeline", *ROLES,
+    "mixer_eval_dataset", "candidate_fraction", "score_reuse", *LIMITS, "reference_model", "reference_cache",
+    "reference_dtype", "plugins", "pipeline", *ROLES,
 )  # fmt: skip
 ENGINE_OPTIONS = (
     "weight_scope", "loss_normalization", "on_non_finite", "resume_ignore", "score_batch_size", "prefetch", "tensorboard"
 )  # fmt: skip
-# Of those, the ones whose loss would change what is trained; DataFlex ignores the others in static training, and says so.
+# Those of them that would change what is trained: refused in static training. DataFlex ignores the others and says so.
 DYNAMIC_ONLY = {
     **dict.fromkeys((*ROLES, "pipeline"), "drop train_type or choose dynamic_*"),
     "static_mix": "choose train_type: dynamic_mix",
@@ -64,7 +64,7 @@ class ParsedKeys:
 def parse(values: Mapping[str, Any], uses_own_loop: bool = False) -> ParsedKeys:
     """Type and check our keys of a configuration.
 
-    `uses_own_loop`: static training is our own too, as with engine: megatron, and heeds the engine's options.
+    `uses_own_loop`: static training runs in the package's own loop, as with engine: megatron, and uses the engine's options.
 
     Raises ConfigError naming the key for a wrong type, a value out of range, an algorithm or parameter that does not
     exist, keys that contradict each other, and keys that would have no effect.
@@ -147,14 +147,14 @@ def _set_run_keys(typed: dict[str, Any], pipeline: Pipeline | None) -> list[str]
 
 
 def _train_type(values: Mapping[str, Any]) -> str:
-    given = values.get("train_type")
-    if given is None:
+    train_type = values.get("train_type")
+    if train_type is None:
         on = any(values.get(role) is not None for role in ROLES) or values.get("static_mix")
         return "dynamic" if on else "static"
-    name = ALIASES.get(given, given)
+    name = ALIASES.get(train_type, train_type)
     if name not in TRAIN_TYPES:
-        near = did_you_mean(given, [*TRAIN_TYPES, *ALIASES])
-        raise ConfigError(f"train_type: expected one of {', '.join(TRAIN_TYPES)}, found {given!r}{near}")
+        near = did_you_mean(train_type, [*TRAIN_TYPES, *ALIASES])
+        raise ConfigError(f"train_type: expected one of {', '.join(TRAIN_TYPES)}, found {train_type!r}{near}")
     return name
 
 
@@ -197,7 +197,7 @@ def _check_roles(arguments: RunArguments, roles: ResolvedRoles) -> list[str]:
         raise ConfigError(f"train_type: {arguments.train_type} needs component_name (one of {names}) or {picked}")
     if not specs:
         raise ConfigError(f"train_type: dynamic needs at least one of {', '.join(ROLES)}")
-    from dataflex_mega.registry import validate  # here, since it imports torch
+    from dataflex_mega.registry import validate  # not at the top: it imports torch
 
     notes = [note for role, spec in roles.all_specs() for note in validate(role, spec)]
     _check_mixture(arguments, specs.get("mixer"))
@@ -264,11 +264,11 @@ def _check_mixture(arguments: RunArguments, mixer: Spec | None) -> None:
                 f"mixture_sample_rule: {rule} fixes the proportions, mixer {mixer['name']} could not set them; use mixture"
             )
     for key in ("proportions", "initial_proportions"):
-        own = (mixer or {}).get(key)
-        if own is None or initial is None:
+        numbers = (mixer or {}).get(key)
+        if numbers is None or initial is None:
             continue
-        same = len(own) == len(initial) and all(
-            math.isclose(x / sum(own), y) for x, y in zip(own, initial, strict=True)
+        same = len(numbers) == len(initial) and all(
+            math.isclose(x / sum(numbers), y) for x, y in zip(numbers, initial, strict=True)
         )
         if not same:
-            raise ConfigError(f"mixer.{key}: {own} differs from init_mixture_proportions {initial}; drop one")
+            raise ConfigError(f"mixer.{key}: {numbers} differs from init_mixture_proportions {initial}; drop one")

@@ -40,9 +40,9 @@ def identity(
     config: RunConfig, global_batch_size: int, data: Mapping[str, str], roles: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Plain values by name. `roles` are the resolved specifications, however they were written in the YAML."""
-    found = {key: value for key, value in config.all_keys.items() if key not in FREE_KEYS and key not in LAYOUT_KEYS}
+    decisive = {key: value for key, value in config.all_keys.items() if key not in FREE_KEYS and key not in LAYOUT_KEYS}
     return {
-        **found,
+        **decisive,
         **({"engine": "megatron"} if config.engine == "megatron" else {}),  # whose files an FSDP run cannot read
         "global_batch_size": global_batch_size,
         **{f"data of {name}": value for name, value in data.items()},

@@ -34,7 +34,7 @@ DROPPED: dict[str, tuple[tuple[Any, ...], str]] = {
     "half_precision_backend": (("auto", "cpu_amp", "cuda_amp", None), "there is one backend left"),
     "fp16_backend": (("auto", "cpu_amp", "cuda_amp", None), "there is one backend left"),
     "fp16_opt_level": (("O0", "O1", "O2", "O3", None), "it was for Apex's amp only"),
-    "use_mps_device": ((True, False, None), "the device is found by itself"),
+    "use_mps_device": ((True, False, None), "the device is detected"),
     "jit_mode_eval": ((False, None), "it is gone"),
     "use_ipex": ((False, None), "it is gone"),
     "use_legacy_prediction_loop": ((False, None), "it is gone"),
@@ -70,7 +70,7 @@ def migrate_keys(config: Mapping[str, Any], known: Collection[str]) -> tuple[dic
         elif key in DROPPED:
             allowed, why = DROPPED[key]
             if config[key] not in allowed:
-                raise ConfigError(f"{key}: {config[key]!r} cannot be had any more: {why}")
+                raise ConfigError(f"{key}: {config[key]!r} is not available any more: {why}")
             del migrated[key]
             notes.append(f"{key} is not used any more: {why}")
     if isinstance(migrated.get("resume_ignore"), list):  # it names keys

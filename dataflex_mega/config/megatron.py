@@ -144,14 +144,14 @@ class MegatronArguments:
 
 # Values that leave everything as it is, beside each key's default.
 NEUTRAL: dict[str, tuple[Any, ...]] = {"ckpt_format": ("torch_dist",), "optimizer_offload_fraction": (1.0,)}
-# Key -> why it is not there. Refused when it has any other value than its default.
+# Key -> why it is not supported. Refused when it has any other value than its default.
 REFUSED = {
     "mtp_num_layers": "the loss is that of the next token",
-    "fp8_recipe": "bf16: true is there",
+    "fp8_recipe": "use bf16: true",
     "ddp_average_in_collective": "gradients are summed and divided once, by the tokens of the whole step",
-    "save_merged_model": "LoRA is there with engine: fsdp",
+    "save_merged_model": "engine: fsdp supports LoRA",
 }
-# Key -> what is said when it is set: it is there anyway, or has nothing to do.
+# Key -> the note when it is set: its effect is always on.
 NO_EFFECT = {
     "calculate_per_token_loss": "losses are divided by tokens in any case; loss_normalization: sample divides by samples",
     "check_for_nan_in_loss_and_grad": "every step is checked in any case; on_non_finite says what then",
@@ -168,7 +168,7 @@ def parse(values: Mapping[str, Any]) -> MegatronArguments:
     typed = {key: coerce(key, value, hints[key]) for key, value in values.items()}
     for key, value in typed.items():
         if key in REFUSED and value != known[key].default:
-            raise ConfigError(f"{key}: {value!r} is not there; {REFUSED[key]}")
+            raise ConfigError(f"{key}: {value!r} is not supported; {REFUSED[key]}")
     arguments = MegatronArguments(**typed)
     if arguments.ckpt_format == "legacy":
         raise ConfigError("ckpt_format: legacy cannot be read on another layout; use torch_dist")
@@ -183,8 +183,8 @@ def parse(values: Mapping[str, Any]) -> MegatronArguments:
 
 
 def notes_of(arguments: MegatronArguments) -> list[str]:
-    """What a user who set a key should know of it, a line each."""
-    return [f"{key}: {said}" for key, said in NO_EFFECT.items() if getattr(arguments, key)]
+    """Notes on keys that are set and have no effect, one line each."""
+    return [f"{key}: {note}" for key, note in NO_EFFECT.items() if getattr(arguments, key)]
 
 
 def keys_that_select_megatron(arguments: MegatronArguments) -> list[str]:
@@ -224,13 +224,13 @@ def resolve_engine(engine: str, keys: Sequence[str], variable: str | None) -> En
 
 
 def implied_lf_keys(arguments: MegatronArguments, lf: Mapping[str, Any]) -> dict[str, Any]:
-    """LLaMA-Factory's keys that Megatron's say in other words. Raises ConfigError where both are given and differ."""
-    said: dict[str, Any] = {}
+    """LLaMA-Factory's keys that Megatron's keys imply. Raises ConfigError where both are given and differ."""
+    implied: dict[str, Any] = {}
     if arguments.sequence_packing or arguments.use_packed_sequences:
-        said["packing"] = True
+        implied["packing"] = True
     if arguments.mixed_precision is not None and PRECISIONS[arguments.mixed_precision]:
-        said[PRECISIONS[arguments.mixed_precision]] = True
-    for key, value in said.items():
+        implied[PRECISIONS[arguments.mixed_precision]] = True
+    for key, value in implied.items():
         if lf.get(key) not in (None, value):
             raise ConfigError(f"{key}: {lf[key]!r}, but Megatron's keys say {value!r}; drop one of them")
-    return said
+    return implied

@@ -1,4 +1,4 @@
-"""What the Megatron engine cannot do, found from the configuration alone."""
+"""What the Megatron engine cannot do, checked from the configuration alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 
 def check_megatron(config: RunConfig) -> None:
-    """Raises ConfigError naming the key, what was found and what is allowed."""
+    """Raises ConfigError naming the key, its value and what is allowed."""
     tuning = config.llamafactory.get("finetuning_type", "lora")
     if tuning != "full":
         raise ConfigError(

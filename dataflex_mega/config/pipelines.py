@@ -1,4 +1,4 @@
-"""`train_type: dynamic_lego`: stages, each an algorithm of one role with an update schedule of its own, in DataFlex's layout.
+"""`train_type: dynamic_lego`: stages, each an algorithm of one role with its own update schedule, in DataFlex's layout.
 
     stages:
       - {family: selector, component: loss, mode: filter, keep_ratio: 0.5, warmup_step: 10, every: 200}
@@ -38,7 +38,7 @@ class StageArguments:
 
     family: Literal["selector", "mixer", "reorder", "weighter"] = field(metadata={"help": "its role"})
     component: str | dict[str, Any] = field(
-        metadata={"help": "an entry of the components file, or a specification as under the role's own key"}
+        metadata={"help": "an entry of the components file, or a specification as under the role's key"}
     )
     enabled: bool = field(default=True, metadata={"help": "false leaves the stage out"})
     warmup_step: Annotated[int, Range(ge=0)] = field(default=0, metadata={"help": "steps before it begins to act"})
@@ -131,12 +131,12 @@ class _Builder:
         return component.spec
 
 
-def read_pipeline(path: str | None, name: str | None, own: str | Mapping[str, Any] | None) -> Pipeline:
+def read_pipeline(path: str | None, name: str | None, changes: str | Mapping[str, Any] | None) -> Pipeline:
     """The pipeline of a preset of a components file, or of the key `pipeline`, or of a preset with changes by that key.
 
     Raises ConfigError naming the stage and key.
     """
-    arguments = _arguments(_parameters(path, name, own))
+    arguments = _arguments(_parameters(path, name, changes))
     stages = [_stage(number, stage) for number, stage in enumerate(arguments.stages)]
     enabled = [stage for stage in stages if stage.enabled]
     notes = [f"pipeline.{key} is not used: {why}" for key, why in UNUSED.items() if getattr(arguments, key) is not None]
@@ -150,7 +150,7 @@ def read_pipeline(path: str | None, name: str | None, own: str | Mapping[str, An
         specs["reorder"], reorder = read_reorder(specs["reorder"])
     weighter_specs = tuple(builder.spec(stage) for stage in weighter_stages)
     if not enabled:
-        raise ConfigError("pipeline.stages: at least one must be there and enabled")
+        raise ConfigError("pipeline.stages: at least one must be present and enabled")
     notes += _unused_stage_keys(enabled)
     return Pipeline(
         arguments, role_stages, weighter_stages, specs, reorder, weighter_specs, builder.run_keys, tuple(notes)
@@ -181,12 +181,12 @@ def _unused_stage_keys(enabled: list[StageArguments]) -> list[str]:
     ]
 
 
-def _parameters(path: str | None, name: str | None, own: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    if isinstance(own, str):
-        if name is not None and name != own:
-            raise ConfigError(f"pipeline: {own} differs from component_name {name!r}; drop one")
-        name, own = own, None
-    if name is None and own is None:
+def _parameters(path: str | None, name: str | None, changes: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    if isinstance(changes, str):
+        if name is not None and name != changes:
+            raise ConfigError(f"pipeline: {changes} differs from component_name {name!r}; drop one")
+        name, changes = changes, None
+    if name is None and changes is None:
         raise ConfigError(
             f"train_type: {LEGO} needs component_name (one of {', '.join(preset_names(path))}) or pipeline with stages"
         )
@@ -198,12 +198,8 @@ def _parameters(path: str | None, name: str | None, own: str | Mapping[str, Any]
             raise ConfigError(f"component_name: no pipeline {name!r} in {where}{hint}")
         preset = components.flatten_spec("pipeline", components.resolve(data, where)[components.PIPELINES][name])
         preset.pop("name", None)
-    changes = (
-        {}
-        if own is None
-        else {key: value for key, value in components.flatten_spec("pipeline", own).items() if key != "name"}
-    )
-    return {**preset, **changes}
+    changed = {} if changes is None else components.flatten_spec("pipeline", changes)
+    return {**preset, **{key: value for key, value in changed.items() if key != "name"}}
 
 
 def _stage(number: int, given: Any) -> StageArguments:

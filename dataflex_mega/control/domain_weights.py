@@ -37,7 +37,7 @@ def domain_loss_factors(plan: SamplingPlan) -> Tensor | None:
 
 @dataclass(frozen=True)
 class PerStepDomainFactors:
-    """Weighs samples by domain with weights of this very step: DoReMi's loss; see types.StepWeighing.
+    """Weighs samples by domain with weights of this very step: DoReMi's loss; see types.StepLossWeights.
 
     With c_d the step's token count of domain d (sample count where samples count the same) and C their sum, the factor of
     domain d is C v_d / sum over domains of v c, where v_d is w_d / p_d, or w_d / c_d. The factors have mean 1 over the

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import Selector
+from dataflex_mega.algorithms.requests import LossSignal
 from dataflex_mega.control.signal_source import SignalSource
 from dataflex_mega.distributed.protocol import Collectives
 from dataflex_mega.types import SignalTable
-
-LOSS = frozenset({"loss"})
 
 
 @dataclass
@@ -28,7 +27,7 @@ class LossCache:
         size: N, samples of the pool.
     """
 
-    signal_source: SignalSource
+    signals: SignalSource
     collectives: Collectives
     size: int
     losses: Tensor = field(init=False)  # [N] float32
@@ -43,34 +42,32 @@ class LossCache:
 
         `max_age`: how many steps old a loss may be. Other signals are computed at every call.
         """
-        if selector.signals == LOSS:
-            self._refresh(ids, step, max_age)
+        if selector.requests() == (LossSignal(),):
+            self._refresh(selector, ids, step, max_age)
             return self._score_cached(selector, ids)
-        return self._score_now(selector, ids)
+        return self._score_now(selector, ids, step)
 
     def is_fresh(self, ids: Tensor, step: int, max_age: int = 0) -> Tensor:
         """[n] bool: whether the loss of each sample is known and at most `max_age` steps old."""
         age = step - self.measured_at_step[ids]
         return (self.measured_at_step[ids] >= 0) & (age >= 0) & (age <= max_age)
 
-    def _refresh(self, ids: Tensor, step: int, max_age: int) -> None:
+    def _refresh(self, selector: Selector, ids: Tensor, step: int, max_age: int) -> None:
         stale_ids = ids[~self.is_fresh(ids, step, max_age)]
         if len(stale_ids) == 0:
             return
-        source = self.signal_source.subset(stale_ids)
-        losses = source.table(LOSS)["loss"].float()
-        self.losses[stale_ids] = self.collectives.all_gather_uneven(losses, source.rank_counts())
+        table, counts = self.signals.table(selector, stale_ids.numpy(), step)
+        self.losses[stale_ids] = self.collectives.all_gather_uneven(table["loss"].float(), counts)
         self.measured_at_step[stale_ids] = step
 
     def _score_cached(self, selector: Selector, ids: Tensor) -> Tensor:
         """Every rank scores all samples: that is arithmetic on numbers that all ranks have."""
-        table = SignalTable(ids, self.signal_source.domain_ids(ids), {"loss": self.losses[ids]})
+        table = SignalTable(ids, self.signals.domain_ids(ids), {"loss": self.losses[ids]})
         return selector.score(table).float()
 
-    def _score_now(self, selector: Selector, ids: Tensor) -> Tensor:
-        source = self.signal_source.subset(ids)
-        scores = selector.score(source.table(selector.signals)).float()
-        return self.collectives.all_gather_uneven(scores, source.rank_counts())
+    def _score_now(self, selector: Selector, ids: Tensor, step: int) -> Tensor:
+        table, counts = self.signals.table(selector, ids.numpy(), step)
+        return self.collectives.all_gather_uneven(selector.score(table).float(), counts)
 
     def state_dict(self) -> dict[str, Any]:
         """The losses and the steps at which they were computed."""

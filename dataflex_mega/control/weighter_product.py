@@ -10,16 +10,10 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import DomainInfo, Weighter
+from dataflex_mega.algorithms.requests import Request
 from dataflex_mega.control.schedule import UpdateSchedule
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.types import (
-    EmbeddingSpec,
-    NeedsBatchGradients,
-    NeedsHidden,
-    NeedsReference,
-    SampleStats,
-    TokenChoice,
-)
+from dataflex_mega.types import SampleStats
 
 
 @dataclass
@@ -31,6 +25,24 @@ class ProductWeighter(Weighter):
     def setup(self, domains: DomainInfo) -> None:
         for weighter, _ in self.members:
             weighter.setup(domains)
+
+    def requests(self) -> tuple[Request, ...]:
+        return tuple(request for weighter, _ in self.members for request in weighter.requests())
+
+    def is_due(self, request: Request, step: int) -> bool:
+        return self._asker(request).is_due(request, step)
+
+    def receive(self, request: Request, value: Any, step: int) -> None:
+        self._asker(request).receive(request, value, step)
+
+    def _asker(self, request: Request) -> Weighter:
+        """The member that makes a request; `combine_weighters` lets one member make requests of a kind."""
+        return next(weighter for weighter, _ in self.members if request in weighter.requests())
+
+    def reduce(self, samples: SampleStats) -> SampleStats:
+        for weighter, _ in self.members:
+            samples = weighter.reduce(samples)
+        return samples
 
     def weights(self, samples: SampleStats, step: int, total_steps: int) -> Tensor:
         """[n] float32, mean 1. All 1 where the product is 0 for every sample."""
@@ -50,51 +62,22 @@ class ProductWeighter(Weighter):
             weighter.load_state_dict(state[str(number)])
 
 
-@dataclass
-class EmbeddingProductWeighter(NeedsHidden, ProductWeighter):
-    """A product whose first member compares hidden states; requests for embeddings go to that member."""
-
-    @property
-    def _embedding_weighter(self) -> Any:
-        return self.members[0][0]
-
-    @property
-    def hidden(self) -> EmbeddingSpec:
-        return self._embedding_weighter.hidden
-
-    @property
-    def target_samples(self) -> int:
-        return self._embedding_weighter.target_samples
-
-    def stale(self, step: int) -> bool:
-        return self._embedding_weighter.stale(step)
-
-    def learn(self, target: Tensor, step: int) -> None:
-        self._embedding_weighter.learn(target, step)
-
-    def compare(self, hidden: Tensor) -> Tensor:
-        return self._embedding_weighter.compare(hidden)
-
-
 def combine_weighters(members: Sequence[tuple[Weighter, UpdateSchedule]]) -> Weighter:
     """One weighter that stands for all. Raises ConfigError for weighters that have no product."""
     if len(members) == 1:
         return members[0][0]
+    askers: dict[type[Request], Weighter] = {}
     for weighter, _ in members:
-        if isinstance(weighter, TokenChoice | NeedsReference):
-            raise ConfigError(
-                f"pipeline.stages: weighter {_name(weighter)} chooses tokens and cannot be one of several"
-            )
-        if isinstance(weighter, NeedsBatchGradients):
-            raise ConfigError(
-                f"pipeline.stages: weighter {_name(weighter)} chooses samples and cannot be one of several"
-            )
-    with_embeddings = [member for member in members if isinstance(member[0], NeedsHidden)]
-    if len(with_embeddings) > 1:
-        names = " and ".join(_name(weighter) for weighter, _ in with_embeddings)
-        raise ConfigError(f"pipeline.stages: weighters {names} both compare hidden states; keep one of them")
-    others = [member for member in members if member not in with_embeddings]
-    return EmbeddingProductWeighter((*with_embeddings, *others)) if with_embeddings else ProductWeighter(tuple(members))
+        reasons = [request.excluded_from_products for request in weighter.requests()]
+        reason = "chooses tokens" if weighter.token_selection() is not None else next(filter(None, reasons), "")
+        if reason:
+            raise ConfigError(f"pipeline.stages: weighter {_name(weighter)} {reason} and cannot be one of several")
+        for kind in {type(request) for request in weighter.requests()}:
+            other = askers.setdefault(kind, weighter)
+            if other is not weighter:
+                names = f"{_name(other)} and {_name(weighter)}"
+                raise ConfigError(f"pipeline.stages: weighters {names} both request {kind.__name__}; keep one of them")
+    return ProductWeighter(tuple(members))
 
 
 def _name(weighter: Weighter) -> str:

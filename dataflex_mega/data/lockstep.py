@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,11 +29,13 @@ def lockstep_batches(
         num_batches: the same on every rank: what the rank with the most items needs.
         filler: the batch, of which no row counts, after the last item; None: the first item, or sample 0 without one.
     """
-    if filler is None:
-        filler = items[:1] if len(items) else cast(Any, FIRST_ID)
+    default: Any = items[:1] if len(items) else FIRST_ID
     for start in range(0, num_batches * batch_size, batch_size):
-        batch = items[start : start + batch_size]
-        yield (batch, len(batch)) if len(batch) else (filler, 0)
+        batch: Any = items[start : start + batch_size]
+        if len(batch):
+            yield batch, len(batch)
+        else:
+            yield default if filler is None else filler, 0
 
 
 def lockstep_shares(

@@ -74,7 +74,7 @@ class Sample:
 class SamplePool:
     """All domains, addressed by global sample id."""
 
-    def __init__(self, domains: Sequence[Domain]) -> None:
+    def __init__(self, domains: Sequence[Domain], reference_losses: ReferenceLosses | None = None) -> None:
         """Raises DataError when there is no domain or one of them is empty."""
         if not domains:
             raise DataError("dataset: at least one is needed")
@@ -85,7 +85,11 @@ class SamplePool:
         self.names = tuple(domain.name for domain in domains)
         self.sizes = tuple(len(domain.rows) for domain in domains)
         self.offsets = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
-        self.reference_losses: ReferenceLosses | None = None  # set once, before training
+        self.reference_losses = reference_losses
+
+    def with_references(self, losses: ReferenceLosses) -> SamplePool:
+        """The same samples with token losses of a reference model."""
+        return SamplePool(self.domains, losses)
 
     def __len__(self) -> int:
         return int(self.offsets[-1])

@@ -34,7 +34,9 @@ def run_distributed_test(
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def _entry(rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _entry(
+    rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     from dataflex_mega.distributed.parallel_info import init_distributed, shutdown_distributed
 
     os.environ.update(

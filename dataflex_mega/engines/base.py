@@ -1,4 +1,4 @@
-"""What the rest of the package asks of an engine. It alone knows how parameters, gradients and optimizer state are laid out."""
+"""The interface of an engine, which alone knows how parameters, gradients and optimizer state are laid out."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from torch import Tensor
 from dataflex_mega.distributed.parallel_info import ParallelInfo
 from dataflex_mega.distributed.protocol import Collectives
 from dataflex_mega.engines.per_sample import PerSampleFn
-from dataflex_mega.signals.computer import GradientScorer
 from dataflex_mega.types import Batch, EmbeddingSpec, GenerationSpec, ProjectionSpec, SampleStats, StepStats, WeightFn
 
 
-class Capability:
-    """What an engine may be able to do beyond training and losses. A layout may still refuse, with a ConfigError."""
+class GradientScorer(Protocol):
+    """Scores candidates against target directions with the model and optimizer state at its creation."""
 
-    GRADIENT_SCORES = "gradient_scores"  # gradient_scorer(): directions and score
-    POLICY_GRADIENTS = "policy_gradients"  # the scorer's policy_directions
-    GRADIENT_FEATURES = "gradient_features"  # feature_maker()
-    DOMAIN_GRADIENTS = "domain_gradients"  # gradient_gram()
-    ROUTER_LOADS = "router_loads"  # StepStats.expert_load
-    LAST_HIDDEN_STATE = "hidden_states:last"  # embed() and embeddings of the training forward pass, of layer -1
-    ALL_HIDDEN_STATES = "hidden_states:all_layers"  # the same of any layer
-    PER_SAMPLE = "per_sample"  # per_sample()
-    GENERATION = "generation"  # generate()
+    kernel_message: str  # what it computes with, for the user; "" for nothing to say
 
-    @classmethod
-    def all(cls) -> frozenset[str]:
-        """Every capability."""
-        return frozenset(value for name, value in vars(cls).items() if name.isupper())
+    def directions(self, groups: Sequence[Sequence[Batch]]) -> Any:
+        """Groups of this rank's target batches -> one direction per group, laid out as the engine likes."""
+        ...
+
+    def policy_directions(self, groups: Sequence[Sequence[tuple[Batch, Tensor]]]) -> Any:
+        """Groups of prompts, each (answers of this rank, [n] weights) -> one direction per group.
+
+        Raises ConfigError without Capability.POLICY_GRADIENTS.
+        """
+        ...
+
+    def score(self, batch: Batch, directions: Any) -> tuple[Tensor, Tensor]:
+        """Unpacked batch of n samples -> ([n, S] dots with the directions, [n] squared norms)."""
+        ...
 
 
 class FeatureMaker(Protocol):
@@ -69,7 +70,7 @@ class Engine(Protocol):
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """See Capability."""
+        """See engines.capabilities."""
         ...
 
     @property

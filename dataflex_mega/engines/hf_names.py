@@ -1,4 +1,4 @@
-"""What the tensors of a Hugging Face checkpoint are called and how large they are, without loading one.
+"""Names and shapes of the tensors of a Hugging Face checkpoint, without loading one.
 
 transformers 5 keeps all experts of a layer in one tensor (`experts.gate_up_proj` [E, 2I, H]) but saves one tensor for each
 expert, under the names that the model was published with. Here a tensor goes by its name in such a checkpoint.
@@ -24,7 +24,7 @@ _EXPERT = re.compile(r"(.+)\.(block_sparse_moe|mlp)\.experts\.(\d+)\.(\w+)\.weig
 
 @dataclass(frozen=True)
 class CheckpointSlice:
-    """One tensor of a checkpoint as a piece of a parameter in memory."""
+    """One tensor of a checkpoint as a slice of a parameter in memory."""
 
     name: str
     index: tuple[int | slice, ...]  # parameter[index] is the tensor; () is all of it
@@ -32,7 +32,7 @@ class CheckpointSlice:
 
 @dataclass(frozen=True)
 class FusedExpert:
-    """Where a file that keeps experts together has the tensor of one of them."""
+    """Where the tensor of one expert is in a file with fused experts."""
 
     name: str
     expert: int
@@ -43,15 +43,15 @@ def checkpoint_slices(model_type: str, name: str, shape: torch.Size) -> list[Che
     """The checkpoint tensors that make up the parameter `name` of a model in memory.
 
     Args:
-        shape: [E, 2I, H] or [E, H, I] for experts kept together; any for the rest, which are one tensor each.
+        shape: [E, 2I, H] or [E, H, I] for fused experts; any for the rest, which are one tensor each.
     """
     if model_type not in EXPERTS:
         return [CheckpointSlice(name, ())]
     block, gate, up, down = EXPERTS[model_type]
-    found = _FUSED.fullmatch(name)
-    if found is None:
+    match = _FUSED.fullmatch(name)
+    if match is None:
         return [CheckpointSlice(name.replace(".mlp.gate.", f".{block}.gate."), ())]
-    prefix, kind = f"{found[1]}.{block}.experts", found[2]
+    prefix, kind = f"{match[1]}.{block}.experts", match[2]
     if kind == DOWN:
         return [CheckpointSlice(f"{prefix}.{e}.{down}.weight", (e,)) for e in range(shape[0])]
     rows = shape[1] // 2
@@ -62,15 +62,15 @@ def checkpoint_slices(model_type: str, name: str, shape: torch.Size) -> list[Che
 
 
 def locate_fused_expert(model_type: str, name: str) -> FusedExpert | None:
-    """Where the checkpoint tensor `name` of an expert is in a file written without splitting; None if not an expert's."""
-    found = _EXPERT.fullmatch(name)
-    if model_type not in EXPERTS or found is None:
+    """Where the checkpoint tensor `name` of an expert is in a file with fused experts; None for other tensors."""
+    match = _EXPERT.fullmatch(name)
+    if model_type not in EXPERTS or match is None:
         return None
     _, gate, up, _ = EXPERTS[model_type]
-    whole = f"{found[1]}.mlp.experts."
-    if found[4] in (gate, up):
-        return FusedExpert(whole + GATE_UP, int(found[3]), int(found[4] == up))
-    return FusedExpert(whole + DOWN, int(found[3]), None)
+    prefix = f"{match[1]}.mlp.experts."
+    if match[4] in (gate, up):
+        return FusedExpert(prefix + GATE_UP, int(match[3]), int(match[4] == up))
+    return FusedExpert(prefix + DOWN, int(match[3]), None)
 
 
 def meta_model(hf_config: Any) -> Any:
@@ -85,6 +85,6 @@ def checkpoint_shapes(hf_config: Any) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this configuration holds -> its shape. A tied output layer is not among them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in meta_model(hf_config).named_parameters():
-        for part in checkpoint_slices(hf_config.model_type, name, parameter.shape):
-            shapes[part.name] = tuple(parameter[part.index].shape) if part.index else tuple(parameter.shape)
+        for piece in checkpoint_slices(hf_config.model_type, name, parameter.shape):
+            shapes[piece.name] = tuple(parameter[piece.index].shape) if piece.index else tuple(parameter.shape)
     return shapes

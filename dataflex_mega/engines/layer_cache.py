@@ -1,4 +1,4 @@
-"""What has been gathered of layers and is kept from one batch to the next."""
+"""A byte-limited cache of gathered per-layer tensors, from one batch to the next."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-CACHE_BYTES = 4 << 30  # bytes a rank keeps for gradient scores, half for directions and half for moments
+CACHE_BYTES = 4 << 30  # bytes per rank for gradient scores, half for directions and half for moments
 
 
 @dataclass
 class LayerCache:
-    """Things by name, kept up to a number of bytes.
+    """Entries by name, up to a number of bytes.
 
-    Every rank keeps the same ones, since all ask in one order for tensors of one size.
+    Every rank has the same entries, since all ask in one order for tensors of one size.
     """
 
     budget: int
@@ -23,8 +23,8 @@ class LayerCache:
         """`gather(name)`, or what it gave before. `size`: its bytes."""
         if name in self.entries:
             return self.entries[name]
-        found = gather(name)
+        entry = gather(name)
         if size <= self.budget:
             self.budget -= size
-            self.entries[name] = found
-        return found
+            self.entries[name] = entry
+        return entry

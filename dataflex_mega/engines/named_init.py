@@ -1,7 +1,7 @@
 """Weights from scratch that depend on a seed and on their names only.
 
-Every engine and every layout makes the same model of them: a rank that holds a part of a tensor generates the tensor and
-keeps its part.
+Every engine and every layout builds the same model from them: a rank that holds a shard of a tensor generates the tensor
+and takes its shard.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class NamedInit:
         if kind not in SUPPORTED:
             raise ConfigError(
                 f"train_from_scratch: no weights by name for a {kind!r} model{did_you_mean(kind, SUPPORTED)}; "
-                f"there are for {', '.join(SUPPORTED)}"
+                f"supported are {', '.join(SUPPORTED)}"
             )
         self.seed = seed
         self.std = float(hf_config.initializer_range)
@@ -57,8 +57,8 @@ def reinitialise(hf_model: Any, seed: int) -> None:
     """
     source = NamedInit(hf_model.config, seed)
     for name, parameter in hf_model.named_parameters():
-        for part in checkpoint_slices(hf_model.config.model_type, name, parameter.shape):
-            if part.name not in source.shapes:
-                raise ValueError(f"{part.name}: not a parameter of a plain {hf_model.config.model_type} model")
-            target = parameter[part.index] if part.index else parameter
-            target.copy_(source.tensor(part.name))
+        for piece in checkpoint_slices(hf_model.config.model_type, name, parameter.shape):
+            if piece.name not in source.shapes:
+                raise ValueError(f"{piece.name}: not a parameter of a plain {hf_model.config.model_type} model")
+            target = parameter[piece.index] if piece.index else parameter
+            target.copy_(source.tensor(piece.name))

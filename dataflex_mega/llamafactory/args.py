@@ -16,7 +16,7 @@ from dataflex_mega.llamafactory.compat import ensure_importable
 
 ENGINE_KEYS = ("fsdp", "fsdp_config")  # ours to act on in dynamic runs, so accelerate must not see them
 REFUSALS = (ValueError, TypeError, ImportError, OSError, NotImplementedError)  # by which libraries say no
-AFTERWARDS = ("do_predict", "predict_with_generate")  # llamafactory.predict acts on them when the training is over
+PREDICTION_KEYS = ("do_predict", "predict_with_generate")  # llamafactory.predict acts on them when the training is over
 
 
 class LFArgs(NamedTuple):
@@ -49,16 +49,16 @@ def argument_types() -> dict[str, Any]:
 
 def prepare_arguments(lf: dict[str, Any]) -> dict[str, Any]:
     """LLaMA-Factory's keys of a dynamic run, with the defaults under which our engine runs them."""
-    ready = {key: value for key, value in lf.items() if key not in ENGINE_KEYS}
-    if ready.setdefault("do_train", True):
-        for key in AFTERWARDS:
-            ready.pop(key, None)
-    ready.setdefault("logging_steps", 10)
-    ready.setdefault("use_reentrant_gc", False)  # re-entrant checkpointing does not compose with fully_shard
-    ready["report_to"] = "none"  # our own metrics write TensorBoard; see metrics.py
+    prepared = {key: value for key, value in lf.items() if key not in ENGINE_KEYS}
+    if prepared.setdefault("do_train", True):
+        for key in PREDICTION_KEYS:
+            prepared.pop(key, None)
+    prepared.setdefault("logging_steps", 10)
+    prepared.setdefault("use_reentrant_gc", False)  # re-entrant checkpointing does not compose with fully_shard
+    prepared["report_to"] = "none"  # our own metrics write TensorBoard; see metrics.py
     if not torch.cuda.is_available():
-        ready.setdefault("use_cpu", True)  # transformers refuses bf16 on a CPU without it
-    return ready
+        prepared.setdefault("use_cpu", True)  # transformers refuses bf16 on a CPU without it
+    return prepared
 
 
 def parse_arguments(lf: dict[str, Any]) -> LFArgs:

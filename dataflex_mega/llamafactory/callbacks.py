@@ -18,7 +18,7 @@ def load_callbacks(names: list[str]) -> list[Any]:
     """`package.module:Class` names -> instances, made without arguments. Raises ConfigError naming the bad one."""
     from transformers import TrainerCallback
 
-    made = []
+    instances = []
     for name in names:
         module, _, attribute = name.partition(":")
         try:
@@ -29,15 +29,18 @@ def load_callbacks(names: list[str]) -> list[Any]:
             ) from error
         if not (isinstance(cls, type) and issubclass(cls, TrainerCallback)):
             raise ConfigError(f"callbacks: {name!r} is not a transformers.TrainerCallback")
-        made.append(cls())
-    return made
+        instances.append(cls())
+    return instances
 
 
 class Hooks:
     """What the loop asks at every step, answered by Hugging Face callbacks."""
 
-    def __init__(self, args: LFArgs, parts: dict[str, Any], max_steps: int, own: list[Any], min_delta: float) -> None:
-        """`parts`: model, processing_class, optimizer, lr_scheduler, as callbacks may ask for them; `own`: the user's."""
+    def __init__(
+        self, args: LFArgs, parts: dict[str, Any], max_steps: int, user_callbacks: list[Any], min_delta: float
+    ) -> None:
+        """`parts`: model, processing_class, optimizer, lr_scheduler, as callbacks may ask for them; `user_callbacks`: those
+        of the key `callbacks`."""
         from llamafactory.train.callbacks import LogCallback, ReporterCallback
         from transformers import EarlyStoppingCallback
         from transformers.trainer_callback import (
@@ -51,7 +54,7 @@ class Hooks:
         patience = args.finetuning.early_stopping_steps
         if patience is not None:
             callbacks.append(EarlyStoppingCallback(patience, min_delta))
-        callbacks += own
+        callbacks += user_callbacks
         callbacks.append(ReporterCallback(args.model, args.data, args.finetuning, args.generating))
         self.args, self.control = args.training, TrainerControl()
         self.state = TrainerState(max_steps=max_steps, is_world_process_zero=self.args.process_index == 0)
@@ -70,7 +73,7 @@ class Hooks:
         self.control = self.handler.on_train_begin(self.args, self.state, self.control)
 
     def on_step_end(self, step: int, epoch: float, tokens: int) -> Any:
-        """After an optimizer step -> what is wanted: should_log, should_evaluate, should_save, should_training_stop."""
+        """After an optimizer step -> TrainerControl: should_log, should_evaluate, should_save, should_training_stop."""
         finished = int(epoch + 1e-9) > int((self.state.epoch or 0.0) + 1e-9) or step == self.state.max_steps
         self.state.global_step, self.state.epoch, self.state.num_input_tokens_seen = step, epoch, tokens
         self.control = self.handler.on_step_end(self.args, self.state, self.control)
@@ -86,10 +89,10 @@ class Hooks:
         self.control = self.handler.on_log(self.args, self.state, self.control, dict(logs))
 
     def on_evaluate(self, metrics: dict[str, float]) -> Any:
-        """After an evaluation -> what is wanted now (early stopping answers here)."""
-        wanted = self.args.metric_for_best_model
-        if wanted is not None:
-            value = metrics.get(wanted if wanted.startswith("eval_") else f"eval_{wanted}")
+        """After an evaluation -> the TrainerControl, in which early stopping may ask to stop."""
+        metric = self.args.metric_for_best_model
+        if metric is not None:
+            value = metrics.get(metric if metric.startswith("eval_") else f"eval_{metric}")
             self._note_best(value)
         self.control = self.handler.on_evaluate(self.args, self.state, self.control, dict(metrics))
         return self.control
@@ -128,7 +131,6 @@ class Hooks:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
         self.state.log_history = list(state["log_history"])
         self.state.best_metric = state["best_metric"]
         for callback in self.handler.callbacks:

@@ -1,4 +1,4 @@
-"""LLaMA-Factory datasets as domains of a pool, with domain and row identity kept.
+"""LLaMA-Factory datasets as domains of a pool, each sample with its domain and row.
 
 Every dataset of the `dataset` key is one domain, tokenized once by LLaMA-Factory's own processors. The row of a sample
 is its row in that tokenized dataset. `val_size` splits the concatenation of all domains as LLaMA-Factory does, and the
@@ -61,11 +61,11 @@ def _arrays(column: Any) -> list[np.ndarray]:
 
     The numpy format of `datasets` would do the same, but up to 4.0 it fails beside a torchvision without VideoReader.
     """
-    found = []
+    arrays = []
     for chunk in column.chunks:
         values, ends = chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
-        found += [values[a:b].astype(np.int64) for a, b in itertools.pairwise(ends)]
-    return found
+        arrays += [values[a:b].astype(np.int64) for a, b in itertools.pairwise(ends)]
+    return arrays
 
 
 def load_data(args: LFArgs, tokenizer_module: dict[str, Any], template: Any) -> DataBundle:
@@ -93,7 +93,7 @@ def load_data(args: LFArgs, tokenizer_module: dict[str, Any], template: Any) -> 
 
 
 def check_names(names: list[str] | None, dataset_dir: Any) -> list[str]:
-    """The names, all of them entries of dataset_info.json and each there once. Raises DataError naming the first bad one."""
+    """The names: each is an entry of dataset_info.json and listed once. Raises DataError naming the first that is not."""
     if not names:
         return []
     from llamafactory.data.parser import get_dataset_list
@@ -105,10 +105,10 @@ def check_names(names: list[str] | None, dataset_dir: Any) -> list[str]:
         if known is not None and name not in known:
             raise DataError(f"dataset: {name!r} is not in {dataset_dir}/dataset_info.json{did_you_mean(name, known)}")
     try:
-        found = get_dataset_list(names, dataset_dir)
+        entries = get_dataset_list(names, dataset_dir)
     except ValueError as error:
         raise DataError(f"dataset: {first_line(error)}") from error
-    for name, attributes in zip(names, found, strict=True):
+    for name, attributes in zip(names, entries, strict=True):
         path = Path(dataset_dir) / attributes.dataset_name if isinstance(dataset_dir, str) else None
         if attributes.load_from == "file" and path is not None and not path.exists():
             raise DataError(f"dataset {name!r}: file {path} not found (named in {dataset_dir}/dataset_info.json)")
@@ -141,15 +141,17 @@ class _Loader:
         from datasets.exceptions import DatasetGenerationError
         from llamafactory.data import get_dataset
 
-        alone = copy.copy(self.args.data)  # never dataclasses.replace: its __post_init__ shortens cutoff_len again
-        alone.dataset, alone.eval_dataset, alone.val_size = [name], None, 0.0
+        data_args = copy.copy(self.args.data)  # never dataclasses.replace: its __post_init__ shortens cutoff_len again
+        data_args.dataset, data_args.eval_dataset, data_args.val_size = [name], None, 0.0
         if self.args.finetuning.stage == "sft":
-            alone.packing = alone.neat_packing = False  # rows are packed when a batch is made, so that ids survive
+            data_args.packing = data_args.neat_packing = (
+                False  # rows are packed when a batch is made, so that ids survive
+            )
         stage = self.args.finetuning.stage
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it prints an example of every dataset, token by token
                 data = get_dataset(
-                    self.template, self.args.model, alone, self.args.training, stage=stage, **self.tokenizer_module
+                    self.template, self.args.model, data_args, self.args.training, stage=stage, **self.tokenizer_module
                 )
         except (DatasetGenerationError, ValueError, KeyError, RuntimeError, StopIteration, TypeError) as error:
             raise DataError(f"dataset {name!r}: {diagnose(name, self.args.data.dataset_dir, error)}") from error
@@ -174,10 +176,10 @@ def diagnose(name: str, dataset_dir: Any, error: BaseException) -> str:
         return first_line(unknown)
     if attributes.load_from == "file" and isinstance(dataset_dir, str):
         needed = [getattr(attributes, key, None) for key in ("prompt", "messages")]
-        wanted = needed[0] if attributes.formatting == "alpaca" else needed[1]
-        found = first_bad_row(Path(dataset_dir) / attributes.dataset_name, wanted)
-        if found:
-            return found
+        required = needed[0] if attributes.formatting == "alpaca" else needed[1]
+        problem = first_bad_row(Path(dataset_dir) / attributes.dataset_name, required)
+        if problem:
+            return problem
     cause = error.__cause__ or error
     return f"{type(cause).__name__}: {first_line(cause)}"
 
@@ -196,5 +198,5 @@ def _split(domains: list[Any], args: LFArgs) -> tuple[list[Any], Any]:
     except ValueError as error:
         raise DataError(f"val_size {args.data.val_size}: {first_line(error)}") from error
     domain, row = np.asarray(train["train"][DOMAIN]), np.asarray(train["train"][ROW])
-    kept = [data.select(np.sort(row[domain == d])) for d, data in enumerate(domains)]
-    return kept, held_out["validation"].remove_columns([DOMAIN, ROW])
+    remaining = [data.select(np.sort(row[domain == d])) for d, data in enumerate(domains)]
+    return remaining, held_out["validation"].remove_columns([DOMAIN, ROW])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from dataflex_mega.errors import ConfigError, did_you_mean
@@ -30,12 +31,20 @@ def check_template(name: str | None) -> None:
         raise ConfigError(f"template: there is no {name!r}{did_you_mean(name, TEMPLATES)}")
 
 
-def build_model(args: LFArgs, tokenizer: Any) -> Any:
-    """The trainable Hugging Face model, or the PEFT model around it, not yet parallel."""
+def build_model(args: LFArgs, tokenizer: Any, device_map: dict[str, str] | None = None) -> Any:
+    """The trainable Hugging Face model, or the PEFT model around it, not yet parallel.
+
+    `device_map`: where its parts are loaded; None: as LLaMA-Factory decides.
+    """
     from llamafactory.model import load_model
 
+    model_args = args.model
+    if device_map is not None:
+        model_args = copy.copy(args.model)
+        model_args.device_map = device_map
+
     try:
-        model = load_model(tokenizer, args.model, args.finetuning, is_trainable=True)
+        model = load_model(tokenizer, model_args, args.finetuning, is_trainable=True)
     except (ValueError, OSError) as error:
         raise ConfigError(f"model_name_or_path {args.model.model_name_or_path!r}: {first_line(error)}") from error
     if not any(p.requires_grad for p in model.parameters()):

@@ -11,11 +11,11 @@ from dataflex_mega.errors import ConfigError
 from dataflex_mega.llamafactory.args import parse_arguments, prepare_arguments
 
 METRICS = {"jieba": "jieba", "nltk": "nltk", "rouge_chinese": "rouge-chinese"}  # module -> package
-OF_TRAINING = (
+TRAINING_KEYS = (
     "dataset", "val_size", "packing", "neat_packing", "mix_strategy", "train_on_prompt", "mask_history",
     "eval_on_each_dataset",
 )  # fmt: skip
-ALSO = (
+FURTHER_KEYS = (
     "output_dir", "seed", "per_device_eval_batch_size", "bf16", "fp16", "use_cpu", "ddp_timeout", "ddp_backend",
     "finetuning_type", "stage", "generation_max_length", "generation_num_beams",
 )  # fmt: skip
@@ -43,25 +43,27 @@ def predict(lf: dict[str, Any], output: Path) -> None:
 
     Writes generated_predictions.jsonl and predict_results.json there. Runs in the process group of the training.
     """
-    arguments = parse_arguments(prepare_arguments(keys_of_prediction(lf, output)))
+    arguments = parse_arguments(prepare_arguments(prediction_keys(lf, output)))
     from llamafactory.train.sft.workflow import run_sft
 
     run_sft(*arguments, callbacks=[])
 
 
-def keys_of_prediction(lf: dict[str, Any], output: Path) -> dict[str, Any]:
+def prediction_keys(lf: dict[str, Any], output: Path) -> dict[str, Any]:
     """A training's keys -> those of the generation that follows it: the trained model, no training data."""
     from llamafactory.hparams import DataArguments, GeneratingArguments, ModelArguments
 
     classes = (DataArguments, GeneratingArguments, ModelArguments)
-    kept = {field.name for cls in classes for field in dataclasses.fields(cls)} - set(OF_TRAINING) | set(ALSO)
-    found = {key: value for key, value in lf.items() if key in kept}
-    found.update(do_train=False, do_predict=True, predict_with_generate=True)
+    allowed = {field.name for cls in classes for field in dataclasses.fields(cls)} - set(TRAINING_KEYS) | set(
+        FURTHER_KEYS
+    )
+    keys = {key: value for key, value in lf.items() if key in allowed}
+    keys.update(do_train=False, do_predict=True, predict_with_generate=True)
     if lf.get("finetuning_type", "lora") == "lora":
         before = lf.get("adapter_name_or_path") if lf.get("create_new_adapter") else None
-        found["adapter_name_or_path"] = f"{before},{output}" if before else str(output)
-        found.pop("create_new_adapter", None)
+        keys["adapter_name_or_path"] = f"{before},{output}" if before else str(output)
+        keys.pop("create_new_adapter", None)
     else:
-        found["model_name_or_path"] = str(output)
-        found["finetuning_type"] = "full"
-    return found
+        keys["model_name_or_path"] = str(output)
+        keys["finetuning_type"] = "full"
+    return keys

@@ -1,4 +1,4 @@
-"""A number of every raw row, which LLaMA-Factory's tokenized datasets no longer have."""
+"""A score of every raw row, which LLaMA-Factory's tokenized datasets no longer have."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def raw_scores(args: LFArgs, name: str, column: str, samples: int) -> np.ndarray
     if column not in rows.column_names:
         has = f"it has {', '.join(rows.column_names)}"
         raise DataError(f"{where}: dataset {name!r} has no such column{did_you_mean(column, rows.column_names)}; {has}")
-    found = [_number(value, f"{where}: dataset {name!r} row {row}") for row, value in enumerate(rows[column])]
-    if len(found) != samples:
+    scores = [_number(value, f"{where}: dataset {name!r} row {row}") for row, value in enumerate(rows[column])]
+    if len(scores) != samples:
         raise DataError(
-            f"{where}: dataset {name!r} has {len(found)} rows, of which {samples} became samples; {WAY_OUT}"
+            f"{where}: dataset {name!r} has {len(scores)} rows, of which {samples} became samples; {WAY_OUT}"
         )
-    return np.asarray(found, np.float64)
+    return np.asarray(scores, np.float64)
 
 
 def _rows(args: LFArgs, name: str, where: str) -> Any:

@@ -34,15 +34,15 @@ def run_static(lf: dict[str, Any], callbacks: list[str], datasets: list[str]) ->
     for name in datasets:
         check_names([name], lf.get("dataset_dir", "data"))
     check_template(lf.get("template"))
-    own = load_callbacks(callbacks)
+    user_callbacks = load_callbacks(callbacks)
     try:
-        run_exp(on_this_machine(lf), own)
+        run_exp(on_this_machine(lf), user_callbacks)
     except (*REFUSALS, RuntimeError) as error:
         if not is_refusal(error):
             raise
-        said = first_line(error)
-        about = f"model_name_or_path {lf.get('model_name_or_path')!r}: " if said.startswith("Failed to load") else ""
-        raise ConfigError(f"{about}{said}") from error
+        message = first_line(error)
+        about = f"model_name_or_path {lf.get('model_name_or_path')!r}: " if message.startswith("Failed to load") else ""
+        raise ConfigError(f"{about}{message}") from error
 
 
 def on_this_machine(lf: dict[str, Any]) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What is done before a run: embeddings of samples, nearest neighbours, TSDS."""
+"""Tools that run before a training run: embeddings of samples, nearest neighbours, TSDS."""

@@ -1,18 +1,17 @@
-"""Embeddings of samples on disk: one .npy file that anything can map, and a manifest that says what it belongs to.
+"""Embeddings of samples on disk: one .npy file that any program can map, and a manifest with its identity.
 
     embeddings.npy      [N, D] float32 or float16, in the order of the samples
     manifest.json       the identity; once the build is done also the SHA-256 of every block of rows
-    done-0003.jsonl     while building: blocks that process 3 has written, a line each
+    done-0003.jsonl     while building: the blocks that process 3 has written, one line each
 
-A block is written in place and flushed to disk before its line is. A build that was killed goes on with the blocks that have
-no line, or whose rows do not have the checksum of their line.
+A block is written in place and flushed to the disk before its line is. A build that was killed continues with the blocks
+that have no line, or whose rows do not have the checksum of their line.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,23 +19,24 @@ from typing import Any
 import numpy as np
 
 from dataflex_mega.errors import CheckpointError
+from dataflex_mega.files import append_durably, atomic_write, replace_file
 from dataflex_mega.offline.gradients import GradientRows
-from dataflex_mega.store.manifest import MANIFEST, check_identity, read_json, write_beside
+from dataflex_mega.store.manifest import MANIFEST, check_identity, read_manifest
 
 VERSION = 1
-FILE = "embeddings.npy"
+ARRAY_FILE = "embeddings.npy"
 WHAT = "embeddings"
 
 
 class Embeddings:
-    """A folder of embeddings: being built, or complete and read.
+    """A folder of embeddings, unfinished or complete.
 
     Args:
-        folder: where it is or will be.
-        identity: what they belong to, plain values by name; a folder with another identity is refused.
+        folder: its path.
+        identity: the data and encoder, plain values by name; a folder with another identity is refused.
         shape: (N, D).
         dtype: "float32" or "float16", on disk.
-        block: rows between checksums.
+        block_size: rows per checksum.
     """
 
     def __init__(
@@ -45,49 +45,52 @@ class Embeddings:
         identity: Mapping[str, Any],
         shape: tuple[int, int],
         dtype: str = "float32",
-        block: int = 1024,
+        block_size: int = 1024,
     ) -> None:
-        self.folder, self.shape, self.dtype, self.block = folder, shape, np.dtype(dtype), block
-        self.identity = {**identity, "samples": shape[0], "size": shape[1], "dtype": dtype, "block": block}
-        self.blocks = -(-shape[0] // block)
+        self.folder, self.shape, self.dtype, self.block_size = folder, shape, np.dtype(dtype), block_size
+        self.identity = {**identity, "samples": shape[0], "size": shape[1], "dtype": dtype, "block": block_size}
+        self.num_blocks = -(-shape[0] // block_size)
 
     # -- building --------------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Make folder and file where they are not there; one process calls it. Raises CheckpointError for another's."""
+    def create_or_resume(self) -> None:
+        """Create what is missing of folder, manifest and array; one process calls it.
+
+        Raises CheckpointError for a folder with another identity.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.manifest() is None:
-            for old in self.folder.glob("done-*.jsonl"):
-                old.unlink()
+        if self._read_manifest() is None:
+            self._remove_records()
             self._write_manifest(None)
         if not self.path.is_file():
-            beside = self.path.with_suffix(".tmp")
+            temporary = self.path.with_suffix(".tmp")
             # Sparse: the file has its size at once, blocks fill it.
-            np.lib.format.open_memmap(beside, mode="w+", dtype=self.dtype, shape=self.shape).flush()
-            beside.replace(self.path)
+            np.lib.format.open_memmap(temporary, mode="w+", dtype=self.dtype, shape=self.shape).flush()
+            replace_file(temporary, self.path)
 
     @property
     def path(self) -> Path:
-        """Of the array."""
-        return self.folder / FILE
+        """Path of the array."""
+        return self.folder / ARRAY_FILE
 
-    def complete(self) -> bool:
-        """Whether a build of this identity was finished here. Raises CheckpointError for a folder of another."""
-        found = self.manifest()
-        return found is not None and found["blocks"] is not None
+    def is_complete(self) -> bool:
+        """Whether this identity was built to the end. Raises CheckpointError for a folder with another identity."""
+        manifest = self._read_manifest()
+        return manifest is not None and manifest["blocks"] is not None
 
-    def rows(self, block: int) -> np.ndarray:
-        """[n] int64: the samples of a block."""
-        return np.arange(block * self.block, min((block + 1) * self.block, self.shape[0]))
+    def rows_of_block(self, block: int) -> np.ndarray:
+        """[n] int64: the rows of a block, which are also numbers of samples."""
+        return np.arange(block * self.block_size, min((block + 1) * self.block_size, self.shape[0]))
 
-    def missing(self) -> list[int]:
+    def missing_blocks(self) -> list[int]:
         """Blocks that are not recorded as written, or that do not have the checksum of their record."""
-        sums, values = self._recorded(), open_array(self.path)
-        return [b for b in range(self.blocks) if sums.get(b) != checksum(values[self.rows(b)])]
+        digests, values = self._recorded_checksums(), open_array(self.path)
+        blocks = range(self.num_blocks)
+        return [block for block in blocks if digests.get(block) != checksum(values[self.rows_of_block(block)])]
 
-    def write(self, block: int, values: np.ndarray, process: int = 0) -> None:
-        """[n, D] of `rows(block)`. Raises ValueError for another shape."""
-        rows = self.rows(block)
+    def write_block(self, block: int, values: np.ndarray, process: int = 0) -> None:
+        """Write the [n, D] values of `rows_of_block(block)`. Raises ValueError for another shape."""
+        rows = self.rows_of_block(block)
         if values.shape != (len(rows), self.shape[1]):
             raise ValueError(f"block {block} is {(len(rows), self.shape[1])}, given {values.shape}")
         stored = np.ascontiguousarray(values, dtype=self.dtype)
@@ -95,42 +98,45 @@ class Embeddings:
         target[rows[0] : rows[-1] + 1] = stored
         assert isinstance(target, np.memmap)
         target.flush()
-        with (self.folder / f"done-{process:04d}.jsonl").open("a") as stream:
-            stream.write(json.dumps([block, checksum(stored)]) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_durably(self.folder / f"done-{process:04d}.jsonl", json.dumps([block, checksum(stored)]) + "\n")
 
-    def finish(self) -> None:
-        """Enter the checksums into the manifest; one process calls it, after all have written."""
-        sums = self._recorded()
-        absent = [block for block in range(self.blocks) if block not in sums]
-        if absent:
-            raise CheckpointError(f"{WHAT}: {self.folder}: block {absent[0]} was not written")
-        self._write_manifest([sums[block] for block in range(self.blocks)])
-        for old in self.folder.glob("done-*.jsonl"):
-            old.unlink()
+    def finalize(self) -> None:
+        """Enter the checksums into the manifest; one process calls it, after all have written.
 
-    def _recorded(self) -> dict[int, str]:
-        """Block -> checksum, from the records of all processes; a line that a kill has cut is no record."""
-        found = {}
+        Raises CheckpointError when a block was not written.
+        """
+        digests = self._recorded_checksums()
+        missing = [block for block in range(self.num_blocks) if block not in digests]
+        if missing:
+            raise CheckpointError(f"{WHAT}: {self.folder}: block {missing[0]} was not written")
+        self._write_manifest([digests[block] for block in range(self.num_blocks)])
+        self._remove_records()
+
+    def _remove_records(self) -> None:
+        for path in self.folder.glob("done-*.jsonl"):
+            path.unlink()
+
+    def _recorded_checksums(self) -> dict[int, str]:
+        """Block -> checksum, from the records of all processes; a line that a kill has truncated does not count."""
+        digests = {}
         for path in sorted(self.folder.glob("done-*.jsonl")):
             for line in path.read_text().splitlines():
                 if line.startswith("[") and line.endswith("]"):
-                    block, total = json.loads(line)
-                    found[int(block)] = str(total)
-        return found
+                    block, digest = json.loads(line)
+                    digests[int(block)] = str(digest)
+        return digests
 
-    def _write_manifest(self, blocks: list[str] | None) -> None:
-        content = {"version": VERSION, "identity": self.identity, "blocks": blocks}
-        write_beside(self.folder / MANIFEST, json.dumps(content, indent=1).encode())
+    def _write_manifest(self, digests: list[str] | None) -> None:
+        content = {"version": VERSION, "identity": self.identity, "blocks": digests}
+        atomic_write(self.folder / MANIFEST, json.dumps(content, indent=1))
 
-    def manifest(self) -> dict[str, Any] | None:
-        """The manifest when there is one. Raises CheckpointError when it belongs to something else."""
-        found = read_json(self.folder / MANIFEST, WHAT, VERSION)
-        if found is None:
+    def _read_manifest(self) -> dict[str, Any] | None:
+        """The manifest, None when there is none. Raises CheckpointError for another identity."""
+        manifest = read_manifest(self.folder / MANIFEST, WHAT, VERSION)
+        if manifest is None:
             return None
-        check_identity(self.folder, found["identity"], self.identity, WHAT)
-        return found
+        check_identity(self.folder, manifest["identity"], self.identity, WHAT)
+        return manifest
 
 
 def checksum(values: np.ndarray) -> str:
@@ -139,7 +145,7 @@ def checksum(values: np.ndarray) -> str:
 
 
 def open_array(path: Path, mode: Any = "r") -> np.ndarray:
-    """A .npy file, mapped. Raises CheckpointError when it cannot be."""
+    """Memory-map a .npy file. Raises CheckpointError when it cannot be read."""
     try:
         return np.load(path, mmap_mode=mode)
     except (OSError, ValueError) as error:
@@ -147,10 +153,10 @@ def open_array(path: Path, mode: Any = "r") -> np.ndarray:
 
 
 def open_embeddings(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """(the [N, D] array, mapped; its identity) of a finished folder, of a gradient store, or of a bare .npy file, whose
-    identity is its checksum.
+    """(the [N, D] array, memory-mapped; its identity) of a finished folder, of a gradient store, or of a bare .npy file,
+    whose identity is its checksum.
 
-    Raises CheckpointError when there is none, its build was not finished, or array and manifest differ in shape.
+    Raises CheckpointError for a missing or unfinished folder, and when array and manifest differ in shape.
     """
     if folder.suffix == ".npy" and folder.is_file():
         values = open_array(folder)
@@ -161,15 +167,15 @@ def open_embeddings(folder: Path) -> tuple[Any, dict[str, Any]]:
         with folder.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return values, {"file": digest[:16], "samples": len(values), "size": values.shape[1]}
-    found = read_json(folder / MANIFEST, WHAT, VERSION)
-    if found is None:
+    manifest = read_manifest(folder / MANIFEST, WHAT, VERSION)
+    if manifest is None:
         raise CheckpointError(f"{WHAT}: {folder} has no {MANIFEST}; `dataflex-cli embed` writes one")
-    if "layout" in found:
+    if "layout" in manifest:
         rows = GradientRows(folder)
         return rows, rows.identity
-    if found["blocks"] is None:
+    if manifest["blocks"] is None:
         raise CheckpointError(f"{WHAT}: {folder} is not finished; give the same `dataflex-cli embed` command again")
-    values, identity = open_array(folder / FILE), found["identity"]
+    values, identity = open_array(folder / ARRAY_FILE), manifest["identity"]
     if values.shape != (identity["samples"], identity["size"]):
-        raise CheckpointError(f"{WHAT}: {folder}: {FILE} is {list(values.shape)}, the manifest says otherwise")
+        raise CheckpointError(f"{WHAT}: {folder}: {ARRAY_FILE} is {list(values.shape)}, the manifest says otherwise")
     return values, identity

@@ -1,4 +1,4 @@
-"""Texts or tokens -> one vector a sample: sentence-transformers, any Hugging Face encoder, or the model being trained."""
+"""Texts or tokens -> one vector per sample: sentence-transformers, any Hugging Face encoder, or the model being trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dataflex_mega.errors import ConfigError, UserError
 
 Kind = Literal["auto", "sentence-transformers", "encoder", "model"]
 KINDS: tuple[Kind, ...] = ("auto", "sentence-transformers", "encoder", "model")
-SENTENCE_FILE = "modules.json"  # what a folder of sentence-transformers has
+SENTENCE_FILE = "modules.json"  # marks a folder of sentence-transformers
 
 
 @dataclass(frozen=True)
@@ -29,26 +29,26 @@ class EmbedInput:
 
 
 class Encoder(Protocol):
-    """Makes vectors."""
+    """Computes one vector per sample."""
 
-    size: int  # numbers a vector
+    size: int  # D, numbers per vector
 
     def identity(self) -> dict[str, Any]:
-        """What decides its vectors, plain values."""
+        """The model and the settings that decide its vectors, plain values."""
         ...
 
-    def __call__(self, items: Sequence[EmbedInput]) -> np.ndarray:
-        """[n, size] float32."""
+    def __call__(self, inputs: Sequence[EmbedInput]) -> np.ndarray:
+        """n samples -> [n, size] float32."""
         ...
 
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """What the command line says of an encoder."""
+    """The options of the command line that decide an encoder."""
 
     model: str  # a folder, or a name on the hub
     kind: Kind = "auto"
-    max_length: int = 512  # tokens; what is longer is cut
+    max_length: int = 512  # tokens; longer samples are truncated
     batch_size: int = 32
     normalize: bool = True
     dtype: str = "float32"  # of the computation
@@ -57,7 +57,7 @@ class EncoderSettings:
 
 def load(settings: EncoderSettings, device: torch.device) -> Encoder:
     """The encoder on a device, ready. Raises ConfigError when it cannot be loaded."""
-    folder, kind = folder_of(settings.model), settings.kind
+    folder, kind = resolve_folder(settings.model), settings.kind
     if kind == "auto":
         kind = "sentence-transformers" if (folder / SENTENCE_FILE).is_file() else "encoder"
     if kind == "sentence-transformers":
@@ -65,8 +65,8 @@ def load(settings: EncoderSettings, device: torch.device) -> Encoder:
     return HFEncoder(settings, folder, device, by_tokens=kind == "model")
 
 
-def folder_of(name: str) -> Path:
-    """The folder of a model, downloaded first when it is a name on a hub. Raises ConfigError when there is none."""
+def resolve_folder(name: str) -> Path:
+    """The folder of a model, downloaded first when it is a name on the hub. Raises ConfigError when there is neither."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -82,31 +82,28 @@ def folder_of(name: str) -> Path:
 def fingerprint(folder: Path) -> str:
     """16 digits of a hash of a folder's configuration, tokenizer and weights, names included. Raises ConfigError when it has
     no weights."""
-    kept = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix in (".json", ".safetensors", ".bin")
-    ]
-    kept = [path for path in kept if not path.name.startswith(("trainer_", "training_", "optimizer"))]
-    if not any(path.suffix != ".json" for path in kept if path.parent == folder):
+    suffixes, excluded = (".json", ".safetensors", ".bin"), ("trainer_", "training_", "optimizer")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in suffixes]
+    files = [path for path in files if not path.name.startswith(excluded)]
+    if not any(path.suffix != ".json" for path in files if path.parent == folder):
         raise ConfigError(f"model: {folder} has no weights (*.safetensors or *.bin)")
     sha = hashlib.sha256()
-    for path in kept:
+    for path in files:
         if path.parent != folder and not (folder / SENTENCE_FILE).is_file():
-            continue  # checkpoints and logs of a run that lie in its output folder
+            continue  # checkpoints and logs in the output folder of a run
         with path.open("rb") as stream:
             sha.update(str(path.relative_to(folder)).encode() + hashlib.file_digest(stream, "sha256").digest())
     base = adapter_base(folder)
-    return sha.hexdigest()[:16] if base is None else sha.hexdigest()[:16] + "+" + fingerprint(folder_of(base))
+    return sha.hexdigest()[:16] if base is None else sha.hexdigest()[:16] + "+" + fingerprint(resolve_folder(base))
 
 
 def adapter_base(folder: Path) -> str | None:
-    """The base model of a LoRA folder; None for a whole model."""
+    """The base model of a LoRA folder; None for a complete model."""
     path = folder / "adapter_config.json"
     return str(json.loads(path.read_text())["base_model_name_or_path"]) if path.is_file() else None
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
+def l2_normalize(vectors: np.ndarray) -> np.ndarray:
     """[n, D] -> each divided by its length; a zero vector stays zero."""
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
@@ -131,24 +128,22 @@ class SentenceEncoder:
         self.size = int(self.model.get_sentence_embedding_dimension())
 
     def identity(self) -> dict[str, Any]:
-        """See Encoder."""
         return {
             "model": fingerprint(self.folder), "encoder": "sentence-transformers",
             "max_length": self.model.max_seq_length, "normalize": self.settings.normalize,
         }  # fmt: skip
 
-    def __call__(self, items: Sequence[EmbedInput]) -> np.ndarray:
-        """See Encoder."""
-        texts, size = [item.text for item in items], self.settings.batch_size
-        found = self.model.encode(texts, batch_size=size, convert_to_numpy=True, show_progress_bar=False)
-        found = np.asarray(found, dtype=np.float32)
-        return unit(found) if self.settings.normalize else found
+    def __call__(self, inputs: Sequence[EmbedInput]) -> np.ndarray:
+        texts, size = [one.text for one in inputs], self.settings.batch_size
+        vectors = self.model.encode(texts, batch_size=size, convert_to_numpy=True, show_progress_bar=False)
+        vectors = np.asarray(vectors, dtype=np.float32)
+        return l2_normalize(vectors) if self.settings.normalize else vectors
 
 
 class HFEncoder:
     """A model of transformers; a vector is the mean of the last hidden states over all tokens.
 
-    `by_tokens`: items that have tokens are embedded by them, as the model being trained sees them.
+    `by_tokens`: samples with tokens are embedded by these, as the model being trained sees them.
     """
 
     def __init__(self, settings: EncoderSettings, folder: Path, device: torch.device, by_tokens: bool) -> None:
@@ -156,7 +151,7 @@ class HFEncoder:
 
         self.settings, self.folder, self.device, self.by_tokens = settings, folder, device, by_tokens
         try:
-            self.model = _read(settings, folder, by_tokens).to(device).eval()
+            self.model = _load_model(settings, folder, by_tokens).to(device).eval()
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=settings.trust_remote_code, padding_side="right"
             )
@@ -165,49 +160,48 @@ class HFEncoder:
         self.size = int(self.model.config.hidden_size)
 
     def identity(self) -> dict[str, Any]:
-        """See Encoder."""
         return {
             "model": fingerprint(self.folder), "encoder": "model" if self.by_tokens else "encoder",
             "max_length": self.settings.max_length, "normalize": self.settings.normalize, "compute": self.settings.dtype,
         }  # fmt: skip
 
-    def __call__(self, items: Sequence[EmbedInput]) -> np.ndarray:
-        """See Encoder. Batches hold samples of like length, so that little is padding."""
-        ids = [self._tokens(item) for item in items]
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-        found = np.zeros((len(ids), self.size), dtype=np.float32)
+    def __call__(self, inputs: Sequence[EmbedInput]) -> np.ndarray:
+        """Batches hold samples of similar length, so that there is little padding."""
+        token_ids = [self._token_ids(one) for one in inputs]
+        order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
+        vectors = np.zeros((len(token_ids), self.size), dtype=np.float32)
         for start in range(0, len(order), self.settings.batch_size):
-            here = order[start : start + self.settings.batch_size]
-            found[here] = self._batch([ids[i] for i in here]).cpu().numpy()
-        return unit(found) if self.settings.normalize else found
+            batch = order[start : start + self.settings.batch_size]
+            vectors[batch] = self._embed_batch([token_ids[i] for i in batch]).cpu().numpy()
+        return l2_normalize(vectors) if self.settings.normalize else vectors
 
-    def _tokens(self, item: EmbedInput) -> list[int]:
-        if self.by_tokens and item.tokens is not None:
-            highest = int(item.tokens.max(initial=0))
+    def _token_ids(self, sample: EmbedInput) -> list[int]:
+        if self.by_tokens and sample.tokens is not None:
+            highest = int(sample.tokens.max(initial=0))
             if highest >= self.model.config.vocab_size:
                 raise UserError(
                     f"model: {self.folder} knows {self.model.config.vocab_size} tokens, a sample has {highest}"
                 )
-            return item.tokens[: self.settings.max_length].tolist()
-        return self.tokenizer(item.text, truncation=True, max_length=self.settings.max_length)["input_ids"]
+            return sample.tokens[: self.settings.max_length].tolist()
+        return self.tokenizer(sample.text, truncation=True, max_length=self.settings.max_length)["input_ids"]
 
-    def _batch(self, ids: Sequence[Sequence[int]]) -> Tensor:
+    def _embed_batch(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
         """[b] token lists -> [b, size] float32. A sample without tokens is a zero vector."""
-        width = max(1, max(len(one) for one in ids))
-        tokens = torch.zeros(len(ids), width, dtype=torch.int64)
-        mask = torch.zeros(len(ids), width, dtype=torch.int64)
-        for row, one in enumerate(ids):
-            tokens[row, : len(one)] = torch.tensor(one, dtype=torch.int64)
-            mask[row, : len(one)] = 1
-        tokens, mask = tokens.to(self.device), mask.to(self.device)
+        width = max(1, max(len(ids) for ids in token_ids))
+        input_ids = torch.zeros(len(token_ids), width, dtype=torch.int64)
+        mask = torch.zeros(len(token_ids), width, dtype=torch.int64)
+        for row, ids in enumerate(token_ids):
+            input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+            mask[row, : len(ids)] = 1
+        input_ids, mask = input_ids.to(self.device), mask.to(self.device)
         with torch.no_grad():
-            states = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
-        shares = mask.float() / mask.sum(dim=1, keepdim=True).clamp(min=1)
-        return torch.einsum("bs,bsh->bh", shares, states)
+            states = self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state.float()
+        weights = mask.float() / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        return torch.einsum("bs,bsh->bh", weights, states)
 
 
-def _read(settings: EncoderSettings, folder: Path, causal: bool) -> Any:
-    """The model below its output layer, with the adapter where the folder is one."""
+def _load_model(settings: EncoderSettings, folder: Path, causal: bool) -> Any:
+    """The model without its output layer, with the adapter of a LoRA folder."""
     from transformers import AutoModel, AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "trust_remote_code": settings.trust_remote_code}
@@ -218,5 +212,5 @@ def _read(settings: EncoderSettings, folder: Path, causal: bool) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, **options).base_model
     from peft import PeftModel
 
-    whole: Any = AutoModelForCausalLM.from_pretrained(folder_of(base), **options)
-    return PeftModel.from_pretrained(whole, folder).get_base_model().base_model
+    base_model: Any = AutoModelForCausalLM.from_pretrained(resolve_folder(base), **options)
+    return PeftModel.from_pretrained(base_model, folder).get_base_model().base_model

@@ -1,9 +1,9 @@
-"""Nearest neighbours of queries among candidates on disk, by faiss: all of them compared, or an inverted file.
+"""Nearest neighbours of queries among candidates on disk, by faiss: exhaustive, or with an inverted file.
 
-Candidates are read in chunks, and each process takes a share of them, so memory does not grow with N; what an inverted
-file needs besides, its centres and the rows they are found by, grows with the root of N. A query's lists follow from the
-centres alone, so lists that hold one chunk after the other find what lists of all candidates would. What is found is
-measured again in float64 and ordered by (distance, id): the result does not depend on chunks or processes.
+Each process reads its part of the candidates in chunks, so memory does not grow with N; the centres of an inverted file and
+the rows that they are trained on grow with the root of N. A query's lists follow from the centres alone, so lists that hold
+one chunk after the other give the neighbours that lists of all candidates would. The distances of the neighbours are
+computed again in float64 and ordered by (distance, id): the result does not depend on chunks or processes.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 from dataflex_mega.errors import ConfigError
 
 CHUNK = 1 << 16  # candidates in memory at a time
-PADDING = -1  # in place of a neighbour that is not there
-TRAINING = 64  # candidates for each list, by which an inverted file is laid out
+PADDING = -1  # the id where there is no neighbour
+TRAINING_ROWS_PER_LIST = 64  # on which the centres of an inverted file are trained
 
-Gather = Callable[[Any], list[Any]]  # a value of each process, in rank order
+AllGather = Callable[[Any], list[Any]]  # a value of each process, in rank order
 
 
 class RowArray(Protocol):
-    """What is needed of a mapped [N, D] array."""
+    """The part of a memory-mapped [N, D] array that is used."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -35,7 +35,7 @@ class RowArray(Protocol):
 
 @dataclass(frozen=True)
 class RowSubset:
-    """Some rows of a mapped array, read when they are asked for."""
+    """Some rows of a memory-mapped array, read on access."""
 
     values: RowArray
     ids: np.ndarray  # [n]
@@ -53,10 +53,10 @@ class RowSubset:
 
 @dataclass(frozen=True)
 class NeighbourSearch:
-    """How to search.
+    """A search, the candidates divided over processes.
 
     Args:
-        index: "exact", or "ivf", which looks into `nprobe` of `nlist` lists.
+        index: "exact", or "ivf", which searches `nprobe` of `nlist` lists.
         nlist: None: half the square root of N.
     """
 
@@ -64,46 +64,49 @@ class NeighbourSearch:
     nlist: int | None = None
     nprobe: int = 10
     rank: int = 0
-    ranks: int = 1
-    gather: Gather = lambda value: [value]
+    world_size: int = 1
+    all_gather: AllGather = lambda value: [value]
     progress: Callable[[int, int], None] = lambda done, total: None
 
     def __call__(
         self, candidates: RowArray, queries: np.ndarray, k: int, centres: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """[N, D] candidates, mapped, and [M, D] queries -> ([M, K] float64 distances, ascending; [M, K] int64 ids).
+        """[N, D] candidates, memory-mapped, and [M, D] queries -> ([M, K] float64 distances, ascending; [M, K] int64 ids).
 
-        K is k, or N where that is less. A query for which the lists held fewer is searched exactly. `centres`: what
-        `self.centres(candidates)` gave, for several searches of the same candidates.
+        K is k, or N where that is less. A query for which the lists hold fewer is searched exhaustively. `centres`: the
+        result of `train_centres(candidates)`, for several searches of the same candidates.
         """
         if candidates.shape[1] != queries.shape[1]:
             sizes = f"{queries.shape[1]} numbers, the candidates' have {candidates.shape[1]}"
             raise ConfigError(f"queries: vectors of {sizes}; embed both alike")
         k, queries = min(k, len(candidates)), np.ascontiguousarray(queries, dtype=np.float32)
         if self.index == "exact":
-            return self._exact(candidates, queries, k)
-        centres = self.centres(candidates) if centres is None else centres
+            return self._search_exact(candidates, queries, k)
+        centres = self.train_centres(candidates) if centres is None else centres
         assert centres is not None
-        distances, ids = self._by_lists(candidates, queries, k, centres)
+        distances, ids = self._search_lists(candidates, queries, k, centres)
         short = np.flatnonzero((ids == PADDING).any(axis=1))
         if len(short):
-            distances[short], ids[short] = self._exact(candidates, queries[short], k)
+            distances[short], ids[short] = self._search_exact(candidates, queries[short], k)
         return distances, ids
 
-    def _share(self, samples: int) -> tuple[int, int]:
-        return samples * self.rank // self.ranks, samples * (self.rank + 1) // self.ranks
+    def _local_range(self, count: int) -> tuple[int, int]:
+        """The part [first, last) of `count` items that this process works on."""
+        return count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size
 
-    def _chunks(self, samples: int) -> list[tuple[int, int]]:
-        first, last = self._share(samples)
+    def _chunks(self, num_candidates: int) -> list[tuple[int, int]]:
+        first, last = self._local_range(num_candidates)
         return [(start, min(start + CHUNK, last)) for start in range(first, last, CHUNK)]
 
-    def _exact(self, candidates: RowArray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        def look(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _search_exact(self, candidates: RowArray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        def search_chunk(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return import_faiss().knn(queries, rows, min(k, len(rows)))
 
-        return self._joined(self._best(candidates, len(queries), k, look), candidates, queries, k)
+        return self._merge_processes(
+            self._local_best(candidates, len(queries), k, search_chunk), candidates, queries, k
+        )
 
-    def _by_lists(
+    def _search_lists(
         self, candidates: RowArray, queries: np.ndarray, k: int, centres: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         faiss = import_faiss()
@@ -111,7 +114,7 @@ class NeighbourSearch:
         quantizer.add(centres)
         gaps, lists = quantizer.search(queries, min(self.nprobe, len(centres)))
 
-        def look(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def search_chunk(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             index = faiss.IndexIVFFlat(
                 quantizer, centres.shape[1], len(centres)
             )  # one that is emptied keeps its memory
@@ -119,75 +122,82 @@ class NeighbourSearch:
             index.add(rows)
             return index.search_preassigned(queries, min(k, len(rows)), lists, gaps)
 
-        return self._joined(self._best(candidates, len(queries), k, look), candidates, queries, k)
+        return self._merge_processes(
+            self._local_best(candidates, len(queries), k, search_chunk), candidates, queries, k
+        )
 
-    def _best(
-        self, candidates: RowArray, queries: int, k: int, look: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    def _local_best(
+        self,
+        candidates: RowArray,
+        num_queries: int,
+        k: int,
+        search_chunk: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k best of this process's share. `look`: [n, D] float32 rows -> ([M, <= k] distances, [M, <= k] places)."""
-        best = np.full((queries, 0), np.inf), np.full((queries, 0), PADDING)
+        """The k best of this process's candidates. `search_chunk`: [n, D] float32 rows -> ([M, <= k] distances, rows)."""
+        best = np.full((num_queries, 0), np.inf), np.full((num_queries, 0), PADDING)
         chunks = self._chunks(len(candidates))
         for done, (start, end) in enumerate(chunks, 1):
-            distances, places = look(np.ascontiguousarray(candidates[start:end], dtype=np.float32))
-            ids = np.where(places == PADDING, PADDING, places + start)
-            best = nearest([best, (distances.astype(np.float64), ids)], k)
+            distances, rows = search_chunk(np.ascontiguousarray(candidates[start:end], dtype=np.float32))
+            ids = np.where(rows == PADDING, PADDING, rows + start)
+            best = merge_nearest([best, (distances.astype(np.float64), ids)], k)
             self.progress(done, len(chunks))
         return best
 
-    def centres(self, candidates: RowArray) -> np.ndarray | None:
-        """[lists, D] float32, those of the first process on all of them: the lists are then one index cut into shares.
+    def train_centres(self, candidates: RowArray) -> np.ndarray | None:
+        """[lists, D] float32, trained by the first process and equal on all: the lists of all processes form one index.
 
-        None where the search is exact.
+        None where the search is exhaustive.
         """
         if self.index == "exact":
             return None
         lists = min(self.nlist or max(1, math.isqrt(len(candidates)) // 2), len(candidates))
-        found = None
+        centres = None
         if self.rank == 0:
-            count = min(len(candidates), lists * TRAINING)
+            count = min(len(candidates), lists * TRAINING_ROWS_PER_LIST)
             rows = candidates[np.arange(count) * len(candidates) // count]
             kmeans = import_faiss().Kmeans(candidates.shape[1], lists, seed=0, min_points_per_centroid=1)
             kmeans.train(np.ascontiguousarray(rows, dtype=np.float32))
-            found = kmeans.centroids
-        return self.gather(found)[0]
+            centres = kmeans.centroids
+        return self.all_gather(centres)[0]
 
-    def _joined(
-        self, mine: tuple[np.ndarray, np.ndarray], candidates: RowArray, queries: np.ndarray, k: int
+    def _merge_processes(
+        self, local_best: tuple[np.ndarray, np.ndarray], candidates: RowArray, queries: np.ndarray, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k best of what all processes found, measured again; each process measures its share of the queries."""
-        _, ids = nearest(self.gather(mine), k)
-        first, last = self._share(len(queries))
-        parts = [exact_distances(candidates, queries[q], ids[q]) for q in range(first, last)]
+        """The k best of all processes, with exact distances; each process computes those of its part of the queries."""
+        _, ids = merge_nearest(self.all_gather(local_best), k)
+        first, last = self._local_range(len(queries))
+        local = [exact_distances(candidates, queries[q], ids[q]) for q in range(first, last)]
         empty = np.zeros((0, ids.shape[1]))
-        shares = self.gather((
-            np.stack([d for d, _ in parts]) if parts else empty, np.stack([i for _, i in parts]) if parts else empty
+        gathered = self.all_gather((
+            np.stack([d for d, _ in local]) if local else empty, np.stack([i for _, i in local]) if local else empty
         ))  # fmt: skip
-        return np.concatenate([d for d, _ in shares]), np.concatenate([i for _, i in shares]).astype(np.int64)
+        return np.concatenate([d for d, _ in gathered]), np.concatenate([i for _, i in gathered]).astype(np.int64)
 
 
-def nearest(parts: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
+def merge_nearest(parts: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
     """([M, K_i] distances, [M, K_i] ids) of several searches -> the k smallest by (distance, id), PADDING last."""
     distances = np.concatenate([np.where(ids == PADDING, np.inf, d) for d, ids in parts], axis=1)
     ids = np.concatenate([ids for _, ids in parts], axis=1)
     if distances.shape[1] < k:
-        lacking = ((0, 0), (0, k - distances.shape[1]))
-        distances = np.pad(distances, lacking, constant_values=np.inf)
-        ids = np.pad(ids, lacking, constant_values=PADDING)
+        padding = ((0, 0), (0, k - distances.shape[1]))
+        distances = np.pad(distances, padding, constant_values=np.inf)
+        ids = np.pad(ids, padding, constant_values=PADDING)
     order = np.lexsort((ids, distances), axis=1)[:, :k]
     return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
 
 
 def exact_distances(candidates: RowArray, query: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[K] neighbours of one query -> ([K] float64 distances, [K] ids), ascending; PADDING is infinitely far."""
-    there = ids[ids != PADDING]
-    gaps = np.linalg.norm(candidates[there].astype(np.float64) - query.astype(np.float64), axis=1)
-    order = np.lexsort((there, gaps))
-    lacking = (0, len(ids) - len(there))
-    return np.pad(gaps[order], lacking, constant_values=np.inf), np.pad(there[order], lacking, constant_values=PADDING)
+    known = ids[ids != PADDING]
+    distances = np.linalg.norm(candidates[known].astype(np.float64) - query.astype(np.float64), axis=1)
+    order = np.lexsort((known, distances))
+    padding = (0, len(ids) - len(known))
+    distances = np.pad(distances[order], padding, constant_values=np.inf)
+    return distances, np.pad(known[order], padding, constant_values=PADDING)
 
 
 def import_faiss() -> Any:
-    """faiss. Raises ConfigError when it is not installed."""
+    """The module faiss. Raises ConfigError when it is not installed."""
     try:
         import faiss
     except ImportError as error:

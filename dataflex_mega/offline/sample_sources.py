@@ -1,4 +1,4 @@
-"""What is embedded: the samples of a training configuration, or the rows of a JSON file."""
+"""Sources of samples to embed: the samples of a training configuration, or the rows of a JSON file."""
 
 from __future__ import annotations
 
@@ -14,52 +14,51 @@ from dataflex_mega.data.row_validation import first_bad_row
 from dataflex_mega.errors import ConfigError, DataError
 from dataflex_mega.offline.encoders import EmbedInput
 
-ALPACA = ("instruction", "input", "output")  # what makes a row's text where it has no `text`
+ALPACA_FIELDS = ("instruction", "input", "output")  # joined to a row's text where it has no `text`
 SUFFIXES = (".json", ".jsonl")
 
 
 class SampleSource(Protocol):
     """Samples in a fixed order."""
 
-    identity: dict[str, Any]  # what decides them, plain values
+    identity: dict[str, Any]  # of the data, plain values
 
     def __len__(self) -> int: ...
 
     def fetch(self, rows: np.ndarray) -> list[EmbedInput]:
-        """[n] places -> the samples there."""
+        """[n] row numbers -> the samples in that order."""
         ...
 
 
 class PoolSource:
-    """Samples as a run sees them: global ids, tokens, and their text."""
+    """The samples of a run's pools: tokens, and the text that the tokenizer decodes them to."""
 
     def __init__(self, pools: Sequence[SamplePool], tokenizer: Any) -> None:
-        """`pools`: one after the other, such as the evaluation sets."""
+        """`pools` are concatenated, such as the evaluation sets."""
         self.pools, self.tokenizer = pools, tokenizer
         self.ends = np.cumsum([len(pool) for pool in pools])
-        found: dict[str, str] = {}
+        hashes: dict[str, str] = {}
         for pool in pools:
-            found |= pool.content_hash()
-        self.identity = {"pool": found}
+            hashes |= pool.content_hash()
+        self.identity = {"pool": hashes}
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def fetch(self, rows: np.ndarray) -> list[EmbedInput]:
-        """See Source."""
-        found: list[EmbedInput | None] = [None] * len(rows)
-        owner = np.searchsorted(self.ends, rows, side="right")
-        for number in np.unique(owner):
-            pool, places = self.pools[number], np.flatnonzero(owner == number)
-            samples = pool.fetch(rows[places] - (self.ends[number] - len(pool)))
+        inputs: list[EmbedInput | None] = [None] * len(rows)
+        pool_numbers = np.searchsorted(self.ends, rows, side="right")
+        for number in np.unique(pool_numbers):
+            pool, positions = self.pools[number], np.flatnonzero(pool_numbers == number)
+            samples = pool.fetch(rows[positions] - (self.ends[number] - len(pool)))
             texts = self.tokenizer.batch_decode([s.input_ids for s in samples], skip_special_tokens=True)
-            for place, sample, text in zip(places, samples, texts, strict=True):
-                found[place] = EmbedInput(text, sample.input_ids)
-        return [item for item in found if item is not None]
+            for position, sample, text in zip(positions, samples, texts, strict=True):
+                inputs[position] = EmbedInput(text, sample.input_ids)
+        return [one for one in inputs if one is not None]
 
 
 class FileSource:
-    """Rows of a .json or .jsonl file: `text`, or instruction, input and output, a line each."""
+    """Rows of a .json or .jsonl file: `text`, or instruction, input and output joined by newlines."""
 
     def __init__(self, path: Path) -> None:
         """Raises DataError when the file cannot be read or has no rows."""
@@ -74,11 +73,13 @@ class FileSource:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would print its error besides ours
-        try:  # arrow files, mapped: rows are not held in memory
+        try:  # memory-mapped arrow files: rows are not held in memory
             self.rows: Any = datasets.load_dataset("json", data_files=str(path), split="train")
         except (DatasetGenerationError, ValueError, StopIteration) as error:
-            bad = first_bad_row(path, None) or f"{path}: cannot be read as rows of JSON: {str(error).splitlines()[0]}"
-            raise DataError(bad) from error
+            problem = (
+                first_bad_row(path, None) or f"{path}: cannot be read as rows of JSON: {str(error).splitlines()[0]}"
+            )
+            raise DataError(problem) from error
         self.path, self.identity = path, {"file": digest[:16]}
         if len(self.rows) == 0:
             raise DataError(f"{path}: has no rows")
@@ -87,21 +88,20 @@ class FileSource:
         return len(self.rows)
 
     def fetch(self, rows: np.ndarray) -> list[EmbedInput]:
-        """See Source."""
         columns: Mapping[str, list[Any]] = self.rows[rows.tolist()]
-        found = []
-        for place, row in enumerate(rows.tolist()):
-            text = text_of({name: values[place] for name, values in columns.items()})
+        inputs = []
+        for position, row in enumerate(rows.tolist()):
+            text = row_text({name: values[position] for name, values in columns.items()})
             if text is None:
-                have = ", ".join(columns)
-                raise DataError(f"{self.path} row {row}: expected text, or instruction and output; it has {have}")
-            found.append(EmbedInput(text))
-        return found
+                names = ", ".join(columns)
+                raise DataError(f"{self.path} row {row}: expected text, or instruction and output; it has {names}")
+            inputs.append(EmbedInput(text))
+        return inputs
 
 
-def text_of(row: Mapping[str, Any]) -> str | None:
+def row_text(row: Mapping[str, Any]) -> str | None:
     """The text of a row; None when it has none of the fields."""
     if isinstance(row.get("text"), str):
         return row["text"]
-    parts = [row[name] for name in ALPACA if isinstance(row.get(name), str) and row[name]]
-    return "\n".join(parts) if parts else None
+    texts = [row[name] for name in ALPACA_FIELDS if isinstance(row.get(name), str) and row[name]]
+    return "\n".join(texts) if texts else None

@@ -1,1 +1,1 @@
-"""The signals that algorithms ask for, one file each, and the registry that finds them."""
+"""The signals that algorithms ask for, one file each. See `registry` for how a provider is entered."""

@@ -2,64 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dataflex_mega.algorithms.requests import BatchGradientSignal
 from dataflex_mega.data.lockstep import lockstep_batches
 from dataflex_mega.data.pool import Sample, SamplePool
-from dataflex_mega.providers.stored_gradients import Features
+from dataflex_mega.engines.capabilities import Capability
+from dataflex_mega.providers.context import BatchScope, SignalContext
+from dataflex_mega.providers.gradient_features import GradientFeatures
+from dataflex_mega.providers.registry import Provider, provides
 from dataflex_mega.rng_streams import RngStream
-from dataflex_mega.types import NeedsBatchGradients
-
-if TYPE_CHECKING:
-    from dataflex_mega.run.build import Build
+from dataflex_mega.types import BatchGradients
 
 
-def batch_gradients(run: Build, engine: Any) -> Callable[[np.ndarray, int], tuple[Tensor, Tensor]] | None:
-    """For the controller: ([G] ids of a step, its number) -> ([G] inner products with the targets' mean gradient, [G, G]
-    with each other), equal on all ranks; None when no weighter asks. Every rank must call it."""
-    weighter = run.roles.weighter
-    if not isinstance(weighter, NeedsBatchGradients):
-        return None
-    features = Features.of(run, engine, weighter.feature_spec(), weighter.uses_adam)
-    groups = list(run.evaluation.values())
+@provides(BatchGradientSignal, scope="batch", requires={Capability.GRADIENT_FEATURES}, needs_targets=True)
+class BatchGradientProvider(Provider):
+    """Projected gradients of the batch, gathered; features are made once per run and refreshed at every step."""
 
-    def look(ids: np.ndarray, step: int) -> tuple[Tensor, Tensor]:
+    def __init__(self, context: SignalContext) -> None:
+        super().__init__(context)
+        self._features: dict[BatchGradientSignal, GradientFeatures] = {}
+
+    def compute(self, request: BatchGradientSignal, scope: BatchScope) -> BatchGradients:
+        c = self.context
+        if request not in self._features:
+            self._features[request] = GradientFeatures(c, request.projection, request.adam)
+        features, ids = self._features[request], scope.ids()
         features.maker.refresh()
-        target = _mean(features, _drawn(groups, weighter.target_batch, run.data_seed, step))
-        share = len(ids) // run.parallel_info.dp_size  # the batch divides evenly, or no run would have begun
-        mine = ids[run.parallel_info.dp_rank * share : (run.parallel_info.dp_rank + 1) * share]
-        rows = run.collectives.all_gather(features.rows(mine, -(-share // features.batch_size)).float())
-        return rows @ target, rows @ rows.t()
+        samples = draw_targets(list(c.evaluation.values()), request.num_targets, c.seed, scope.step)
+        target = mean_features(features, samples)
+        share = len(ids) // c.parallel_info.dp_size  # the batch divides evenly, or no run would have begun
+        own_ids = ids[c.parallel_info.dp_rank * share : (c.parallel_info.dp_rank + 1) * share]
+        rows = c.collectives.all_gather(features.rows(own_ids, -(-share // features.batch_size)).float())
+        return BatchGradients(torch.from_numpy(ids), rows @ target, rows @ rows.t())
 
-    return look
 
-
-def _drawn(groups: Sequence[SamplePool], count: int, seed: int, step: int) -> list[Sample]:
+def draw_targets(groups: Sequence[SamplePool], count: int, seed: int, step: int) -> list[Sample]:
     """`count` samples of all groups, or all when it is 0 or more than there are: a function of seed and step."""
-    everything = sum(len(group) for group in groups)
-    places = np.arange(everything)
-    if 0 < count < everything:
-        places = np.sort(np.random.default_rng([seed, step, RngStream.TARGET_BATCH]).choice(everything, count, replace=False))
+    num_targets = sum(len(group) for group in groups)
+    rows = np.arange(num_targets)
+    if 0 < count < num_targets:
+        rows = np.sort(
+            np.random.default_rng([seed, step, RngStream.TARGET_BATCH]).choice(num_targets, count, replace=False)
+        )
     samples, first = [], 0
     for group in groups:
-        here = places[(places >= first) & (places < first + len(group))] - first
-        samples += group.fetch(here) if len(here) else []
+        in_group = rows[(rows >= first) & (rows < first + len(group))] - first
+        samples += group.fetch(in_group) if len(in_group) else []
         first += len(group)
     return samples
 
 
-def _mean(features: Features, samples: list[Sample]) -> Tensor:
+def mean_features(features: GradientFeatures, samples: list[Sample]) -> Tensor:
     """[width] the mean of the samples' plain features over all ranks, each sample on one of them."""
-    run, size = features.run, features.batch_size
-    per_rank = -(-len(samples) // run.parallel_info.dp_size)
-    mine = samples[run.parallel_info.dp_rank * per_rank : (run.parallel_info.dp_rank + 1) * per_rank]
+    c = features.context
+    per_rank = -(-len(samples) // c.parallel_info.dp_size)
+    own = np.arange(len(samples))[c.parallel_info.dp_rank * per_rank : (c.parallel_info.dp_rank + 1) * per_rank]
     total = torch.zeros(features.maker.width)
-    for batch, count in lockstep_batches(mine, size, -(-per_rank // size), filler=samples[:1]):
-        rows = features.maker.features(features.collate(batch), plain=True)
-        total += rows.cpu().float()[:count].sum(0)
-    return run.collectives.all_reduce_sum(total) / len(samples)
+    for rows, count in lockstep_batches(own, features.batch_size, -(-per_rank // features.batch_size)):
+        batch = c.collate_unpacked([samples[row] for row in rows])
+        total += features.maker.features(batch, plain=True).cpu().float()[:count].sum(0)
+    return c.collectives.all_reduce_sum(total) / len(samples)

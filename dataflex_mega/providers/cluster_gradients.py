@@ -3,126 +3,138 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dataflex_mega.data.lockstep import FIRST_ID, lockstep_batches
+from dataflex_mega.algorithms.requests import ClusterGradientSignal, PoolClusterRequest
+from dataflex_mega.data.lockstep import lockstep_batches
+from dataflex_mega.engines.capabilities import Capability
 from dataflex_mega.progress import ProgressCounter
-from dataflex_mega.providers.stored_gradients import Features
+from dataflex_mega.providers.context import Candidates, PlanScope, SignalContext
+from dataflex_mega.providers.gradient_features import GradientFeatures
+from dataflex_mega.providers.gradients import gradient_scorer
+from dataflex_mega.providers.registry import Provider, provides
 from dataflex_mega.signals.kmeans import ShardedRows, choose_representatives, fit_kmeans
-from dataflex_mega.types import Clusters, EmbeddingSpec, UsesClusters
-
-if TYPE_CHECKING:
-    from dataflex_mega.run.build import Build
-    from dataflex_mega.signals.computer import Provider, SignalComputer
+from dataflex_mega.signals.pool_share import rank_counts
+from dataflex_mega.types import Clusters, EmbeddingSpec
 
 
-def provider(adam: bool) -> Callable[[Build, Any, Any], Provider]:
-    """For providers.registry: `dot` and `norm2` of each candidate's cluster; only representatives see a backward pass."""
+@provides(PoolClusterRequest, scope="plan", requires={Capability.LAST_HIDDEN_STATE})
+class PoolClusterProvider(Provider):
+    """Mean hidden states of length 1, clustered over all ranks."""
 
-    def make(run: Build, engine: Any, selector: Any) -> Provider:
-        def signals(computer: SignalComputer, ids: np.ndarray) -> dict[str, Tensor]:
-            clusters: Clusters = selector.clusters or find(run, engine, selector, computer)
-            selector.set_clusters(clusters)
-            words = np.random.SeedSequence([selector.seed, computer.step]).generate_state(1, np.uint64)
-            rng = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
-            count, strategy = selector.samples_per_cluster, selector.representative_strategy
-            chosen = choose_representatives(clusters.cluster_ids, clusters.squared_distances, count, strategy, rng)
-            measure = _directions if selector.combine == "direction" else _cosines
-            dot, norm2 = measured(run, selector, computer, chosen, measure(run, engine, selector, computer, adam))
-            mine = clusters.cluster_ids[torch.from_numpy(ids)]
-            return {"dot": dot[mine], "norm2": norm2[mine]}
-
-        return signals
-
-    return make
-
-
-def find(run: Build, engine: Any, selector: UsesClusters, computer: SignalComputer) -> Clusters:
-    """Cluster the whole pool by mean hidden states of length 1, with the model of now."""
-    computer = replace(computer)  # of the whole pool, whatever part of it a selection considers
-    shares, ids = computer.rank_counts(), computer.local_ids()
-    spec = EmbeddingSpec(layer=selector.embedding_layer)
-    rows = [engine.embed(computer.collate(samples), spec).float().cpu() for samples, _ in computer.batches(ids)]
-    data = ShardedRows(torch.cat(rows)[: len(ids)], shares, computer.dp_rank)
-    k, rounds = selector.cluster_count, selector.clustering_max_iter
-    run.say(f"cluster_less: {len(run.pool)} samples into {k} clusters by {selector.clustering_method}")
-    own, distance = fit_kmeans(data, k, rounds, selector.seed, selector.clustering_method, run.collectives)
-    return Clusters(run.collectives.all_gather_uneven(own, shares), run.collectives.all_gather_uneven(distance, shares))
+    def compute(self, request: PoolClusterRequest, scope: PlanScope) -> Clusters:
+        c = self.context
+        counts = rank_counts(len(c.pool), c.batch_size, c.parallel_info.dp_size)
+        first = sum(counts[: c.parallel_info.dp_rank])
+        ids = np.arange(first, first + counts[c.parallel_info.dp_rank], dtype=np.int64)
+        spec, rows = EmbeddingSpec(layer=request.embedding_layer), []
+        for batch_ids, _ in lockstep_batches(ids, c.batch_size, -(-max(counts) // c.batch_size)):
+            rows.append(c.engine.embed(c.collate(c.pool.fetch(batch_ids)), spec).float().cpu())
+        data = ShardedRows(torch.cat(rows)[: len(ids)], counts, c.parallel_info.dp_rank)
+        k = request.num_clusters
+        c.report(f"cluster_less: {len(c.pool)} samples into {k} clusters by {request.method}")
+        labels, distances = fit_kmeans(data, k, request.max_iterations, request.seed, request.method, c.collectives)
+        gather = partial(c.collectives.all_gather_uneven, counts=counts)
+        return Clusters(gather(labels), gather(distances))
 
 
 @dataclass(frozen=True)
-class Measure:
-    """What is added up over the representatives of a cluster, and what comes of the sum."""
+class ClusterScore:
+    """What is added up over the representatives of a cluster, and what comes of the mean."""
 
-    rows: Callable[[np.ndarray, int], Tensor]  # ([n] ids, batches to call) -> [n, m], a row of zeros without a gradient
+    rows: Callable[[np.ndarray, int], Tensor]  # ([n] ids, number of batches) -> [n, m]; zeros without a gradient
     finish: Callable[[Tensor], tuple[Tensor, Tensor]]  # [c, m] means -> [c, S] dot, [c] norm2
 
 
-def measured(
-    run: Build, selector: UsesClusters, computer: SignalComputer, chosen: Tensor, measure: Measure
-) -> tuple[Tensor, Tensor]:
-    """[m] representatives -> ([k, S], [k]) of all clusters, on every rank. A rank measures a contiguous part of the
-    clusters, a few at a time."""
-    assert selector.clusters is not None
-    k, size = selector.cluster_count, computer.batch_size
-    of = selector.clusters.cluster_ids[chosen]
-    ends = [k * (rank + 1) // computer.dp_size for rank in range(computer.dp_size)]
-    counts = [end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
-    begin, end = ends[computer.dp_rank] - counts[computer.dp_rank], ends[computer.dp_rank]
-    together = max(1, size // selector.samples_per_cluster)
-    calls = -(-together * selector.samples_per_cluster // size)
-    turns = -(-max(counts) // together)
-    count = ProgressCounter("cluster_less: clusters", k) if run.parallel_info.is_main else None
-    found: list[tuple[Tensor, Tensor]] = []
-    for turn in range(turns):
-        low = min(begin + turn * together, end)
-        high = min(low + together, end)
-        here = (of >= low) & (of < high)
-        rows = measure.rows(chosen[here].numpy(), calls).float()
-        sums = torch.zeros(high - low, rows.shape[1]).index_add_(0, of[here] - low, rows)
-        members = torch.bincount(of[here] - low, minlength=high - low).clamp(min=1)
-        found.append(measure.finish(sums / members.unsqueeze(1)))
-        if count is not None:
-            count(min(k, (turn + 1) * together * computer.dp_size))
-    dot, norm2 = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return run.collectives.all_gather_uneven(dot, counts), run.collectives.all_gather_uneven(norm2, counts)
+@provides(
+    ClusterGradientSignal,
+    scope="candidates",
+    requires={Capability.GRADIENT_SCORES, Capability.GRADIENT_FEATURES, Capability.LAST_HIDDEN_STATE},
+    needs_targets=True,
+    whole_pool=False,
+)
+class ClusterGradientProvider(Provider):
+    """`dot` and `norm2` of each candidate's cluster; only representatives see a backward pass."""
 
+    def __init__(self, context: SignalContext) -> None:
+        super().__init__(context)
+        self.reported: set[str] = set()
 
-def _cosines(run: Build, engine: Any, selector: UsesClusters, computer: SignalComputer, adam: bool) -> Measure:
-    """Exact: the cosines of each representative with the directions."""
-    assert computer.targets is not None, "checked when the run was built"
-    gradients, collate = computer.targets.gradient_scorer(adam), computer.targets.collate
-    directions = gradients.directions(computer.target_batches())
+    def compute(self, request: ClusterGradientSignal, scope: Candidates) -> dict[str, Tensor]:
+        clusters = request.clusters()
+        assert clusters is not None, "PoolClusterRequest is served before"
+        words = np.random.SeedSequence([request.seed, scope.step]).generate_state(1, np.uint64)
+        rng = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+        chosen = choose_representatives(
+            clusters.cluster_ids, clusters.squared_distances, request.samples_per_cluster, request.strategy, rng
+        )
+        by = self._directions if request.combine == "direction" else self._cosines
+        dot, norm2 = self._score_clusters(request, clusters, chosen, by(request))
+        of_candidate = clusters.cluster_ids[torch.from_numpy(scope.ids)]
+        return {"dot": dot[of_candidate], "norm2": norm2[of_candidate]}
 
-    def rows(ids: np.ndarray, calls: int) -> Tensor:
-        cosines = []
-        for batch_ids, count in lockstep_batches(ids, computer.batch_size, calls, filler=FIRST_ID):
-            dot, norm2 = gradients.score(collate(run.pool.fetch(batch_ids)), directions)
-            norm = norm2.cpu().sqrt().unsqueeze(1)
-            cosines.append(torch.where(norm > 0, dot.cpu() / norm, 0.0)[:count])
-        return torch.cat(cosines)
+    def _score_clusters(
+        self, request: ClusterGradientSignal, clusters: Clusters, chosen: Tensor, by: ClusterScore
+    ) -> tuple[Tensor, Tensor]:
+        """[m] representatives -> ([k, S], [k]) of all clusters, on every rank. A rank scores a contiguous range of the
+        clusters, a few at a time."""
+        parallel, k, size = self.context.parallel_info, request.num_clusters, self.context.batch_size
+        cluster_of = clusters.cluster_ids[chosen]
+        ends = [k * (rank + 1) // parallel.dp_size for rank in range(parallel.dp_size)]
+        counts = [end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+        begin, end = ends[parallel.dp_rank] - counts[parallel.dp_rank], ends[parallel.dp_rank]
+        per_turn = max(1, size // request.samples_per_cluster)
+        num_batches = -(-per_turn * request.samples_per_cluster // size)
+        num_turns = -(-max(counts) // per_turn)
+        progress = ProgressCounter("cluster_less: clusters", k) if parallel.is_main else None
+        scored: list[tuple[Tensor, Tensor]] = []
+        for turn in range(num_turns):
+            low = min(begin + turn * per_turn, end)
+            high = min(low + per_turn, end)
+            inside = (cluster_of >= low) & (cluster_of < high)
+            rows = by.rows(chosen[inside].numpy(), num_batches).float()
+            sums = torch.zeros(high - low, rows.shape[1]).index_add_(0, cluster_of[inside] - low, rows)
+            members = torch.bincount(cluster_of[inside] - low, minlength=high - low).clamp(min=1)
+            scored.append(by.finish(sums / members.unsqueeze(1)))
+            if progress is not None:
+                progress(min(k, (turn + 1) * per_turn * parallel.dp_size))
+        dot, norm2 = (torch.cat(parts) for parts in zip(*scored, strict=True))
+        gather = partial(self.context.collectives.all_gather_uneven, counts=counts)
+        return gather(dot), gather(norm2)
 
-    return Measure(rows, lambda means: (means, torch.ones(len(means))))
+    def _target_batches(self) -> Any:
+        return self.context.target_batches(self.context.target_groups())
 
+    def _cosines(self, request: ClusterGradientSignal) -> ClusterScore:
+        """Exact: the cosines of each representative with the directions."""
+        c = self.context
+        scorer = gradient_scorer(c, request.adam, self.reported)
+        directions = scorer.directions(self._target_batches())
 
-def _directions(run: Build, engine: Any, selector: UsesClusters, computer: SignalComputer, adam: bool) -> Measure:
-    """As DataFlex: the sum of the representatives' normalised gradients, projected, is compared with the directions."""
-    features = Features.of(run, engine, selector.feature_spec(), adam)
-    targets = features.directions(computer.target_batches())
+        def rows(ids: np.ndarray, num_batches: int) -> Tensor:
+            cosines = []
+            for batch_ids, count in lockstep_batches(ids, c.batch_size, num_batches):
+                dot, norm2 = scorer.score(c.collate_unpacked(c.pool.fetch(batch_ids)), directions)
+                norm = norm2.cpu().sqrt().unsqueeze(1)
+                cosines.append(torch.where(norm > 0, dot.cpu() / norm, 0.0)[:count])
+            return torch.cat(cosines)
 
-    def rows(ids: np.ndarray, calls: int) -> Tensor:
-        values = features.rows(ids, calls)
-        length = values.norm(dim=1, keepdim=True)
-        return torch.where(length > 0, values / length, 0.0)
+        return ClusterScore(rows, lambda means: (means, torch.ones(len(means))))
 
-    return Measure(rows, partial(_compare, targets))
+    def _directions(self, request: ClusterGradientSignal) -> ClusterScore:
+        """As DataFlex: the sum of the representatives' normalised gradients, projected, is compared with the directions."""
+        features = GradientFeatures(self.context, request.projection, request.adam)
+        targets = features.directions(self._target_batches())
 
+        def rows(ids: np.ndarray, num_batches: int) -> Tensor:
+            values = features.rows(ids, num_batches)
+            length = values.norm(dim=1, keepdim=True)
+            return torch.where(length > 0, values / length, 0.0)
 
-def _compare(targets: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
-    return means @ targets.t(), means.square().sum(1)
+        return ClusterScore(rows, lambda means: (means @ targets.t(), means.square().sum(1)))

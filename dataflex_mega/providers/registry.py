@@ -1,141 +1,177 @@
-"""Who makes the signals that a selector asks for.
+"""Which class serves which request. A provider is one class in one file, entered by a decorator:
 
-The scorer itself makes losses and gradient scores. For anything else an entry of ENTRIES says how it is made for a run: a
-function of the run, its engine and the selector, which returns a signals.computer.Provider. A new signal is a function and a
-line here.
+    @provides(LastTokenEntropy, scope="candidates", requires={Capability.PER_SAMPLE})
+    class LastTokenEntropyProvider(Provider): ...
+
+The files of this package are imported when a request is first looked up; a plug-in's module is imported as its algorithms
+are (see `dataflex_mega.plugins`). Everything that a run must know before a model is built stands in the decorator, so what
+cannot work is refused at once, with the name of what is missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import Any, Literal, TypeVar
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from dataflex_mega.algorithms.base import Selector, Weighter
+from dataflex_mega.algorithms.base import Algorithm
+from dataflex_mega.algorithms.requests import Request
+from dataflex_mega.engines.capabilities import describe_missing
 from dataflex_mega.errors import ConfigError, did_you_mean
-from dataflex_mega.providers import cluster_gradients as representatives
-from dataflex_mega.providers import policy_gradients as policy
-from dataflex_mega.providers import stored_gradients as store
-from dataflex_mega.signals import rewards
-from dataflex_mega.signals.clusters import cluster_signals
-from dataflex_mega.signals.computer import BUILT_IN_SIGNALS, GRADIENT_SIGNALS, Provider, SignalComputer
-from dataflex_mega.signals.sample_embeddings import l2_normalize
-from dataflex_mega.types import EmbeddingSpec, NeedsBatchGradients, NeedsClusters, NeedsHidden, UsesPolicy
+from dataflex_mega.providers.context import SignalContext
 
-if TYPE_CHECKING:
-    from dataflex_mega.run.build import Build
+Scope = Literal["candidates", "plan", "batch", "forward"]
+SCOPES = ("candidates", "plan", "batch", "forward")
+T = TypeVar("T", bound=type)
+
+
+class Provider:
+    """Serves one kind of request for one run. Made once, when the engine is built."""
+
+    def __init__(self, context: SignalContext) -> None:
+        self.context = context
+
+    def compute(self, request: Any, scope: Any) -> Any:
+        """The value of a request; every rank calls it at the same time.
+
+        Args:
+            request: of the class that `provides` names.
+            scope: `context.Candidates`, `PlanScope` or `BatchScope`, by the scope of the provider.
+
+        Returns:
+            Scope "candidates": columns by name, n rows each, on the CPU. Otherwise what `Algorithm.receive` gets.
+        """
+        raise NotImplementedError(f"{type(self).__name__} lacks compute")
+
+    @classmethod
+    def step_options(cls, request: Any) -> dict[str, Any]:
+        """Scope "forward": fields of engines.options.StepOptions that make the engine give the signal."""
+        return {}
+
+    @classmethod
+    def check(cls, request: Any, engine: EngineInfo, who: str) -> None:
+        """Raise ConfigError, before processes are joined, for a request that cannot be served. `who`: the algorithm, as
+        messages name it: "selector less"."""
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What is known of an engine before it is built."""
+
+    name: str
+    capabilities: frozenset[str]
+    stage: str = "sft"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A signal beyond those of the scorer."""
+    """One provider and what it needs."""
 
-    make: Callable[[Build, Any, Any], Provider]  # (run, engine, the selector that asks) -> provider
-    engines: tuple[str, ...] = ("fsdp", "megatron")  # that have it
-    stage: str | None = None  # the only one that has it
-    targets: bool = False  # whether candidates are compared with the samples of eval_dataset
-
-
-def clusters(run: Build, engine: Any, selector: Any) -> Provider:
-    """See signals.clusters; features from the model of now."""
-    assert isinstance(selector, NeedsClusters)
-    spec = selector.cluster_spec()
-    layers = spec.layers if spec.layers is not None else spaced(engine.num_layers)
-    specs = [EmbeddingSpec("mean", layer, tanh=True) for layer in layers]
-
-    def make(computer: SignalComputer, ids: np.ndarray) -> dict[str, Tensor]:
-        found = [engine.embed(computer.collate(samples), *specs).cpu() for samples, _ in computer.batches(ids)]
-        features = l2_normalize(torch.cat(found)[: len(ids)])
-        num_samples = sum(computer.rank_counts())
-        return cluster_signals(features, computer.first_position(), num_samples, spec, run.collectives)
-
-    return make
+    request: type[Request]
+    provider: type[Provider]
+    scope: Scope
+    requires: frozenset[str]  # engine capabilities
+    needs_targets: Callable[[Any], bool]  # whether a request compares with the samples of eval_dataset
+    needs_reference: bool  # whether token losses of a reference model are read
+    stages: tuple[str, ...]  # training stages that have it; (): all
+    whole_pool: bool  # whether a row depends on the other candidates
 
 
-def spaced(depth: int, count: int = 5) -> tuple[int, ...]:
-    """Hidden states 1 .. depth, `count` of them evenly spaced, or all where there are fewer."""
-    return tuple(sorted({round(1 + (depth - 1) * i / (count - 1)) for i in range(count)}))
+_entries: dict[type[Request], Entry] = {}  # decorators fill it while modules are imported
 
 
-ENTRIES: dict[str, Entry] = {
-    "clusters": Entry(clusters),
-    "policy_adam": Entry(policy.provider(adam=True), engines=("fsdp",), targets=True, stage="sft"),
-    "policy_sgd": Entry(policy.provider(adam=False), engines=("fsdp",), targets=True, stage="sft"),
-    "store_adam": Entry(store.provider(adam=True), engines=("fsdp",), targets=True),
-    "cluster_adam": Entry(representatives.provider(adam=True), engines=("fsdp",), targets=True),
-    "cluster_sgd": Entry(representatives.provider(adam=False), engines=("fsdp",), targets=True),
-    "store_sgd": Entry(store.provider(adam=False), engines=("fsdp",), targets=True),
-}
+def provides(
+    request: type[Request],
+    *,
+    scope: Scope,
+    requires: Iterable[str] = (),
+    needs_targets: bool | Callable[[Any], bool] = False,
+    needs_reference: bool = False,
+    stages: tuple[str, ...] = (),
+    whole_pool: bool = False,
+) -> Callable[[T], T]:
+    """Enter a provider for a request. Raises ConfigError when another class serves the same request."""
+
+    def decorate(cls: T) -> T:
+        other = _entries.get(request)
+        if other is not None and other.provider.__qualname__ != cls.__qualname__:
+            raise ConfigError(f"request {request.__name__} is provided by {other.provider} and by {cls}; keep one")
+        if scope not in SCOPES:
+            raise ConfigError(f"provider {cls.__name__}: scope must be one of {', '.join(SCOPES)}, found {scope!r}")
+        targets = needs_targets if callable(needs_targets) else (lambda _request, value=needs_targets: value)
+        _entries[request] = Entry(
+            request, cls, scope, frozenset(map(str, requires)), targets, needs_reference, stages, whole_pool
+        )
+        return cls
+
+    return decorate
 
 
-def named(algorithm: Any) -> str:
+@cache
+def _load_own() -> None:
+    package = importlib.import_module("dataflex_mega.providers")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def entry_of(request: Request, who: str) -> Entry:
+    """The entry of a request, or of the nearest class that it derives from. `who`: see Provider.check.
+
+    Raises ConfigError for a request that no provider serves.
+    """
+    _load_own()
+    for kind in type(request).__mro__:
+        if kind in _entries:
+            return _entries[kind]
+    names = sorted(kind.__name__ for kind in _entries)
+    hint = did_you_mean(type(request).__name__, names) or f"; available requests: {', '.join(names)}"
+    raise ConfigError(f"{who} makes the request {type(request).__name__}, which no provider serves{hint}")
+
+
+def requests_at(algorithm: Algorithm, scope: Scope) -> tuple[tuple[Request, Entry], ...]:
+    """The requests of an algorithm that are served at a scope, with their entries."""
+    who = display_name(algorithm)
+    pairs = ((request, entry_of(request, who)) for request in algorithm.requests())
+    return tuple((request, entry) for request, entry in pairs if entry.scope == scope)
+
+
+def display_name(algorithm: Any) -> str:
     """The name that an algorithm has in a configuration; of one that is not of this package, its class."""
     module = type(algorithm).__module__
-    ours = module.startswith("dataflex_mega.algorithms.")
-    return module.rpartition(".")[2] if ours else type(algorithm).__name__
+    own = module.startswith("dataflex_mega.algorithms.")
+    return module.rpartition(".")[2] if own else type(algorithm).__name__
 
 
-def check(
-    engine: str, selector: Selector | None, entries: Mapping[str, Entry] = ENTRIES, stage: str | None = None
-) -> None:
-    """Raises ConfigError for a signal that nobody makes, or that the engine or the stage does not have."""
-    for name in sorted(selector.signals if selector is not None else ()):
-        who = named(selector)
-        if name not in BUILT_IN_SIGNALS and name not in entries:
-            known = sorted({*BUILT_IN_SIGNALS, *entries})
-            hint = did_you_mean(name, known) or f"; there is {', '.join(known)}"
-            raise ConfigError(f"selector: {who} needs a signal {name!r}, which nobody makes{hint}")
-        if name in entries and engine not in entries[name].engines:
-            others = ", ".join(f"engine: {other}" for other in entries[name].engines)
-            raise ConfigError(
-                f"selector: {who} needs the signal {name!r}, which engine: {engine} does not have; {others} has"
-            )
-        if name in entries and stage is not None and entries[name].stage not in (None, stage):
-            raise ConfigError(f"stage: selector {who} needs stage: {entries[name].stage}, found {stage}")
-    if isinstance(selector, UsesPolicy):
-        rewards.load_reward(selector.reward)
+def check_requests(role: str, algorithm: Algorithm, engine: EngineInfo) -> None:
+    """Refuse what an engine or a stage does not have, for each request of an algorithm and so for combinations.
+
+    Raises ConfigError naming the algorithm, the capability, and the engines that have it.
+    """
+    who = f"{role} {display_name(algorithm)}"
+    for request in algorithm.requests():
+        entry = entry_of(request, who)
+        missing = entry.requires - engine.capabilities
+        if missing:
+            raise ConfigError(f"{who} needs {describe_missing(missing, engine.name)}")
+        if entry.stages and engine.stage not in entry.stages:
+            needed = " or ".join(entry.stages)
+            raise ConfigError(f"stage: {who} needs stage: {needed}, found {engine.stage}")
+        entry.provider.check(request, engine, who)
 
 
-def check_weighter(engine: str, weighter: Weighter | None) -> None:
-    """Raises ConfigError for a weighter that the engine cannot serve."""
-    if isinstance(weighter, NeedsBatchGradients) and engine != "fsdp":
-        who = named(weighter)
-        raise ConfigError(f"weighter: {who} needs gradients of the coming batch, which engine: {engine} does not have")
+def needs_targets(algorithm: Any) -> bool:
+    """Whether some request of an algorithm compares with target samples."""
+    return any(entry_of(r, display_name(algorithm)).needs_targets(r) for r in algorithm.requests())
 
 
-def check_layers(engine: str, kind: str, name: str, algorithm: Any) -> None:
-    """Raises ConfigError for hidden states that the engine cannot hear: Megatron's has those of the last layer."""
-    if engine != "megatron":
-        return
-    key, layers = "embed_layer", None
-    if isinstance(algorithm, NeedsHidden):
-        layers = (algorithm.hidden.layer,)
-    elif isinstance(algorithm, NeedsClusters):
-        key, layers = "embedding_layers", algorithm.cluster_spec().layers or "null"
-    if layers is not None and layers != (-1,):
-        only = "-1" if key == "embed_layer" else "[-1]"
-        found = layers if isinstance(layers, str) else list(layers)
-        raise ConfigError(f"{kind}.{name}.{key}: engine: megatron has the last layer only; set {only}, found {found}")
+def needs_reference(algorithm: Any) -> bool:
+    """Whether some request of an algorithm reads losses of a reference model."""
+    return any(entry_of(r, display_name(algorithm)).needs_reference for r in algorithm.requests())
 
 
-def wants_targets(selector: Selector | None, entries: Mapping[str, Entry] = ENTRIES) -> bool:
-    """Whether a selector compares candidates with target samples."""
-    needs = selector.signals if selector is not None else frozenset()
-    return any(name in GRADIENT_SIGNALS or (name in entries and entries[name].targets) for name in needs)
-
-
-def providers(run: Build, engine: Any) -> dict[str, Provider]:
-    """The providers that the selectors of a run ask for, by signal. Raises ConfigError when two ask for one of them."""
-    made: dict[str, Provider] = {}
-    for selector in run.measured:
-        for name in sorted(selector.signals & set(ENTRIES)):
-            if name in made:
-                raise ConfigError(
-                    f"reorder: its scores and the selector both need the signal {name!r}; one of them may"
-                )
-            made[name] = ENTRIES[name].make(run, engine, selector)
-    return made
+def needs_whole_pool(algorithm: Any) -> bool:
+    """Whether a candidate's signals depend on the other candidates, so that old ones cannot be reused."""
+    return any(entry_of(r, display_name(algorithm)).whole_pool for r in algorithm.requests())

@@ -6,16 +6,19 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from dataflex_mega.files import atomic_write
-from dataflex_mega.types import Averages
 
 
-def write_averages(folder: Path, mixer: str, names: Sequence[str], algorithm: Averages) -> tuple[Path, Path]:
+def write_averages(folder: Path, mixer: str, names: Sequence[str], averages: tuple[int, Tensor]) -> tuple[Path, Path]:
     """`<mixer>_average_weights.json` with names, and `<mixer>_step3_proportions.txt` with numbers alone -> their paths.
+
+    `averages`: what Mixer.average_weights returned.
 
     `init_mixture_proportions_file` reads either.
     """
-    updates, weights = algorithm.average_weights()
+    updates, weights = averages
     kind = mixer.rpartition(":")[2].lower()
     content = {
         "description": f"mean domain weights of {kind} over the run; init_mixture_proportions_file reads this",

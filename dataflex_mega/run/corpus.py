@@ -16,7 +16,10 @@ from dataflex_mega.llamafactory.data import DataBundle
 
 def lf_keys(config: RunConfig) -> dict[str, Any]:
     """LLaMA-Factory's keys of a run; beside corpus_dir, names of domains are filled in where they are left out."""
-    names, eval_names = split_names(config.llamafactory.get("dataset")), split_names(config.llamafactory.get("eval_dataset"))
+    names, eval_names = (
+        split_names(config.llamafactory.get("dataset")),
+        split_names(config.llamafactory.get("eval_dataset")),
+    )
     return with_names(config.dataflex, config.llamafactory, names, eval_names)
 
 
@@ -40,7 +43,10 @@ def _domains(config: RunConfig, args: LFArgs, tokenizer: Any, key: str, chosen: 
     corpus = manifest.read(getattr(config.dataflex, key), key)
     manifest.check_tokenizer(corpus, tokenizer, key)
     length = int(args.data.cutoff_len)
-    found = [fixed_length_domain(corpus, entry, length, key) for entry in corpus.pick(split_names(config.llamafactory.get(chosen)), chosen)]
+    found = [
+        fixed_length_domain(corpus, entry, length, key)
+        for entry in corpus.pick(split_names(config.llamafactory.get(chosen)), chosen)
+    ]
     rows = [domain.rows for domain in found if isinstance(domain.rows, FixedLengthRows)]
     num_rows, tokens, dropped = (sum(part) for part in zip(*((len(r), r.tokens, r.dropped) for r in rows), strict=True))
     note = (

@@ -1,46 +1,53 @@
-"""What a run needs of an engine before and around training: processes, model, optimizer."""
+"""What a run needs of an engine before there is one: checks, joined processes, then the model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.distributed.parallel_info import ParallelInfo
 from dataflex_mega.engines.base import Engine
-from dataflex_mega.types import EmbeddingSpec
+from dataflex_mega.engines.megatron import version
+from dataflex_mega.run.fsdp_factory import FSDPFactory
 
 
-class Backend(Protocol):
-    """Made from the configuration alone, which it checks; then it joins the processes; then it builds the model."""
+class EngineBuilder(Protocol):
+    """Builds the model on processes that are joined."""
 
-    parallel_info: ParallelInfo  # from `start` on
-    notes: tuple[str, ...]  # what the user should be told, from `start` on
+    @property
+    def parallel_info(self) -> ParallelInfo:
+        """Which process this is."""
+        ...
 
-    def start(self, args: Any, tokens: int) -> None:
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should be told."""
+        ...
+
+    def build_engine(self, tokenizer: Any, num_domains: int, num_steps: int, options: Mapping[str, Any]) -> Engine:
+        """The engine for a run of `num_steps` optimizer steps. `options`: fields of StepOptions that algorithms ask for."""
+        ...
+
+
+class EngineFactory(Protocol):
+    """Made from the configuration alone, which it checks."""
+
+    def init_processes(self, args: Any, num_tokens: int) -> EngineBuilder:
         """Join the processes. Raises ConfigError, before that where it can.
 
         Args:
             args: what llamafactory.args.parse_arguments returned.
-            tokens: how many the tokenizer has.
-        """
-        ...
-
-    def engine(
-        self, tokenizer: Any, domains: int, steps: int, hidden: EmbeddingSpec | None = None, loads: bool = False
-    ) -> Engine:
-        """The engine for a run of `steps` optimizer steps over `domains` domains.
-
-        `hidden`: what its weighter compares. `loads`: whether its mixer needs the routers' counts.
+            num_tokens: how many the tokenizer has.
         """
         ...
 
 
-def backend_of(config: RunConfig) -> Backend:
-    """The backend of the run's engine. Raises ConfigError for a layout that cannot be, before any process is joined."""
+def engine_factory(config: RunConfig) -> EngineFactory:
+    """The factory of the run's engine. Raises ConfigError for a layout that cannot be, before any process is joined."""
     if config.engine == "megatron":
-        from dataflex_mega.run.megatron_factory import MegatronBackend
+        version.check()
+        from dataflex_mega.run.megatron_factory import MegatronFactory  # needs megatron-core, an optional dependency
 
-        return MegatronBackend(config)
-    from dataflex_mega.run.fsdp_factory import FSDPBackend
-
-    return FSDPBackend(config)
+        return MegatronFactory(config)
+    return FSDPFactory(config)

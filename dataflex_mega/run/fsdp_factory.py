@@ -2,56 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dataflex_mega.config.parse import RunConfig
-from dataflex_mega.distributed.parallel_info import init_distributed
+from dataflex_mega.distributed.parallel_info import ParallelInfo, init_distributed
 from dataflex_mega.engines.fsdp.engine import FSDPEngine
-from dataflex_mega.engines.fsdp.parallel import parallelize, read_layout, unwrap
+from dataflex_mega.engines.fsdp.parallel import FSDPLayout, parallelize, read_layout, unwrap
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
-from dataflex_mega.engines.options import StepOptions
-from dataflex_mega.types import EmbeddingSpec
+from dataflex_mega.llamafactory.model import build_model, freeze_gates
+from dataflex_mega.llamafactory.optim import build_optimizer, build_scheduler
+from dataflex_mega.run.step_options import build_step_options
 
 
-class FSDPBackend:
-    """Implements run.engines.Backend."""
+@dataclass(frozen=True)
+class FSDPFactory:
+    """Implements run.engines.EngineFactory."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config, self.ours = config, config.dataflex
+    config: RunConfig
 
-    def start(self, args: Any, tokens: int) -> None:  # a Hugging Face model can grow
-        """See Backend."""
-        self.args = args
-        self.parallel_info = init_distributed()
-        self.layout = read_layout(self.config.llamafactory, self.parallel_info)
-        self.notes = self.layout.notes
+    def init_processes(self, args: Any, num_tokens: int) -> FSDPBuilder:
+        """Join the processes; a Hugging Face model can grow, so any number of tokens fits."""
+        parallel_info = init_distributed()
+        return FSDPBuilder(self.config, args, parallel_info, read_layout(self.config.llamafactory, parallel_info))
 
-    def engine(
-        self, tokenizer: Any, domains: int, steps: int, hidden: EmbeddingSpec | None = None, loads: bool = False
-    ) -> FSDPEngine:
-        """See Backend."""
-        from dataflex_mega.llamafactory.model import build_model, freeze_gates
-        from dataflex_mega.llamafactory.optim import build_optimizer, build_scheduler
 
+@dataclass(frozen=True)
+class FSDPBuilder:
+    """Implements run.engines.EngineBuilder."""
+
+    config: RunConfig
+    args: Any
+    parallel_info: ParallelInfo
+    layout: FSDPLayout
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.layout.notes
+
+    def build_engine(self, tokenizer: Any, num_domains: int, num_steps: int, options: Mapping[str, Any]) -> FSDPEngine:
+        """Load, freeze and lay out the model, then make its optimizer."""
         # With FSDP2 the model is read into host memory; a device holds only its shards.
-        if self.layout.mode == "fsdp2":
-            self.args.model.device_map = {"": "cpu"}
-        model = build_model(self.args, tokenizer)
-        if self.ours.freeze_gate:
+        device_map = {"": "cpu"} if self.layout.mode == "fsdp2" else None
+        model = build_model(self.args, tokenizer, device_map)
+        if self.config.dataflex.freeze_gate:
             freeze_gates(model)
         module = parallelize(model, self.layout, self.parallel_info)
         optimizer = build_optimizer(self.args, unwrap(module))
         return FSDPEngine(
             FSDPModelRunner(module, self.layout, self.parallel_info),
             optimizer,
-            build_scheduler(self.args, optimizer, steps),
-            StepOptions(
-                num_domains=domains,
-                max_grad_norm=self.args.training.max_grad_norm,
-                weight_scope=self.ours.weight_scope,
-                normalization=self.ours.loss_normalization,
-                on_non_finite=self.ours.on_non_finite,
-                count_router_loads=loads,
-                embedding_spec=hidden,
-            ),
+            build_scheduler(self.args, optimizer, num_steps),
+            build_step_options(self.config, self.args, num_domains, options),
         )

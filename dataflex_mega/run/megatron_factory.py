@@ -4,137 +4,144 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dataflex_mega.config.parse import RunConfig
-from dataflex_mega.distributed.parallel_info import init_distributed
-from dataflex_mega.engines.megatron import cpu, decoder_config, layout, version
-from dataflex_mega.engines.options import StepOptions
+from dataflex_mega.distributed.parallel_info import ParallelInfo, init_distributed
+from dataflex_mega.engines.megatron import checkpoint, cpu, process_groups, weights
+from dataflex_mega.engines.megatron.build import build_chunks, build_engine
+from dataflex_mega.engines.megatron.decoder_config import DecoderConfig
+from dataflex_mega.engines.megatron.engine import MegatronEngine
+from dataflex_mega.engines.megatron.export import ExportOptions, export
+from dataflex_mega.engines.megatron.layout import MegatronLayout, check_layout, read_layout
+from dataflex_mega.engines.megatron.settings import MegatronSettings, TrainingSettings, build_settings
+from dataflex_mega.engines.named_init import NamedInit
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.types import EmbeddingSpec
+from dataflex_mega.llamafactory.optim import build_scheduler
+from dataflex_mega.run.step_options import build_step_options
 
 VOCAB_MULTIPLE = 128  # the padded vocabulary is the same for all usual tensor sizes, so that checkpoints may move
 
 
-class MegatronBackend:
-    """Implements run.engines.Backend."""
+@dataclass(frozen=True)
+class MegatronFactory:
+    """Implements run.engines.EngineFactory: checks all that the configuration, the model's own and the number of processes
+    can tell."""
 
-    def __init__(self, config: RunConfig) -> None:
-        """Everything that the configuration, the model's own and the number of processes can tell."""
-        version.check()
-        from dataflex_mega.engines.megatron.settings import TrainingSettings
+    config: RunConfig
+    layout: MegatronLayout = field(init=False)
+    decoder: DecoderConfig = field(init=False)
 
-        self.config, self.ours, self.keys = config, config.dataflex, config.megatron
-        self.layout = layout.read_layout(self.keys, int(os.environ.get("WORLD_SIZE", "1")))
-        self.shape = decoder_config.DecoderConfig.from_hf_config(
-            _hf_config(config.llamafactory), math.lcm(VOCAB_MULTIPLE, self.layout.tensor)
-        )
-        accumulation = int(config.llamafactory.get("gradient_accumulation_steps") or 1)
-        length = int(config.llamafactory.get("cutoff_len") or 0)
-        layout.check_layout(self.layout, self.shape, self.keys, accumulation, length)
-        self._settings(
-            TrainingSettings("adam", 0.0, 0.0, (0.9, 0.999), 1e-8, 0.0, self._precision())
-        )  # for what it refuses
+    def __post_init__(self) -> None:
+        keys, lf_keys = self.config.megatron, self.config.llamafactory
+        layout = read_layout(keys, int(os.environ.get("WORLD_SIZE", "1")))
+        hf_config = _hf_config(lf_keys)
+        decoder = DecoderConfig.from_hf_config(hf_config, math.lcm(VOCAB_MULTIPLE, layout.tensor))
+        accumulation = int(lf_keys.get("gradient_accumulation_steps") or 1)
+        check_layout(layout, decoder, keys, accumulation, int(lf_keys.get("cutoff_len") or 0))
+        object.__setattr__(self, "layout", layout)
+        object.__setattr__(self, "decoder", decoder)
+        plain = TrainingSettings("adam", 0.0, 0.0, (0.9, 0.999), 1e-8, 0.0, _precision(lf_keys))
+        self._settings(plain)  # for what it refuses
 
-    def start(self, args: Any, tokens: int) -> None:
-        """See Backend."""
-        from dataflex_mega.engines.megatron import process_groups
-
-        if tokens > self.shape.vocab_size:
+    def init_processes(self, args: Any, num_tokens: int) -> MegatronBuilder:
+        """Join the processes into the groups of the layout. Raises ConfigError for a tokenizer larger than the model."""
+        if num_tokens > self.decoder.vocab_size:
             raise ConfigError(
-                f"model_name_or_path: the tokenizer has {tokens} tokens, the model {self.shape.vocab_size}; engine: fsdp can "
-                "grow the model with resize_vocab"
+                f"model_name_or_path: the tokenizer has {num_tokens} tokens, the model {self.decoder.vocab_size}; "
+                "engine: fsdp can grow the model with resize_vocab"
             )
-        self.args = args
-        self.settings = self._settings(self._training())
+        settings = self._settings(self._training_settings(args))
         with cpu.cuda_calls_on_cpu():
-            self.parallel_info = process_groups.init_model_parallel(init_distributed(), self.layout)
-        self.notes = (f"engine: megatron, {self.layout.describe()}", *self.settings.notes)
+            parallel_info = process_groups.init_model_parallel(init_distributed(), self.layout)
+        return MegatronBuilder(self.config, args, parallel_info, self.layout, self.decoder, settings)
 
-    def _settings(self, training: Any) -> Any:
-        from dataflex_mega.engines.megatron.settings import build_settings
-
+    def _settings(self, training: TrainingSettings) -> MegatronSettings:
         with cpu.cuda_calls_on_cpu():
-            return build_settings(self.keys, self.layout, self.shape, training)
+            return build_settings(self.config.megatron, self.layout, self.decoder, training)
 
-    def _precision(self) -> str:
-        precision = (
-            "bf16"
-            if self.config.llamafactory.get("bf16")
-            else "fp16"
-            if self.config.llamafactory.get("fp16")
-            else "fp32"
-        )
-        if precision == "fp16" and cpu.is_needed():
-            raise ConfigError("fp16: this machine has no device that trains in fp16; use bf16: true or neither")
-        return precision
-
-    def _training(self) -> Any:
-        from dataflex_mega.engines.megatron.settings import TrainingSettings
-
-        training = self.args.training
+    def _training_settings(self, args: Any) -> TrainingSettings:
+        training, lf_keys = args.training, self.config.llamafactory
         by_name = "sgd" if str(training.optim).rpartition(".")[2].lower() == "sgd" else "adam"
         return TrainingSettings(
-            optimizer=self.keys.optimizer or by_name,
+            optimizer=self.config.megatron.optimizer or by_name,
             lr=training.learning_rate,
             weight_decay=training.weight_decay,
             betas=(training.adam_beta1, training.adam_beta2),
             eps=training.adam_epsilon,
             max_grad_norm=training.max_grad_norm,
-            precision=self._precision(),
-            packs=bool(self.config.llamafactory.get("packing") or self.config.llamafactory.get("neat_packing")),
+            precision=_precision(lf_keys),
+            packs=bool(lf_keys.get("packing") or lf_keys.get("neat_packing")),
         )
 
-    def engine(
-        self, tokenizer: Any, domains: int, steps: int, hidden: EmbeddingSpec | None = None, loads: bool = False
-    ) -> Any:
-        """See Backend."""
-        from dataflex_mega.engines.megatron.build import build_chunks, build_engine
-        from dataflex_mega.llamafactory.optim import build_scheduler
 
-        options = StepOptions(
-            num_domains=domains,
-            max_grad_norm=self.args.training.max_grad_norm,
-            weight_scope=self.ours.weight_scope,
-            normalization=self.ours.loss_normalization,
-            on_non_finite=self.ours.on_non_finite,
-            count_router_loads=loads,
-            embedding_spec=hidden,
-        )
+@dataclass(frozen=True)
+class MegatronBuilder:
+    """Implements run.engines.EngineBuilder."""
+
+    config: RunConfig
+    args: Any
+    parallel_info: ParallelInfo
+    layout: MegatronLayout
+    decoder: DecoderConfig
+    settings: MegatronSettings
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"engine: megatron, {self.layout.describe()}", *self.settings.notes)
+
+    def build_engine(
+        self, tokenizer: Any, num_domains: int, num_steps: int, options: Mapping[str, Any]
+    ) -> MegatronEngine:
+        """Build this stage's chunks, fill them, then make megatron-core's optimizer."""
+        step_options = build_step_options(self.config, self.args, num_domains, options)
         with cpu.cuda_calls_on_cpu():
-            chunks = build_chunks(self.shape, self.settings, self.args.training.seed)
+            chunks = build_chunks(self.decoder, self.settings, self.args.training.seed)
             self.fill(chunks)
-            schedule = partial(build_scheduler, self.args, steps=steps)
+            make_scheduler = partial(build_scheduler, self.args, steps=num_steps)
             rows = self.args.training.per_device_train_batch_size
             return build_engine(
-                chunks, self.settings, self.layout, self.parallel_info, options, schedule, rows, self._writer()
+                chunks,
+                self.settings,
+                self.layout,
+                self.parallel_info,
+                step_options,
+                make_scheduler,
+                rows,
+                self._exporter(),
             )
 
     def fill(self, chunks: list[Any]) -> None:
         """Weights from a Megatron checkpoint, from names and a seed, or from the Hugging Face folder."""
-        from dataflex_mega.engines.megatron import checkpoint, weights
-        from dataflex_mega.engines.named_init import NamedInit
-
-        ready_made = self.keys.megatron_pretrained_checkpoint
-        if ready_made is not None:
-            if not Path(ready_made).is_dir():
-                raise ConfigError(f"megatron_pretrained_checkpoint: folder {ready_made} not found")
-            checkpoint.load_model(chunks, Path(ready_made))
+        pretrained = self.config.megatron.megatron_pretrained_checkpoint
+        if pretrained is not None:
+            if not Path(pretrained).is_dir():
+                raise ConfigError(f"megatron_pretrained_checkpoint: folder {pretrained} not found")
+            checkpoint.load_model(chunks, Path(pretrained))
             return
-        hf = self.shape.hf_config
+        hf_config = self.decoder.hf_config
         if self.args.model.train_from_scratch:
-            weights.load(chunks, hf, NamedInit(hf, self.args.training.seed))
+            weights.load(chunks, hf_config, NamedInit(hf_config, self.args.training.seed))
         else:
-            weights.load(chunks, hf, weights.HFCheckpointReader(_folder(self.config.llamafactory), hf))
+            folder = _folder(self.config.llamafactory)
+            weights.load(chunks, hf_config, weights.HFCheckpointReader(folder, hf_config))
 
-    def _writer(self) -> Any:
-        """(chunks, folder) -> the model in Hugging Face layout, in the precision of its parameters."""
-        from dataflex_mega.engines.megatron.export import ExportOptions, export
-
+    def _exporter(self) -> Any:
+        """(chunks, folder) -> None: write the model in Hugging Face layout, in the precision of its parameters."""
         options = ExportOptions(generation=_generation_config(self.config.llamafactory))
-        return partial(_export, partial(export, dtype=self.settings.model.params_dtype, options=options), self.shape.hf_config)
+        with_dtype = partial(export, dtype=self.settings.model.params_dtype, options=options)
+        return partial(_export, with_dtype, self.decoder.hf_config)
+
+
+def _precision(lf_keys: dict[str, Any]) -> str:
+    precision = "bf16" if lf_keys.get("bf16") else "fp16" if lf_keys.get("fp16") else "fp32"
+    if precision == "fp16" and cpu.is_needed():
+        raise ConfigError("fp16: this machine has no device that trains in fp16; use bf16: true or neither")
+    return precision
 
 
 def _export(export: Any, hf_config: Any, chunks: list[Any], folder: Path) -> None:

@@ -8,68 +8,72 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dataflex_mega.data.lockstep import lockstep_batches
+from dataflex_mega.data.pool import SamplePool
 from dataflex_mega.distributed.agreement import run_on_main
 from dataflex_mega.errors import CheckpointError, ConfigError
+from dataflex_mega.run.data import RunData
+from dataflex_mega.run.roles import RunRoles
+from dataflex_mega.run.session import Session
 from dataflex_mega.store.manifest import MANIFEST
 from dataflex_mega.store.reference_losses import ReferenceLossCache, model_fingerprint
-from dataflex_mega.types import Batch, NeedsReference
-
-if TYPE_CHECKING:
-    from dataflex_mega.run.build import Opened
+from dataflex_mega.types import Batch
 
 FOLDER = "reference"  # in output_dir, when `reference_cache` names none
 
 
-def find(run: Opened) -> ReferenceLossCache | None:
+def find_cache(session: Session, roles: RunRoles, pool: SamplePool) -> ReferenceLossCache | None:
     """The cache that a run reads, not yet built or checked; None when no algorithm of the run asks for it.
 
     Raises ConfigError when one does and neither key is set, and CheckpointError when neither a model nor a cache is there.
     """
-    roles = (run.roles.selector, run.scoring, run.roles.mixer, run.roles.weighter)
-    if not any(isinstance(role, NeedsReference) for role in roles):
-        if run.ours.reference_model or run.ours.reference_cache:
-            run.say("note: reference_model and reference_cache are not used: no algorithm of this run asks for them")
+    keys = session.config.dataflex
+    if not roles.needs_reference:
+        if keys.reference_model or keys.reference_cache:
+            session.report(
+                "note: reference_model and reference_cache are not used: no algorithm of this run asks for them"
+            )
         return None
-    if run.ours.reference_model is None and run.ours.reference_cache is None:
-        names = ", ".join(f"{kind} {spec['name']}" for kind, spec in run.specs.items())
+    if keys.reference_model is None and keys.reference_cache is None:
+        names = ", ".join(f"{kind} {spec['name']}" for kind, spec in roles.specs.items())
         raise ConfigError(
             f"reference_model: missing; {names} compares losses with those of a reference model: set reference_model (a "
             "Hugging Face folder) or reference_cache (a folder that `dataflex-cli reference` wrote)"
         )
-    return cache_of(run)
+    return configured_cache(session, pool)
 
 
-def cache_of(run: Opened) -> ReferenceLossCache:
+def configured_cache(session: Session, pool: SamplePool) -> ReferenceLossCache:
     """The cache that a configuration names, whatever its state."""
-    model = run.ours.reference_model
-    folder = Path(run.ours.reference_cache or run.output / FOLDER).expanduser()
-    source = None if model is None else Path(model).expanduser()
+    keys, collectives = session.config.dataflex, session.collectives
+    folder = Path(keys.reference_cache or session.output_dir / FOLDER).expanduser()
+    source = None if keys.reference_model is None else Path(keys.reference_model).expanduser()
     identity = {
-        "model": run_on_main(run.collectives, partial(_model_of, source, folder)),
-        "data": run_on_main(run.collectives, run.pool.content_hash),
-        "cutoff_len": run.args.data.cutoff_len,
+        "model": run_on_main(collectives, partial(_model_of, source, folder)),
+        "data": run_on_main(collectives, pool.content_hash),
+        "cutoff_len": session.args.data.cutoff_len,
     }
-    return ReferenceLossCache(folder, identity, len(run.pool), run.ours.reference_dtype)
+    return ReferenceLossCache(folder, identity, len(pool), keys.reference_dtype)
 
 
-def ensure(run: Opened, cache: ReferenceLossCache) -> None:
+def ensure_complete(session: Session, data: RunData, cache: ReferenceLossCache) -> None:
     """Build what is missing, and check every block, the work divided over ranks. Raises CheckpointError for a cache that is
     another model's or data's, that cannot be finished without reference_model, or that is damaged."""
-    if not run_on_main(run.collectives, cache.is_complete):
-        if run.ours.reference_model is None:
+    collectives, info = session.collectives, session.parallel_info
+    if not run_on_main(collectives, cache.is_complete):
+        if session.config.dataflex.reference_model is None:
             raise CheckpointError(f"reference_cache: {cache.folder} is not finished; set reference_model to finish it")
-        build(run, cache, Path(run.ours.reference_model).expanduser())
-    shares = run.collectives.all_gather_objects(cache.integrity_errors(run.parallel_info.rank, run.parallel_info.world_size))
-    faults = [fault for share in shares for fault in share]
-    if faults:
-        more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
-        raise CheckpointError(f"reference_cache: {faults[0]}{more}; remove {cache.folder} to build it again")
+        build_cache(session, data, cache, Path(session.config.dataflex.reference_model).expanduser())
+    per_rank = collectives.all_gather_objects(cache.integrity_errors(info.rank, info.world_size))
+    errors = [error for errors in per_rank for error in errors]
+    if errors:
+        more = f" and {len(errors) - 1} more" if len(errors) > 1 else ""
+        raise CheckpointError(f"reference_cache: {errors[0]}{more}; remove {cache.folder} to build it again")
 
 
 def _model_of(source: Path | None, folder: Path) -> str:
@@ -90,42 +94,52 @@ def _model_of(source: Path | None, folder: Path) -> str:
 # -- building ------------------------------------------------------------------------------------------------------------
 
 
-def build(run: Opened, cache: ReferenceLossCache, source: Path) -> None:
+def build_cache(session: Session, data: RunData, cache: ReferenceLossCache, source: Path) -> None:
     """Compute the blocks that are missing; rank r takes every world-th of them. The run's random numbers are untouched."""
-    run_on_main(run.collectives, cache.create_or_resume)
-    missing = run_on_main(run.collectives, cache.missing_blocks)
-    devices = [run.parallel_info.device] if run.parallel_info.device.type == "cuda" else []
-    run.say(f"reference: {len(missing)} of {cache.num_blocks} blocks to compute with {source} into {cache.folder}")
+    collectives, world_size = session.collectives, session.parallel_info.world_size
+    run_on_main(collectives, cache.create_or_resume)
+    missing = run_on_main(collectives, cache.missing_blocks)
+    device = session.parallel_info.device
+    devices = [device] if device.type == "cuda" else []
+    session.report(
+        f"reference: {len(missing)} of {cache.num_blocks} blocks to compute with {source} into {cache.folder}"
+    )
     with torch.random.fork_rng(devices):
-        losses = forward(run, source)
-        for done in range(0, len(missing), run.parallel_info.world_size):
-            _turn(run, cache, missing[done : done + run.parallel_info.world_size], losses)
-            run.say(f"reference: {min(done + run.parallel_info.world_size, len(missing))}/{len(missing)} blocks")
+        losses = reference_losses(session, source)
+        for done in range(0, len(missing), world_size):
+            _compute_blocks(session, data, cache, missing[done : done + world_size], losses)
+            session.report(f"reference: {min(done + world_size, len(missing))}/{len(missing)} blocks")
         del losses
         gc.collect()
         if devices:
             torch.cuda.empty_cache()
-    run.collectives.barrier()
-    run_on_main(run.collectives, cache.finalize)
+    collectives.barrier()
+    run_on_main(collectives, cache.finalize)
 
 
-def _turn(run: Opened, cache: ReferenceLossCache, blocks: list[int], losses: Callable[[Batch], Tensor]) -> None:
-    """One block a rank. A rank without one computes the first once more and drops it: sharded layers are called together."""
-    has_one = run.parallel_info.rank < len(blocks)
-    ids = cache.ids_of_block(blocks[run.parallel_info.rank if has_one else 0])
+def _compute_blocks(
+    session: Session,
+    data: RunData,
+    cache: ReferenceLossCache,
+    blocks: list[int],
+    losses: Callable[[Batch], Tensor],
+) -> None:
+    """One block per rank. A rank without one computes the first once more and drops it: sharded layers are called together."""
+    rank, size = session.parallel_info.rank, session.score_batch_size
+    has_block = rank < len(blocks)
+    ids = cache.ids_of_block(blocks[rank if has_block else 0])
     longest = max(len(cache.ids_of_block(block)) for block in blocks)
-    size = run.ours.score_batch_size or run.args.training.per_device_eval_batch_size
-    collate = partial(run.collate, pack_length=None)
-    found: list[Tensor] = []
+    rows: list[Tensor] = []
     for batch_ids, count in lockstep_batches(ids, size, -(-longest // size)):
-        samples = run.pool.fetch(batch_ids)
-        rows = losses(collate([replace(sample, reference_losses=None) for sample in samples]))
-        found += [row[: len(sample.input_ids)] for row, sample in zip(rows, samples, strict=True)][:count]
-    if has_one:
-        cache.write_block(blocks[run.parallel_info.rank], found)
+        samples = data.pool.fetch(batch_ids)
+        plain = [replace(sample, reference_losses=None) for sample in samples]
+        padded = losses(data.collate(plain, pack_length=None))
+        rows += [row[: len(sample.input_ids)] for row, sample in zip(padded, samples, strict=True)][:count]
+    if has_block:
+        cache.write_block(blocks[rank], rows)
 
 
-def forward(run: Opened, source: Path) -> Callable[[Batch], Tensor]:
+def reference_losses(session: Session, source: Path) -> Callable[[Batch], Tensor]:
     """The reference model as a function: [b, S] token losses on the CPU, float32, no gradient.
 
     It is laid out as the training model is where that is sharded, and whole on every process otherwise.
@@ -133,11 +147,11 @@ def forward(run: Opened, source: Path) -> Callable[[Batch], Tensor]:
     from dataflex_mega.engines.fsdp.parallel import parallelize, read_layout
     from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
 
-    layout = read_layout(run.config.llamafactory, run.parallel_info)
+    layout = read_layout(session.config.llamafactory, session.parallel_info)
     if layout.mode == "ddp":
         layout = replace(layout, mode="single")  # nothing is trained, so nothing is reduced
-    model = _load(run, source, layout.dtype)
-    runner = FSDPModelRunner(parallelize(model, layout, run.parallel_info), layout, run.parallel_info)
+    model = _load(session, source, layout.dtype)
+    runner = FSDPModelRunner(parallelize(model, layout, session.parallel_info), layout, session.parallel_info)
     runner.module.eval()
 
     def losses(batch: Batch) -> Tensor:
@@ -147,12 +161,12 @@ def forward(run: Opened, source: Path) -> Callable[[Batch], Tensor]:
     return losses
 
 
-def _load(run: Opened, source: Path, dtype: torch.dtype) -> Any:
+def _load(session: Session, source: Path, dtype: torch.dtype) -> Any:
     """The model in the precision that the run computes in. Raises ConfigError when its tokens are not the run's."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer: Any = run.tokenizer_module["tokenizer"]
-    trust = bool(run.args.model.trust_remote_code)
+    tokenizer: Any = session.tokenizer
+    trust = bool(session.args.model.trust_remote_code)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust)
     except (ValueError, OSError) as error:

@@ -3,69 +3,71 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from dataflex_mega.data.candidates import CandidateRotation
+from dataflex_mega.data.pool import SamplePool
 from dataflex_mega.errors import ConfigError, UserError
+from dataflex_mega.providers.registry import needs_whole_pool
+from dataflex_mega.run.roles import RunRoles
+from dataflex_mega.run.session import Session
 
-if TYPE_CHECKING:
-    from dataflex_mega.run.build import Build
 
-
-def candidates_of(run: Build) -> Any:
-    """The parts of the pool that selections consider, or None for all of it.
+def make_candidates(session: Session, roles: RunRoles, pool: SamplePool, batch_size: int) -> CandidateRotation | None:
+    """The parts of the pool that selections score, or None for all of it.
 
     Raises UserError when there are fewer samples than one selection chooses.
     """
-    from dataflex_mega.data.candidates import CandidateRotation
-    from dataflex_mega.types import NeedsClusters
-
-    if run.roles.selector is None:
+    selector, keys = roles.algorithms.selector, session.config.dataflex
+    if selector is None:
         return None
-    (key, steps), batch, share = _window(run), run.batch_partition.global_batch_size, run.ours.candidate_fraction
-    window = batch * steps
-    if window > len(run.pool):
+    (key, steps), fraction = _selection_length(session, roles), keys.candidate_fraction
+    num_selected = batch_size * steps
+    if num_selected > len(pool):
         raise UserError(
-            f"{key}: {steps} steps of {batch} samples need {window} chosen samples, the datasets have {len(run.pool)}; "
-            f"at most {len(run.pool) // batch} steps are possible"
+            f"{key}: {steps} steps of {batch_size} samples need {num_selected} chosen samples, the datasets have {len(pool)}; "
+            f"at most {len(pool) // batch_size} steps are possible"
         )
-    if share == 1:
+    if fraction == 1:
         return None
-    if run.ours.score_reuse == "latest" and isinstance(run.roles.selector, NeedsClusters):
-        name = run.specs["selector"]["name"]
+    reuse = keys.score_reuse == "latest"
+    if reuse and needs_whole_pool(selector):
+        name = roles.specs["selector"]["name"]
         raise ConfigError(
             f"score_reuse: latest: selector {name} compares samples that are clustered together; use none"
         )
-    made = CandidateRotation(run.pool.sizes, share, run.data_seed, reuse_old_scores=run.ours.score_reuse == "latest")
-    if run.roles.mixer is None and window > made.num_total():  # with a mixer, parts are as large as its quotas
+    candidates = CandidateRotation(pool.sizes, fraction, session.data_seed, reuse_old_scores=reuse)
+    if (
+        roles.algorithms.mixer is None and num_selected > candidates.num_total()
+    ):  # with a mixer, parts follow its quotas
         raise UserError(
-            f"candidate_fraction: {share} of {len(run.pool)} samples are {made.num_total()}, but {steps} steps of {batch} samples need "
-            f"{window}; at least {window / len(run.pool):.3g} is needed"
+            f"candidate_fraction: {fraction} of {len(pool)} samples are {candidates.num_total()}, but {steps} steps of "
+            f"{batch_size} samples need {num_selected}; at least {num_selected / len(pool):.3g} is needed"
         )
-    return made
+    return candidates
 
 
-def _window(run: Build) -> tuple[str, int]:
+def _selection_length(session: Session, roles: RunRoles) -> tuple[str, int]:
     """(key, steps) of how long the samples of one selection last; 0 for a filter, which keeps as many as it says."""
-    if run.pipeline is None:
-        return "update_step", run.ours.update_step
-    stage = run.pipeline.role_stages["selector"]
+    if roles.pipeline is None:
+        return "update_step", session.config.dataflex.update_step
+    stage = roles.pipeline.role_stages["selector"]
     return "pipeline.stages: every", 0 if stage.mode == "filter" else stage.every
 
 
-def files_of(run: Build) -> Path:
+def selection_folder(session: Session, roles: RunRoles) -> Path:
     """The folder of a selection's files."""
-    own = getattr(run.roles.selector, "cache_dir", None)
+    own = getattr(roles.algorithms.selector, "cache_dir", None)
     if own:
         return Path(own)
-    shared = None if run.pipeline is None else run.pipeline.arguments.cache_dir
-    if shared is None or run.roles.selector is None:
-        return run.output / "selections"
-    return Path(shared) / f"selector_{run.specs['selector']['name'].rpartition(':')[2]}"
+    shared = None if roles.pipeline is None else roles.pipeline.arguments.cache_dir
+    if shared is None or roles.algorithms.selector is None:
+        return session.output_dir / "selections"
+    return Path(shared) / f"selector_{str(roles.specs['selector']['name']).rpartition(':')[2]}"
 
 
-def boards_of(run: Build) -> Path | None:
-    """The folder of what is known of the losses at each plan, None when that is not wanted."""
-    arguments = None if run.pipeline is None else run.pipeline.arguments
+def scoreboard_folder(session: Session, roles: RunRoles) -> Path | None:
+    """The folder of the losses known at each plan, None when they are not saved."""
+    arguments = None if roles.pipeline is None else roles.pipeline.arguments
     if arguments is None or not arguments.save_plans:
         return None
-    return run.output if arguments.cache_dir is None else Path(arguments.cache_dir)
+    return session.output_dir if arguments.cache_dir is None else Path(arguments.cache_dir)

@@ -171,12 +171,10 @@ def _describe_one(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in arguments)
     if origin in (list, tuple):
-        if not arguments or arguments[0] is Any:
-            return "a list"
-        fixed = origin is tuple and arguments[-1] is not Ellipsis
-        if fixed:
+        item = arguments[0] if arguments else Any
+        if origin is tuple and arguments and arguments[-1] is not Ellipsis:
             return "a list of " + " and ".join(map(describe, arguments))
-        return f"a list of {PLURALS.get(arguments[0], describe(arguments[0]))}"
+        return "a list" if item is Any else f"a list of {PLURALS.get(item, describe(item))}"
     return WORDS.get(origin, f"a {getattr(origin, '__name__', origin)}")
 
 
@@ -194,7 +192,8 @@ def type_text(hint: Any) -> str:
     members = alternatives(hint)
     if len(members) > 1:
         return " | ".join(map(type_text, members))
-    origin, arguments = _origin(members[0]), typing.get_args(members[0])
+    (member,) = members
+    origin, arguments = _origin(member), typing.get_args(member)
     if origin is Literal:
         return " | ".join(repr(choice) for choice in arguments)
     if origin is type(None):

@@ -47,7 +47,7 @@ class Range:
         return " and ".join(f"{sign} {bound:g}" for sign, bound in signs.items() if bound is not None) or "finite"
 
     def __contains__(self, number: float) -> bool:
-        if not math.isfinite(number):
+        if not _is_finite(number):
             return False
         above = (self.gt is None or number > self.gt) and (self.ge is None or number >= self.ge)
         return above and (self.lt is None or number < self.lt) and (self.le is None or number <= self.le)
@@ -56,7 +56,8 @@ class Range:
         """See Constraint. What is no number is left to the type."""
         for number in _numbers(value):
             if number not in self:
-                finite = "finite and " if not math.isfinite(number) and str(self) != "finite" else ""
+                open_ended = (self.gt is None and self.ge is None) or (self.lt is None and self.le is None)
+                finite = "finite and " if not _is_finite(number) and open_ended and str(self) != "finite" else ""
                 return f"must be {finite}{self}, found {str(number).removesuffix('.0')}"
         return None
 
@@ -102,6 +103,10 @@ class Distinct:
         if value is None or (len(value) > 0 and len(set(value)) == len(value)):
             return None
         return f"must be {self}, found {value}"
+
+
+def _is_finite(number: float) -> bool:
+    return isinstance(number, int) or math.isfinite(number)  # an int may be too large for a float
 
 
 def _numbers(value: Any) -> Iterator[float]:

@@ -5,7 +5,7 @@ in a single pass over it: Adam's update element by element, squared norms, inner
 directions are read once for all samples of a piece. Partial sums are added in a fixed order, so that a repeated run gives
 the same bits.
 
-Two other plans were slower on an H100: a kernel that forms the gradient in registers, which has to read inputs, moments and
+Two alternatives were slower on an H100: a kernel that forms the gradient in registers, which has to read inputs, moments and
 directions again for every tile and sample; and pieces small enough for the chip's cache, whose launches cost more than the
 memory traffic they save (docs/gradient-signals.md has the figures).
 

@@ -81,9 +81,8 @@ def assign(rows: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     half = centres.square().sum(1) / 2
     for first in range(0, len(rows), max(1, CHUNK // len(centres))):
         chunk = slice(first, first + max(1, CHUNK // len(centres)))
-        nearest = (half - rows[chunk] @ centres.t()).min(
-            dim=1
-        )  # half the squared distance, without the row's own square
+        # Half the squared distance, without the row's own square, which is the same for all centres.
+        nearest = (half - rows[chunk] @ centres.t()).min(dim=1)
         labels[chunk] = nearest.indices
         distances[chunk] = (2 * nearest.values + rows[chunk].square().sum(1)).clamp(min=0)
     return labels, distances

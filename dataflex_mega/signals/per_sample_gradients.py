@@ -1,16 +1,16 @@
 """Exact inner products of per-sample gradients with target directions, without ever holding a per-sample gradient.
 
 LESS (Xia et al. 2024, arXiv 2402.04333) scores a candidate i by mean_v cos(G_i, g_v) over target samples v, with G_i its
-Adam-preconditioned gradient. With the direction U = mean_v g_v / |g_v| this is <G_i, U> / |G_i|, so one direction a group of
-targets replaces the stored features of all candidates, and no random projection is needed.
+Adam-preconditioned gradient. With the direction U = mean_v g_v / |g_v| this is <G_i, U> / |G_i|, so one direction per
+group of targets replaces the stored features of all candidates, and no random projection is needed.
 
 For a linear layer y = a W^T the gradient of sample i is the sum over its positions of (dL/dy_t) a_t^T. Hooks keep the input
 a and, when the backward pass brings dL/dy, form that sum in tiles, apply Adam element by element, and add the tile's dot
 products and squared norm to the sample's. Weight gradients are never computed: the backward pass is asked only for the
 gradient of the embeddings' output. On a GPU signals/kernels.py does the same with fewer passes.
 
-Counted are the weights of linear layers that train, LoRA's included. Embeddings, norms and biases are left out, as usual
-for gradient-based selection; a weight tied to the embedding counts by its use as output layer alone, in candidates as in
+Only weights of linear layers that train count, LoRA's included. Embeddings, norms and biases are left out, as usual for
+gradient-based selection; a weight tied to the embedding counts by its use as output layer alone, in candidates as in
 targets.
 """
 
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from dataflex_mega.errors import TrainingFault
 
 TILE = 1 << 18  # elements of a gradient tile: 1 MB of float32, which stays in a core's cache
-GPU_TILE = 1 << 24  # there the cost of starting an operation counts for more
-HALF = (torch.bfloat16, torch.float16)
+GPU_TILE = 1 << 24  # larger, since launching an operation costs more there
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ class AdamTile:
 
 @dataclass
 class LayerOperands:
-    """What a linear layer's gradients are contracted with. Both callables are called when the layer's gradients are there, and
-    their results are not stored."""
+    """What a linear layer's gradients are contracted with; callables, so that only one layer's tensors are in memory."""
 
     directions: Callable[[], Tensor] | None  # -> [S, d_out, d_in] float32; None: norms only
     adam: Callable[[], AdamMoments] | None = None  # None: plain gradients
@@ -140,7 +139,7 @@ def accumulate_layer(
     `spans`: at most one per sample; None: every row is a sample of its own.
     """
     on_gpu = inputs.device.type == "cuda"
-    if not (on_gpu and inputs.dtype == grads.dtype and inputs.dtype in HALF):
+    if not (on_gpu and inputs.dtype == grads.dtype and inputs.dtype in HALF_DTYPES):
         inputs, grads = upcast(inputs), upcast(grads)
     if spans is None:
         spans = row_spans(inputs)
@@ -170,7 +169,7 @@ def row_spans(inputs: Tensor) -> list[SampleSpan]:
 
 def matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
     """Matrix product, of half-precision factors too, with float32 or float64 sums that are not rounded afterwards."""
-    if left.dtype in HALF:
+    if left.dtype in HALF_DTYPES:
         return torch.mm(left, right, out_dtype=torch.float32)
     return torch.mm(left, right)
 
@@ -191,7 +190,7 @@ class TorchAccumulator:
 
 @dataclass
 class GradientHooks:
-    """Hooks on the linear layers of a model. Inside `recording` a backward pass adds to the sums; they are ready at its end."""
+    """Hooks on the linear layers of a model. Inside `recording` a backward pass adds to the sums, complete at its end."""
 
     modules: dict[str, nn.Linear]
     layers: dict[str, LayerOperands]

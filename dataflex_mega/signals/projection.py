@@ -75,21 +75,21 @@ class TwoSidedProjection:
         self.inputs = scaled_signs(seed, f"{name}/in", size, shape[1])
         self.shape = (min(size, shape[0]), min(size, shape[1]))
         self.width = self.shape[0] * self.shape[1]
-        self._preconditioned: tuple[Tensor, Tensor, Tensor] | None = None  # outputs, inputs, the projected constant
+        self.preconditioned: tuple[Tensor, Tensor, Tensor] | None = None  # outputs, inputs, the projected constant
         self._gain = 1.0
 
     def precondition(self, adam: RankOneAdam) -> None:
         """Fold Adam's factors into the projection, and project the constant term once."""
         outputs = torch.diag(adam.rows) if self.outputs is None else self.outputs.to(adam.rows) * adam.rows
         inputs = torch.diag(adam.columns) if self.inputs is None else self.inputs.to(adam.columns) * adam.columns
-        self._preconditioned = (outputs, inputs, (outputs @ adam.momentum @ inputs.t()).flatten())
+        self.preconditioned = (outputs, inputs, (outputs @ adam.momentum @ inputs.t()).flatten())
         self._gain = adam.gain
 
     def features(self, inputs: Tensor, grads: Tensor, plain: bool) -> Tensor:
         """[n, T, d_in] inputs, [n, T, d_out] gradients of the outputs -> [n, width]. `plain`: not preconditioned."""
-        if plain or self._preconditioned is None:
+        if plain or self.preconditioned is None:
             return _project(grads, self.outputs).transpose(1, 2).bmm(_project(inputs, self.inputs)).flatten(1)
-        output_projection, input_projection, constant = self._preconditioned
+        output_projection, input_projection, constant = self.preconditioned
         projected = (
             _project(grads, output_projection).transpose(1, 2).bmm(_project(inputs, input_projection)).flatten(1)
         )

@@ -44,7 +44,7 @@ class ProjectionHooks:
 
     @contextmanager
     def recording(self, num_samples: int, plain: bool, device: torch.device) -> Iterator[Tensor]:
-        """Over one forward and backward pass of a batch with one sample per row -> [num_samples, width], complete at the end.
+        """Over one forward and backward pass of a batch, one sample per row -> [num_samples, width], complete at the end.
 
         `plain`: features of the gradient itself, whatever preconditions the projections.
         """

@@ -42,9 +42,8 @@ def pool_hidden_states(hidden: Tensor, batch: Batch, pooling: str, positions: Te
     """
     columns = slice(None) if positions is None else positions
     weights = position_weights(batch, pooling)[:, columns]
-    if not batch.is_packed and len(weights) == len(
-        batch.sample_ids
-    ):  # not so where a pipeline has split or padded rows
+    # Unpacked rows are the samples, unless a pipeline has split or padded the batch.
+    if not batch.is_packed and len(weights) == len(batch.sample_ids):
         return torch.einsum("bs,bsh->bh", weights, hidden.float())
     by_sample = weights.unsqueeze(1) * _membership(batch)[:, :, columns]  # [b, n, s]
     return torch.einsum("bns,bsh->nh", by_sample, hidden.float())

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from dataflex_mega.algorithms.base import DomainInfo, Mixer, Selector, Weighter
+from dataflex_mega.algorithms.base import DomainInfo, Mixer, Range, RelativeWeights, Selector, Weighter
 from dataflex_mega.errors import ConfigError, DataError
 from dataflex_mega.types import SampleStats, SignalTable, StepStats, UpdateContext
 
@@ -27,16 +27,10 @@ class Curriculum(Mixer):
         tokens: trained tokens after which the proportions are the final ones, >= 1.
     """
 
-    final: list[float]
-    tokens: int = 1_000_000
+    final: Annotated[list[float], RelativeWeights()]
+    tokens: Annotated[int, Range(ge=1)] = 1_000_000
     _seen: int = field(default=0, init=False, repr=False)
     _ends: tuple[Tensor, Tensor] = field(default=(torch.ones(1), torch.ones(1)), init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if not all(math.isfinite(x) and x >= 0 for x in self.final) or sum(self.final) <= 0:
-            raise ConfigError(f"mixer.Curriculum.final: must be finite, >= 0 and not all 0, found {self.final}")
-        if self.tokens < 1:
-            raise ConfigError(f"mixer.Curriculum.tokens: must be >= 1, found {self.tokens}")
 
     def setup(self, domains: DomainInfo) -> None:
         """Raises ConfigError when there is not one number for each domain."""
@@ -69,11 +63,7 @@ class MiddleLoss(Selector):
         quantile: of the losses, to which a sample's loss is compared; 0.5 is the median.
     """
 
-    quantile: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.quantile <= 1:
-            raise ConfigError(f"selector.MiddleLoss.quantile: must be in 0..1, found {self.quantile}")
+    quantile: Annotated[float, Range(ge=0, le=1)] = 0.5
 
     @property
     def signals(self) -> frozenset[str]:
@@ -102,11 +92,7 @@ class Clipped(Weighter):
         most: bound on the ratio of a loss to the mean loss, >= 1; 1 gives all samples the same weight.
     """
 
-    most: float = 2.0
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.most) and self.most >= 1):
-            raise ConfigError(f"weighter.Clipped.most: must be finite and >= 1, found {self.most}")
+    most: Annotated[float, Range(ge=1)] = 2.0
 
     def weights(self, samples: SampleStats, step: int, total_steps: int) -> Tensor:
         """[n] float32, mean 1. A sample without target tokens has no loss: its weight is 1, and it influences no other."""

@@ -68,7 +68,7 @@ def test_scores_are_the_sum_over_the_kept_rounds_by_their_rates(folder, whole):
     for sample, score in last_scores.items():
         total = sum(rate for rate, _ in entries[sample])
         assert score == pytest.approx(max(sum(rate * row for rate, row in entries[sample]) / total), abs=1e-6)
-    assert selections(config)["step_1.json"] == selections(single)["step_1.json"], "one round is the model of now"
+    assert selections(config)["step_1.json"] == selections(single)["step_1.json"], "one round is the current model"
     assert selections(config)["step_3.json"] != selections(single)["step_3.json"]
     state = json.loads((folder / "single" / "checkpoint-4" / "state.json").read_text())
     assert state["extra"]["controller"]["selector"] == {}

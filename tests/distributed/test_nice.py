@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex_mega.providers.policy_gradients import split
+from dataflex_mega.providers.policy_gradients import split_prompt_answer
 from tests.support import corpus, runs
 from tests.support.built_run import Trial, build_run
 
@@ -104,7 +104,7 @@ def test_a_step_on_the_best_raises_the_expected_reward_more_than_one_on_the_wors
     tokens = [tokenizer.decode([token], skip_special_tokens=True) for token in range(512)]
     rewards = torch.tensor(often(tokens, tokens, tokens)).double()
     (group,) = run.evaluation.values()
-    prompts = [split(sample, 4096)[0] for sample in group.fetch(np.arange(len(group)))]
+    prompts = [split_prompt_answer(sample, 4096)[0] for sample in group.fetch(np.arange(len(group)))]
 
     def expected():
         with torch.no_grad():

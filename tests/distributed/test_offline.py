@@ -19,11 +19,11 @@ def do(job):
     """An offline command, or a training run -> (exit status, standard error)."""
     if isinstance(job, dict):
         return runs.train_here(job)
-    from dataflex_mega.commands import offline
+    from dataflex_mega.commands import _offline
 
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr):
-        status = offline.main(job)
+        status = _offline.run_here(job)
     return status, stderr.getvalue()
 
 

@@ -44,7 +44,7 @@ def entropy_and_length(logits, labels):
 
 
 def values_on_all(case):
-    """What each rank sees: [8, 3] values and [8, 1] entropies of all samples, [8] losses, and whether dropout is on again."""
+    """What each rank sees: [8, 3] values and [8, 1] entropies of all samples, [8] losses twice, the mode afterwards."""
     build = gradient_scores.megatron_engine if "keys" in case else gradient_scores.fsdp_engine
     engine = build(init_distributed(), case["model"], case.get("keys", case.get("mode")))
     rows = len(SAMPLES) // engine.parallel_info.dp_size

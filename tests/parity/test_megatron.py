@@ -140,21 +140,21 @@ def bare_run(keys, own_layers):
     from dataflex_mega.engines.megatron import cpu, weights
     from dataflex_mega.engines.megatron.build import build_chunks
     from dataflex_mega.llamafactory.args import argument_types
-    from dataflex_mega.run.build import Build
+    from dataflex_mega.run.build import prepare
 
-    built = Build(parse_config(keys, argument_types()))
-    backend = built.backend
+    built = prepare(parse_config(keys, argument_types()))
+    builder = built.session.engine_builder
     with cpu.cuda_calls_on_cpu():
         if own_layers:
             chunks = core_chunks()
-            hf = backend.shape.hf
+            hf = builder.decoder.hf_config
             weights.load(chunks, hf, weights.HFCheckpointReader(Path(keys["model_name_or_path"]), hf))
         else:
-            chunks = build_chunks(backend.shape, backend.settings, built.args.training.seed)
-            backend.fill(chunks)
+            chunks = build_chunks(builder.decoder, builder.settings, built.session.args.training.seed)
+            builder.fill(chunks)
         loop = corpus.tool("bench/megatron_overhead").BareLoop(chunks, *configs_of_bare(keys))
         trained = [loop.step([batch.tensors() for batch in micro_batches]) for micro_batches in batches_of(built)]
-    if built.parallel_info.is_main:
+    if built.session.parallel_info.is_main:
         lines = [json.dumps({"loss": loss, "grad_norm": norm}) + "\n" for loss, norm in trained]
         (Path(keys["output_dir"]) / "metrics.jsonl").write_text("".join(lines))
     return 0, ""
@@ -162,10 +162,11 @@ def bare_run(keys, own_layers):
 
 def batches_of(built):
     """The micro-batches of every step, as the run with that configuration has them."""
-    plan = built.sampler.next_plan(None, 0, built.domains.initial_proportions)
+    schedule, data = built.schedule, built.data
+    plan = schedule.sampler.next_plan(None, 0, schedule.domains.initial_proportions)
     for step in range(STEPS):
-        ids = built.batch_partition.local_micro_batches(built.sampler.global_batch(plan, step))
-        yield [built.collate(built.pool.fetch(part)) for part in ids]
+        ids = schedule.partition.local_micro_batches(schedule.sampler.global_batch(plan, step))
+        yield [data.collate(data.pool.fetch(part)) for part in ids]
 
 
 def core_chunks():

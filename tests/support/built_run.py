@@ -9,20 +9,19 @@ import yaml
 
 
 def build_run(config):
-    """A configuration -> (run.build.Build, its trainer)."""
+    """A configuration -> (run.build.PreparedRun, its trainer)."""
     from dataflex_mega.config.checks import check_dynamic
     from dataflex_mega.config.load import load
     from dataflex_mega.config.parse import parse_config
     from dataflex_mega.llamafactory.args import argument_types
-    from dataflex_mega.run.build import Build
+    from dataflex_mega.run.build import build
 
     path = Path(f"{config['output_dir']}.yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(config))
     parsed = parse_config(load(str(path), ()), argument_types())
     check_dynamic(parsed)
-    run = Build(parsed)
-    return run, run.trainer()
+    return build(parsed)
 
 
 class Trial:

@@ -86,10 +86,9 @@ def _run_in_one_group(rank, world, port, configs, run):
 
     as_torchrun(rank, world, port)
     parallel_info.init_distributed()
-    leave = parallel_info.shutdown_distributed
-    with mock.patch.object(parallel_info, "shutdown_distributed", lambda orderly: dist.barrier() if orderly else None):
+    with mock.patch.object(dist, "destroy_process_group"):
         results = [run(config) for config in configs]
-    leave(orderly=True)
+    parallel_info.shutdown_distributed(orderly=True)
     return results
 
 

@@ -294,7 +294,7 @@ def test_the_weighter_cuts_both_ends() -> None:
         ("mixer", {"name": CURRICULUM}, "missing parameter final"),
         ("mixer", {"name": CURRICULUM, "final": [1, -1]}, "final: must be finite, >= 0"),
         ("mixer", {"name": CURRICULUM, "final": [1], "token": 5}, "did you mean 'tokens'"),
-        ("selector", {"name": MIDDLE, "quantile": 2.0}, "quantile: must be in 0..1, found 2.0"),
+        ("selector", {"name": MIDDLE, "quantile": 2.0}, "quantile: must be >= 0 and <= 1, found 2"),
         ("weighter", {"name": CLIPPED, "most": "much"}, "most: expected a number, found 'much'"),
         ("weighter", MIDDLE, "must be a subclass of"),
         ("weighter", f"{PLUGINS}:Cliped", "did you mean 'Clipped'"),

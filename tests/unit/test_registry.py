@@ -195,6 +195,14 @@ def test_mistakes_of_plug_ins_are_named(plug_in: str) -> None:
     assert message == f"mixer.{plug_in}:Evenly: sharpness must not be negative"
 
 
+def test_a_former_name_is_read_with_a_note() -> None:
+    spec = {"name": "rho1", "keep": 0.5}
+    assert validate("weighter", spec) == ["weighter.rho1.keep is now keep_ratio: 0.5"]
+    assert build("weighter", spec) == build("weighter", {"name": "rho1", "keep_ratio": 0.5})
+    message = failure("weighter", {**spec, "keep_ratio": 0.5})
+    assert message == "weighter.rho1.keep: is the former name of keep_ratio, which is set too; drop keep"
+
+
 def test_parameters_describe_themselves() -> None:
     found = get_parameters("mixer", "odm")
     assert list(found)[:2] == ["alpha", "warmup_steps"] and not any(name.startswith("_") for name in found)
@@ -206,3 +214,55 @@ def test_parameters_describe_themselves() -> None:
 
 def test_a_missing_default_is_marked(plug_in: str) -> None:
     assert get_parameters("mixer", f"{plug_in}:Needs")["path"].default is dataclasses.MISSING
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "message"),
+    [
+        ("selector", {"name": "random", "seed": -7}, "selector.random.seed: must be >= 0, found -7"),
+        ("selector", {"name": "coincide", "temperature": -1}, "selector.coincide.temperature: must be > 0, found -1"),
+        ("weighter", {"name": "rho1", "keep_ratio": 2}, "weighter.rho1.keep_ratio: must be > 0 and <= 1, found 2"),
+        (
+            "mixer",
+            {"name": "static", "proportions": [0, 0]},
+            "mixer.static.proportions: must be finite, >= 0 and not all",
+        ),
+        (
+            "selector",
+            {"name": "icons", "task_boundaries": []},
+            "selector.icons.task_boundaries: must have at least one",
+        ),
+        (
+            "mixer",
+            {"name": "ado", "ignore_steps": 9, "start_step": 9},
+            "mixer.ado.ignore_steps: must be below start_step",
+        ),
+    ],
+)
+def test_declared_ranges_hold_for_every_algorithm(kind: str, spec: dict[str, Any], message: str) -> None:
+    assert failure(kind, spec).startswith(message)
+
+
+def test_every_way_of_making_an_algorithm_is_checked() -> None:
+    with pytest.raises(ConfigError, match=r"^mixer\.odm\.alpha: must be >= 0 and < 1, found -1$"):
+        Odm(alpha=-1)
+
+
+def test_every_number_of_an_algorithm_has_a_range() -> None:
+    free = {"min_irreducible", "embedding_layer", "embed_layer", "target_num_batches", "folding_ratio"}
+    for kind in CONTRACTS:
+        for name in list_builtin_names(kind):
+            for parameter in get_parameters(kind, name).values():
+                number = {"int", "float"} & set(parameter.type_text.replace("[", " ").replace("]", " ").split())
+                assert not number or parameter.range_text or parameter.name in free, (kind, name, parameter.name)
+
+
+def test_a_plug_in_declares_ranges_too(plug_in: str, tmp_path: Path) -> None:
+    (tmp_path / "my_plug_in.py").write_text(
+        PLUG_IN.replace("    sharpness: float", "    sharpness: Annotated[float, Range(lt=9)]").replace(
+            "import torch\nfrom dataflex_mega.algorithms.base import Mixer\n",
+            "from typing import Annotated\nimport torch\nfrom dataflex_mega.algorithms.base import Mixer, Range\n",
+        )
+    )
+    message = failure("mixer", {"name": f"{plug_in}:Evenly", "sharpness": 9})
+    assert message == f"mixer.{plug_in}:Evenly.sharpness: must be < 9, found 9"

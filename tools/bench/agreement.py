@@ -1,9 +1,10 @@
-"""How well scores agree with LESS as the paper defines it, computed without any shortcut.
+"""Agreement of scores with LESS as the paper defines it, computed without any shortcut.
 
-The reference takes one candidate after the other: autograd's gradient in float64, Adam's update by formula, its cosine with
-every target's gradient, the mean over a sub-task, the largest of the sub-tasks. Compared with it are streamed scores that
-`selector: less` uses, and scores from random projections: dense ones (Johnson-Lindenstrauss) and the two-sided ones of the
-gradient store, each with two seeds. The model has trained on the same text before, so the moments are those of a real run.
+The reference takes one candidate at a time: autograd's gradient in float64, Adam's update by formula, its cosine with
+every target's gradient, the mean over a sub-task, the largest of the sub-tasks. Compared with it are the streamed
+scores of `selector: less` and scores from random projections: dense ones (Johnson-Lindenstrauss) and the two-sided ones
+of the gradient store, each with two seeds. The model has trained on the same text before, so the moments are those of a
+real run.
 
     make demo-data && python tools/bench/agreement.py
 
@@ -30,21 +31,21 @@ import torch.nn.functional as F  # noqa: E402
 
 DOMAINS = ("demo_alpaca_text", "demo_c4", "demo_python", "demo_wiki")
 SUBTASKS = ("demo_alpaca_text_validation", "demo_python_validation")
-SHARES = (0.05, 0.2)
+TOP_FRACTIONS = (0.05, 0.2)
 LR, BETAS, EPS = 2e-3, (0.9, 0.999), 1e-8
 
 
 def rows_of(data: Path, name: str, tokenizer: Any, length: int, count: int) -> list[list[int]]:
-    """`count` pieces of `length` tokens, at most one from each row of the data set before any row gives a second one."""
+    """`count` pieces of `length` tokens, the first of every row before the second of any."""
     lines = (data / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
     texts = [json.loads(line)["text"] for line in lines if line]
     encoded = [tokenizer.encode(text) for text in texts]
-    found: list[list[int]] = []
+    pieces: list[list[int]] = []
     for start in range(0, max(map(len, encoded)), length):
-        found += [ids[start : start + length] for ids in encoded if len(ids) >= start + length]
-        if len(found) >= count:
-            return found[:count]
-    raise SystemExit(f"agreement: {name} has {len(found)} pieces of {length} tokens, {count} are wanted")
+        pieces += [ids[start : start + length] for ids in encoded if len(ids) >= start + length]
+        if len(pieces) >= count:
+            return pieces[:count]
+    raise SystemExit(f"agreement: {name} has {len(pieces)} pieces of {length} tokens, {count} are needed")
 
 
 def batches(rows: Sequence[Sequence[int]], size: int) -> list[Any]:
@@ -54,11 +55,11 @@ def batches(rows: Sequence[Sequence[int]], size: int) -> list[Any]:
     from dataflex_mega.data.collate import collate
     from dataflex_mega.data.pool import Sample
 
-    made = [Sample(i, 0, np.array(row), np.array(row)) for i, row in enumerate(rows)]
-    return [collate(made[i : i + size], 0) for i in range(0, len(made), size)]
+    samples = [Sample(i, 0, np.array(row), np.array(row)) for i, row in enumerate(rows)]
+    return [collate(samples[i : i + size], 0) for i in range(0, len(samples), size)]
 
 
-def trained(options: argparse.Namespace, tokenizer: Any, rows: list[list[int]]) -> Any:
+def train_engine(options: argparse.Namespace, tokenizer: Any, rows: list[list[int]]) -> Any:
     """An engine whose model has taken `steps` steps of Adam on the candidates."""
     from dataflex_mega.distributed.parallel_info import init_distributed
     from dataflex_mega.engines.fsdp.engine import FSDPEngine
@@ -67,16 +68,18 @@ def trained(options: argparse.Namespace, tokenizer: Any, rows: list[list[int]]) 
     from dataflex_mega.engines.options import StepOptions
     from tools.tiny_model import ModelOptions, make_model
 
-    shape = ModelOptions(options.embedding_spec, options.layers, 4, 2, len(tokenizer), context=options.length)
+    shape = ModelOptions(options.hidden, options.layers, 4, 2, len(tokenizer), context=options.length)
     model = make_model(shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, eps=EPS)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    engine = FSDPEngine(FSDPModelRunner(model, FSDPLayout("single"), init_distributed()), optimizer, scheduler, StepOptions(1))
+    engine = FSDPEngine(
+        FSDPModelRunner(model, FSDPLayout("single"), init_distributed()), optimizer, scheduler, StepOptions(1)
+    )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     losses = []
     for step in range(options.steps):
-        picked = [rows[order[(step * 16 + i) % len(rows)]] for i in range(16)]
-        losses.append(engine.train_step(batches(picked, 16), None).mean_loss)
+        batch_rows = [rows[order[(step * 16 + i) % len(rows)]] for i in range(16)]
+        losses.append(engine.train_step(batches(batch_rows, 16), None).mean_loss)
     print(f"trained {options.steps} steps of Adam, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     return engine
 
@@ -88,10 +91,10 @@ def gradient(model: Any, weights: list[Any], row: Sequence[int]) -> torch.Tensor
     """[P] autograd's gradient of one sample's mean token loss."""
     ids = torch.tensor([row])
     loss = F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:])
-    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, weights)])
+    return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, weights)])
 
 
-def by_autograd(engine: Any, rows: list[list[int]], groups: list[list[list[int]]]) -> torch.Tensor:
+def autograd_scores(engine: Any, rows: list[list[int]], groups: list[list[list[int]]]) -> torch.Tensor:
     """[n] scores of candidates by the definition, in float64."""
     import copy
 
@@ -112,26 +115,26 @@ def by_autograd(engine: Any, rows: list[list[int]], groups: list[list[list[int]]
     return scores
 
 
-# -- what is compared with it --------------------------------------------------------------------------------------------
+# -- the scores that are compared with it --------------------------------------------------------------------------------
 
 
-def streamed(engine: Any, rows: list[list[int]], groups: list[list[list[int]]], size: int) -> torch.Tensor:
-    """[n] scores as `selector: less` has them."""
+def streamed_scores(engine: Any, rows: list[list[int]], groups: list[list[list[int]]], size: int) -> torch.Tensor:
+    """[n] scores as `selector: less` computes them."""
     from dataflex_mega.algorithms.selectors.less import Less
     from dataflex_mega.types import SignalTable
 
     scorer = engine.gradient_scorer(adam=True)
     directions = scorer.directions([batches(group, size) for group in groups])
-    found = [scorer.score(batch, directions) for batch in batches(rows, size)]
-    dot, norm2 = (torch.cat(parts) for parts in zip(*found, strict=True))
+    scores = [scorer.score(batch, directions) for batch in batches(rows, size)]
+    dot, norm2 = (torch.cat(values) for values in zip(*scores, strict=True))
     ids = torch.arange(len(rows))
     return Less().score(SignalTable(ids, torch.zeros_like(ids), {"dot": dot, "norm2": norm2})).double()
 
 
-def projected(
+def projected_scores(
     engine: Any, rows: list[list[int]], groups: list[list[list[int]]], kind: tuple[str, int, int], size: int
 ) -> tuple[torch.Tensor, int]:
-    """([n] scores from features normalised after projection, numbers a sample). `kind`: (name, size, seed)."""
+    """([n] scores from features normalised after projection, numbers per sample). `kind`: (name, size, seed)."""
     from dataflex_mega.types import ProjectionSpec
 
     maker = engine.feature_maker(ProjectionSpec(*kind), adam=True)  # type: ignore[arg-type]  # one of the two kinds
@@ -151,41 +154,41 @@ def spearman(first: torch.Tensor, second: torch.Tensor) -> float:
     """Correlation of ranks; ties share the mean of theirs."""
     ranks = []
     for values in (first, second):
-        _, place, counts = torch.unique(values, return_inverse=True, return_counts=True)
+        _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
         ends = counts.cumsum(0).double()
-        ranks.append((ends - (counts - 1) / 2)[place])
+        ranks.append((ends - (counts - 1) / 2)[inverse])
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
-def overlap(found: torch.Tensor, reference: torch.Tensor, share: float) -> float:
-    """Share of the reference's top that is in the other's top too."""
-    count = max(1, round(share * len(reference)))
-    return len(set(found.topk(count).indices.tolist()) & set(reference.topk(count).indices.tolist())) / count
+def overlap(scores: torch.Tensor, reference: torch.Tensor, fraction: float) -> float:
+    """Fraction of the reference's top that is in the other top too."""
+    count = max(1, round(fraction * len(reference)))
+    return len(set(scores.topk(count).indices.tolist()) & set(reference.topk(count).indices.tolist())) / count
 
 
-def same_top(found: torch.Tensor, reference: torch.Tensor, share: float) -> bool:
-    """Whether the tops are one, or differ by samples whose reference scores tie with the last one to rounding."""
-    count = max(1, round(share * len(reference)))
+def same_top(scores: torch.Tensor, reference: torch.Tensor, fraction: float) -> bool:
+    """Whether the tops are equal, or differ by samples whose reference scores tie with the last one up to rounding."""
+    count = max(1, round(fraction * len(reference)))
     best = reference.topk(count)
     border = float(best.values[-1])
-    differ = set(found.topk(count).indices.tolist()) ^ set(best.indices.tolist())
+    differ = set(scores.topk(count).indices.tolist()) ^ set(best.indices.tolist())
     return all(abs(float(reference[i]) - border) < 1e-5 for i in differ)
 
 
-def line(name: str, width: str, found: torch.Tensor, reference: torch.Tensor, seconds: float) -> str:
+def table_row(name: str, width: str, scores: torch.Tensor, reference: torch.Tensor, seconds: float) -> str:
     """One row of the table."""
-    tops = "".join(f"{overlap(found, reference, share):>10.3f}" for share in SHARES)
-    error = float((found - reference).abs().max())
-    return f"{name:28}{width:>10}{spearman(found, reference):>10.5f}{tops}{error:>12.1e}{seconds:>9.1f}"
+    tops = "".join(f"{overlap(scores, reference, fraction):>10.3f}" for fraction in TOP_FRACTIONS)
+    error = float((scores - reference).abs().max())
+    return f"{name:28}{width:>10}{spearman(scores, reference):>10.5f}{tops}{error:>12.1e}{seconds:>9.1f}"
 
 
-def parse() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / ".demo" / "data", help="folder of tools/demo_data.py")
     parser.add_argument("--candidates", type=int, default=2048, help="samples scored, from four domains (2048)")
     parser.add_argument("--targets", type=int, default=16, help="targets of each of two sub-tasks (16)")
-    parser.add_argument("--length", type=int, default=48, help="tokens a sample (48)")
+    parser.add_argument("--length", type=int, default=48, help="tokens per sample (48)")
     parser.add_argument("--steps", type=int, default=200, help="steps of Adam before scoring (200)")
     parser.add_argument("--hidden", type=int, default=32, help="hidden size (32)")
     parser.add_argument("--layers", type=int, default=2, help="layers (2)")
@@ -197,30 +200,31 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     from tools.tiny_model import make_tokenizer, training_texts
 
-    options = parse()
+    options = parse_arguments()
     torch.set_num_threads(1)
     tokenizer = make_tokenizer(training_texts(options.data), 512)
-    share = options.candidates // len(DOMAINS)
-    rows = [row for name in DOMAINS for row in rows_of(options.data, name, tokenizer, options.length, share)]
+    per_domain = options.candidates // len(DOMAINS)
+    rows = [row for name in DOMAINS for row in rows_of(options.data, name, tokenizer, options.length, per_domain)]
     groups = [rows_of(options.data, name, tokenizer, options.length, options.targets) for name in SUBTASKS]
-    engine = trained(options, tokenizer, rows)
+    engine = train_engine(options, tokenizer, rows)
     linear = sum(m.weight.numel() for m in engine.model.modules() if isinstance(m, torch.nn.Linear))
     print(f"{len(rows)} candidates, 2 sub-tasks of {options.targets} targets, {linear:,} weights of linear layers")
     start = time.perf_counter()
-    reference = by_autograd(engine, rows, groups)
+    reference = autograd_scores(engine, rows, groups)
     print(f"\n{'scores':28}{'numbers':>10}{'Spearman':>10}{'top 5%':>10}{'top 20%':>10}{'max error':>12}{'seconds':>9}")
-    print(line("autograd, one by one", f"{linear}", reference, reference, time.perf_counter() - start))
+    print(table_row("autograd, one by one", f"{linear}", reference, reference, time.perf_counter() - start))
     start = time.perf_counter()
-    exact = streamed(engine, rows, groups, 32)
-    print(line("streamed", "1 + S", exact, reference, time.perf_counter() - start))
+    exact = streamed_scores(engine, rows, groups, 32)
+    print(table_row("streamed", "1 + S", exact, reference, time.perf_counter() - start))
     kinds = [("dense", size) for size in options.dense] + [("two_sided", size) for size in options.two_sided]
     for kind, size in kinds:
         for seed in (0, 1):
             start = time.perf_counter()
-            found, width = projected(engine, rows, groups, (kind, size, seed), 512 if kind == "dense" else 64)
+            scores, width = projected_scores(engine, rows, groups, (kind, size, seed), 512 if kind == "dense" else 64)
             name = f"{kind.replace('_', '-')} {size}, seed {seed}"
-            print(line(name, f"{width}", found, reference, time.perf_counter() - start), flush=True)
-    good = spearman(exact, reference) >= 0.999 and all(same_top(exact, reference, share) for share in SHARES)
+            print(table_row(name, f"{width}", scores, reference, time.perf_counter() - start), flush=True)
+    same_tops = all(same_top(exact, reference, fraction) for fraction in TOP_FRACTIONS)
+    good = spearman(exact, reference) >= 0.999 and same_tops
     print(f"\nstreamed: {'agrees' if good else 'DOES NOT AGREE'}")
     return 0 if good else 1
 

@@ -1,7 +1,7 @@
-"""What making a corpus costs: tokens a second with one and two workers, and peak memory against the size of the input.
+"""Cost of preparing a corpus: tokens per second with one and two workers, and peak memory by the size of the input.
 
-The input is Python's own library, repeated until it has the size wanted, in JSON lines of two domains; the tokenizer is
-trained on it. Every run is a process of its own; its peak memory is the most that it and its workers held at one time.
+The input is Python's standard library, repeated to the requested size, in JSON lines of two domains; the tokenizer is
+trained on it. Every run is a process of its own; its peak memory is the most that it and its workers hold at one time.
 The budget is on memory: four times the input, at most 1.1 times the peak.
 
     python tools/bench/corpus.py --mb 16
@@ -40,12 +40,12 @@ def tiny_model() -> ModuleType:
 def texts() -> list[str]:
     """Modules of the standard library in pieces of at most 8,000 characters."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
-    whole = [path.read_text(encoding="utf-8") for path in sorted(stdlib.glob("*.py"))]
-    return [text[start : start + 8000] for text in whole for start in range(0, len(text), 8000)]
+    modules = [path.read_text(encoding="utf-8") for path in sorted(stdlib.glob("*.py"))]
+    return [text[start : start + 8000] for text in modules for start in range(0, len(text), 8000)]
 
 
 def write(path: Path, size: int, documents: list[str]) -> None:
-    """About `size` bytes of rows."""
+    """Write about `size` bytes of rows."""
     number = written = 0
     with path.open("w", encoding="utf-8") as stream:
         while written < size:
@@ -55,7 +55,7 @@ def write(path: Path, size: int, documents: list[str]) -> None:
 
 
 class Memory(threading.Thread):
-    """Watches a process and its descendants; `peak` is the most that they held at one time, in MiB, shared pages once."""
+    """Watches a process and its descendants; `peak` is the most that they hold at one time, in MiB, shared pages once."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
@@ -70,20 +70,20 @@ class Memory(threading.Thread):
 
     def family(self) -> list[int]:
         """The process and its descendants."""
-        found, waiting = [], [self.pid]
-        while waiting:
-            pid = waiting.pop()
-            found.append(pid)
+        pids, queue = [], [self.pid]
+        while queue:
+            pid = queue.pop()
+            pids.append(pid)
             children = Path(f"/proc/{pid}/task/{pid}/children")
             if children.exists():
-                waiting += [int(child) for child in self.read(children).split()]
-        return found
+                queue += [int(child) for child in self.read(children).split()]
+        return pids
 
     def note(self, pid: int) -> int:
         """Remember the processor time so far -> KiB resident now, a shared page in equal parts to those who share it."""
-        parts = self.read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
-        if parts:
-            self.cpu[pid] = (int(parts[11]) + int(parts[12])) / os.sysconf("SC_CLK_TCK")
+        fields = self.read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+        if fields:
+            self.cpu[pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
         lines = self.read(Path(f"/proc/{pid}/smaps_rollup")).splitlines()
         return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
@@ -116,7 +116,7 @@ def measure(folder: Path, source: Path, workers: int, unit_mb: float) -> tuple[i
 
 
 def main() -> None:
-    """Print one line a run, then the ratios."""
+    """Print one line per run, then the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=float, default=16, help="size of the smaller input, MiB (16)")
     parser.add_argument("--unit-mb", type=float, default=1, help="input of a unit of work, MiB (1)")
@@ -125,7 +125,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, documents, maker = Path(name), texts(), tiny_model()
         maker.make_tokenizer(documents[:2000], options.vocab).save_pretrained(folder / "model")
-        found = {}
+        results = {}
         print(
             f"{'input MiB':>10}{'workers':>9}{'tokens':>14}{'seconds':>9}{'tokens/s':>12}{'/cpu-s':>12}{'peak MiB':>10}"
         )
@@ -133,16 +133,16 @@ def main() -> None:
             source = folder / f"x{times}.jsonl"
             write(source, int(options.mb * times * (1 << 20)), documents)
             for workers in (1, 2):
-                tokens, seconds, cpu, peak = found[times, workers] = measure(folder, source, workers, options.unit_mb)
+                tokens, seconds, cpu, peak = results[times, workers] = measure(folder, source, workers, options.unit_mb)
                 print(
                     f"{options.mb * times:>10.0f}{workers:>9}{tokens:>14,}{seconds:>9.1f}"
                     f"{tokens / seconds:>12,.0f}{tokens / cpu:>12,.0f}{peak:>10.0f}"
                 )
     for workers in (1, 2):
         print(
-            f"peak on x4 / peak on x1, {workers} workers: {found[4, workers][3] / found[1, workers][3]:.3f} (budget 1.1)"
+            f"peak on x4 / peak on x1, {workers} workers: {results[4, workers][3] / results[1, workers][3]:.3f} (budget 1.1)"
         )
-    rates = [(found[4, w][0] - found[1, w][0]) / (found[4, w][1] - found[1, w][1]) for w in (1, 2)]
+    rates = [(results[4, w][0] - results[1, w][0]) / (results[4, w][1] - results[1, w][1]) for w in (1, 2)]
     print(
         f"tokens/s beyond the start, two workers / one: {rates[1]:,.0f} / {rates[0]:,.0f} = {rates[1] / rates[0]:.2f}"
     )

@@ -1,7 +1,8 @@
-"""Memory and speed of the offline tools, for more and more samples: `embed`, `near` (exact and inverted file), `tsds`.
+"""Memory and speed of the offline tools as the number of samples grows: `embed`, `near` (exact and inverted file),
+`tsds`.
 
-The encoder is a random projection of characters, so what is measured is the tool around it. Every tool and size runs in a
-process of its own; MiB is the largest anonymous memory of that process beyond what it had when it began (mapped files, which
+The encoder is a random projection of characters, so the measurement is of the tool around it. Every tool and size runs
+in a process of its own; MiB is the largest anonymous memory of that process beyond its initial one (mapped files, which
 the system can drop at any time, are not counted).
 """
 
@@ -37,7 +38,7 @@ columns: N, then seconds and MiB of
   embed   all N samples, encoder and disk included
   exact   the nearest 100 of 64 queries, all candidates compared
   ivf     the same by an inverted file
-  tsds    chances from the nearest 200 of these queries, crowding among what is found included
+  tsds    probabilities from the nearest 200 of these queries, with their kernel densities
 and the MiB that the embeddings take on disk
 """
 SEARCH = ["--queries", "queries.npy", "--candidates"]
@@ -50,7 +51,7 @@ TOOLS = {
 
 
 class Texts:
-    """N texts that are made when they are asked for."""
+    """N texts, generated on request."""
 
     identity = {"file": "bench"}
 
@@ -65,7 +66,7 @@ class Texts:
 
 
 class Projection:
-    """Counts of characters, projected."""
+    """An encoder: random projections of character counts."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -74,14 +75,14 @@ class Projection:
     def identity(self) -> dict[str, str]:
         return {"model": "projection"}
 
-    def __call__(self, items: Sequence[EmbedInput]) -> np.ndarray:
-        counts = np.zeros((len(items), 128), dtype=np.float32)
-        for row, item in enumerate(items):
+    def __call__(self, inputs: Sequence[EmbedInput]) -> np.ndarray:
+        counts = np.zeros((len(inputs), 128), dtype=np.float32)
+        for row, item in enumerate(inputs):
             np.add.at(counts[row], np.frombuffer(item.text.encode(), dtype=np.uint8) % 128, 1)
         return counts @ self.matrix
 
 
-def private(process: int) -> float:
+def anonymous_mib(process: int) -> float:
     """MiB of anonymous memory of a process."""
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("RssAnon"):
@@ -89,42 +90,44 @@ def private(process: int) -> float:
     return 0.0
 
 
-def work(tool: str, samples: int, size: int, folder: Path, said: multiprocessing.SimpleQueue, go: Any) -> None:
-    """One tool on the embeddings in `folder`, which `embed` writes. Says that it waits for `go`, then its seconds."""
+def work(tool: str, samples: int, size: int, folder: Path, reports: multiprocessing.SimpleQueue, go: Any) -> None:
+    """Run one tool on the embeddings in `folder`, which `embed` writes. Reports that it waits for `go`, then its seconds."""
     os.chdir(folder)
     import_faiss()  # not while it is measured
-    said.put(0.0)
+    reports.put(0.0)
     go.wait()
     started = time.perf_counter()
     if tool == "embed":
         parallel_info = data_parallel(0, 1, torch.device("cpu"))
-        embed(Texts(samples), Projection(size), folder / "all", parallel_info, "float32", 1024, lambda done, total: None)
+        embed(
+            Texts(samples), Projection(size), folder / "all", parallel_info, "float32", 1024, lambda done, total: None
+        )
     else:
         with contextlib.redirect_stderr(io.StringIO()):
             command.main([*TOOLS[tool], "all", "--output", f"{tool}.npy"], no_run)
-    said.put(time.perf_counter() - started)
+    reports.put(time.perf_counter() - started)
     if tool == "embed":
         np.save("queries.npy", Projection(size)(Texts(samples).fetch(np.arange(64))))
 
 
 def measure(tool: str, samples: int, size: int, folder: Path) -> tuple[float, float]:
-    """(seconds, MiB): watched from here, since a library at work lets no other thread of its process run."""
+    """(seconds, MiB), watched from this process, since a working library may block all threads of its own."""
     context = multiprocessing.get_context("spawn")
-    said, go = context.SimpleQueue(), context.Event()
-    process = context.Process(target=work, args=(tool, samples, size, folder, said, go))
+    reports, go = context.SimpleQueue(), context.Event()
+    process = context.Process(target=work, args=(tool, samples, size, folder, reports, go))
     process.start()
-    most = begin = said.get() + private(process.pid or 0)
+    most = begin = reports.get() + anonymous_mib(process.pid or 0)
     go.set()
-    while said.empty() and process.is_alive():
-        most = max(most, private(process.pid or 0))
+    while reports.empty() and process.is_alive():
+        most = max(most, anonymous_mib(process.pid or 0))
         time.sleep(0.001)
-    seconds = said.get()
+    seconds = reports.get()
     process.join()
     return seconds, most - begin
 
 
 def no_run(path: Path, part: str, overrides: Sequence[str]) -> NoReturn:
-    """Configurations are not opened here."""
+    """Replaces opening a configuration, which no tool here does."""
     raise NotImplementedError
 
 
@@ -133,7 +136,7 @@ def main() -> int:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--samples", nargs="+", type=float, default=[5e4, 2e5], help="numbers of samples")
-    parser.add_argument("--size", type=int, default=256, help="numbers a vector (256)")
+    parser.add_argument("--size", type=int, default=256, help="numbers per vector (256)")
     options = parser.parse_args()
     print(f"{'samples':>9}" + "".join(f" {tool:>8} s {'MiB':>6}" for tool in TOOLS) + f" {'file MiB':>9}")
     for samples in map(int, options.samples):

@@ -1,7 +1,7 @@
 """Peak memory of gradient scores and of the gradient store's features on a CPU, as ratios to a training step.
 
-Counted is the most bytes of tensors at once, parameters, moments and directions included, on the same batch of real text
-(the demo's). `gradients.py` has the times, and on a GPU the memory too. The budget is 1.2 with one direction.
+Peak memory is the most bytes of tensors at once, with parameters, moments and directions, on the same batch of real
+text (the demo's). `gradients.py` measures times, and on a GPU memory too. The budget is 1.2 with one direction.
 
     make demo-data && python tools/bench/gradient_memory.py
 """
@@ -26,7 +26,7 @@ from tools.bench import gradients, tensor_bytes  # noqa: E402
 
 
 def kinds_of(engine: Any, batches: list[Any]) -> Iterator[tuple[str, Callable[[Any], Any], list[Any]]]:
-    """(name, what is done with a batch, tensors that it keeps from one batch to the next)."""
+    """(name, work on a batch, tensors that stay in memory between batches)."""
     from dataflex_mega.types import ProjectionSpec
 
     for groups in (1, 16):
@@ -35,15 +35,18 @@ def kinds_of(engine: Any, batches: list[Any]) -> Iterator[tuple[str, Callable[[A
             score = partial(engine.gradient_scorer(adam).score, directions=directions)
             yield f"{'adam' if adam else 'sgd'}, S={groups}", score, list(directions.by_layer.values())
     maker = engine.feature_maker(ProjectionSpec("two_sided", 16, 0), adam=True)
-    parts = [part for layer in maker.layers.values() for part in (layer.outputs, layer.inputs, *(layer.scaled or ()))]
-    yield "store's features", lambda batch: maker.features(batch).bfloat16(), [p for p in parts if p is not None]
+    projections: list[torch.Tensor] = []
+    for layer in maker.layers.values():
+        tensors = (layer.outputs, layer.inputs, *(layer.preconditioned or ()))
+        projections += [tensor for tensor in tensors if tensor is not None]
+    yield "store's features", lambda batch: maker.features(batch).bfloat16(), projections
 
 
-def peak(engine: Any, work: Callable[[], Any], kept: Sequence[torch.Tensor] = ()) -> int:
-    """Most bytes at once, with parameters, moments and `kept`."""
+def peak(engine: Any, work: Callable[[], Any], extra: Sequence[torch.Tensor] = ()) -> int:
+    """Most bytes at once, with parameters, moments and `extra`."""
     engine.optimizer.zero_grad(set_to_none=True)
     state = [value for entry in engine.optimizer.state.values() for value in entry.values()]
-    return tensor_bytes.peak(work, [*engine.model.parameters(), *state, *kept])
+    return tensor_bytes.peak(work, [*engine.model.parameters(), *state, *extra])
 
 
 def main() -> int:
@@ -51,8 +54,8 @@ def main() -> int:
     parser.add_argument("--demo", type=Path, default=ROOT / ".demo", help="folder with data/ and model/ (.demo)")
     parser.add_argument("--hidden", type=int, default=256, help="hidden size (256)")
     parser.add_argument("--layers", type=int, default=4, help="layers (4)")
-    parser.add_argument("--length", type=int, default=352, help="tokens a sample (352)")
-    parser.add_argument("--batch", type=int, default=8, help="samples a batch (8)")
+    parser.add_argument("--length", type=int, default=352, help="tokens per sample (352)")
+    parser.add_argument("--batch", type=int, default=8, help="samples per batch (8)")
     options = parser.parse_args()
     options.vocab, options.precision = 4096, "fp32"
     torch.set_num_threads(1)
@@ -64,9 +67,9 @@ def main() -> int:
             engine.train_step([batch], None)
         step = peak(engine, lambda e=engine, b=batches[0]: e.train_step([b], None))
         print(f"{'LoRA' if lora else 'full'} training step: {step / 2**20:.0f} MiB")
-        for name, work, kept in kinds_of(engine, batches):
+        for name, work, extra in kinds_of(engine, batches):
             print(
-                f"{'LoRA' if lora else 'full'} {name:20}{peak(engine, partial(work, batches[0]), kept) / step:8.2f}",
+                f"{'LoRA' if lora else 'full'} {name:20}{peak(engine, partial(work, batches[0]), extra) / step:8.2f}",
                 flush=True,
             )
     return 0

@@ -1,12 +1,13 @@
-"""What a gradient score, or a row of the gradient store, costs: its ratio to a forward and backward pass of the batch.
+"""Cost of a gradient score and of a row of the gradient store, as a ratio to a forward and backward pass of the batch.
 
-Both are timed in turn on real text (the demo's), in one process and one thread; a ratio is taken in each round. The budget
-is 1.2 for full models and 1.1 for LoRA, with one direction and Adam's moments.
+Both are timed in turn on real text (the demo's), in one process and one thread; a ratio is taken in each round. The
+budget is 1.2 for full models and 1.1 for LoRA, with one direction and Adam's moments.
 
     make demo-data && python tools/bench/gradients.py
 
-On a GPU, `--precision bf16` (float32 weights under autocast) or `pure_bf16` and a larger model; peak memory is then that of
-a score as a ratio to a training step's, and `--kernels triton,torch` compares the kernel with torch's operations.
+On a GPU, `--precision bf16` (float32 weights under autocast) or `pure_bf16` and a larger model; the peak memory of a
+score is then a ratio to that of a training step, and `--kernels triton,torch` compares the kernel with torch's
+operations.
 
     python tools/bench/gradients.py --hidden 2048 --layers 22 --vocab 32000 --length 512 --batch 16 --precision bf16
 """
@@ -58,13 +59,13 @@ def build(options: argparse.Namespace, lora: bool) -> Any:
     from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
     from dataflex_mega.engines.options import StepOptions
 
-    hidden, joined = options.embedding_spec, init_distributed()
+    hidden, parallel_info = options.hidden, init_distributed()
     config = LlamaConfig(
         vocab_size=options.vocab, hidden_size=hidden, intermediate_size=hidden * 11 // 4,
         num_hidden_layers=options.layers, num_attention_heads=max(4, hidden // 64),
         num_key_value_heads=max(2, hidden // 512), tie_word_embeddings=False,
     )  # fmt: skip
-    with joined.device:
+    with parallel_info.device:
         model: Any = LlamaForCausalLM(config)
     if lora:
         from peft import LoraConfig, get_peft_model
@@ -74,30 +75,31 @@ def build(options: argparse.Namespace, lora: bool) -> Any:
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
     elif options.precision == "pure_bf16":
         model.to(torch.bfloat16)
-    model.to(joined.device)
+    model.to(parallel_info.device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     precision = "fp32" if options.precision == "fp32" else "bf16"
-    return FSDPEngine(FSDPModelRunner(model, FSDPLayout("single", precision), joined), optimizer, scheduler, StepOptions(1))
+    runner = FSDPModelRunner(model, FSDPLayout("single", precision), parallel_info)
+    return FSDPEngine(runner, optimizer, scheduler, StepOptions(1))
 
 
-def lap(work: Callable[[], Any]) -> float:
+def time_call(work: Callable[[], Any]) -> float:
     """Seconds of a call."""
-    wait()
+    synchronize()
     start = time.perf_counter()
     work()
-    wait()
+    synchronize()
     return time.perf_counter() - start
 
 
-def wait() -> None:
-    """For what the GPU has still to do."""
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def peak(work: Callable[[], Any]) -> float:
-    """GiB that a call has allocated at most, with all that was there before."""
+def peak_gib(work: Callable[[], Any]) -> float:
+    """GiB allocated at most during a call, with everything allocated before it; NaN without a GPU."""
     if not torch.cuda.is_available():
         return float("nan")
     torch.cuda.reset_peak_memory_stats()
@@ -105,7 +107,7 @@ def peak(work: Callable[[], Any]) -> float:
     return torch.cuda.max_memory_allocated() / 2**30
 
 
-def plain(engine: Any, batch: Any) -> None:
+def plain_pass(engine: Any, batch: Any) -> None:
     """Forward and backward, as in training."""
     engine.runner.token_losses(batch.to(engine.runner.device)).sum().backward()
     engine.optimizer.zero_grad(set_to_none=True)
@@ -118,8 +120,8 @@ def measure(options: argparse.Namespace, lora: bool) -> Iterator[tuple[str, list
     engine, batches = build(options, lora), real_batches(options)
     for batch in batches[:2]:
         engine.train_step([batch], None)
-    step = peak(lambda: engine.train_step([batches[2]], None))
-    base = statistics.median([lap(lambda: plain(engine, batches[0])) for _ in range(5)])
+    step = peak_gib(lambda: engine.train_step([batches[2]], None))
+    base = statistics.median([time_call(lambda: plain_pass(engine, batches[0])) for _ in range(5)])
     size = sum(p.numel() for p in engine.model.parameters())
     print(f"# {size / 1e6:.0f}M parameters, {base * 1000:.1f} ms a pass, {step:.1f} GiB a training step", flush=True)
     for kernel in options.kernels.split(","):
@@ -144,10 +146,10 @@ def compare(
     ratios: list[float] = []
     for number in range(options.rounds + 1):
         batch = batches[number % len(batches)]
-        base, spent = lap(lambda b=batch: plain(engine, b)), lap(lambda b=batch: score(b))
+        base, spent = time_call(lambda b=batch: plain_pass(engine, b)), time_call(lambda b=batch: score(b))
         if number:  # the first round warms up
             ratios.append(spent / base)
-    return ratios, peak(lambda: score(batches[0])) / step
+    return ratios, peak_gib(lambda: score(batches[0])) / step
 
 
 def main() -> int:
@@ -156,8 +158,8 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=256, help="hidden size (256)")
     parser.add_argument("--layers", type=int, default=4, help="layers (4)")
     parser.add_argument("--vocab", type=int, default=4096, help="vocabulary, at least the demo's 4096 (4096)")
-    parser.add_argument("--length", type=int, default=352, help="tokens a sample (352)")
-    parser.add_argument("--batch", type=int, default=8, help="samples a batch (8)")
+    parser.add_argument("--length", type=int, default=352, help="tokens per sample (352)")
+    parser.add_argument("--batch", type=int, default=8, help="samples per batch (8)")
     parser.add_argument("--rounds", type=int, default=15, help="rounds (15)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "pure_bf16"), default="fp32", help="(fp32)")
     parser.add_argument("--kernels", default="auto", help="of auto, torch, triton (auto)")

@@ -1,15 +1,16 @@
-"""What our step costs beside megatron-core's own loop, and what the roles cost, as paired ratios in one set of processes.
+"""Cost of a step against megatron-core's own loop, and cost of the roles, as paired ratios in one set of processes.
 
 Five loops of one model on one data set take their steps in turn, in an order that changes each round and is the same on
-every rank: a bare loop (below: megatron-core's schedule, gradient buckets, `finalize_model_grads` and optimizer, and
-nothing of ours but the data loader), ours without a role, and ours with ODM re-mixing at every step, loss weighting, and
-both. Ratios are taken within each round; the median over rounds is printed with its quartiles. The budget of each is 1.01.
+every rank: a bare loop (below: megatron-core's schedule, gradient buckets, `finalize_model_grads` and optimizer, with
+the data loader of dataflex_mega), dataflex_mega without a role, and with ODM re-mixing at every step, loss weighting,
+and both. Ratios are taken within each round; the median over rounds is printed with its quartiles. The budget of each
+is 1.01.
 
     make demo-data
     python tools/bench/megatron_overhead.py --rounds 60
     torchrun --nproc_per_node 2 tools/bench/megatron_overhead.py --pipeline 2 --rounds 60
 
-On a GPU, `--bf16` and `--model FOLDER` measure a model of one's own; tokens a second and, with `--peak-tflops`, the
+On a GPU, `--bf16` and `--model FOLDER` measure another model; tokens per second and, with `--peak-tflops`, the
 model-FLOPs utilisation are printed too.
 """
 
@@ -64,7 +65,7 @@ class BareLoop:
             DistributedDataParallel(self.config, ddp_config, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(inner)
         ]
-        self.optimizer = get_megatron_optimizer(optimizer_config, self.chunks)
+        self.optimizer: Any = get_megatron_optimizer(optimizer_config, self.chunks)
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.schedule: Any = get_forward_backward_func()
 
@@ -75,7 +76,7 @@ class BareLoop:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sources = [iter(micro_batches) for _ in self.chunks]
-        found = self.schedule(
+        reports = self.schedule(
             forward_step_func=forward_step,
             data_iterator=sources if len(sources) > 1 else sources[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
@@ -85,14 +86,14 @@ class BareLoop:
             forward_only=False,
         )
         _, grad_norm, _ = self.optimizer.step()
-        return self._mean_loss(found), float(grad_norm)
+        return self._mean_loss(reports), float(grad_norm)
 
     @staticmethod
-    def _mean_loss(found: Sequence[dict[str, Tensor]]) -> float:
+    def _mean_loss(reports: Sequence[dict[str, Tensor]]) -> float:
         from megatron.core import parallel_state
 
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        sums = torch.stack([part["sums"] for part in found]).sum(0) if found else torch.zeros(2, device=device)
+        sums = torch.stack([report["sums"] for report in reports]).sum(0) if reports else torch.zeros(2, device=device)
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
         torch.distributed.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
         total, count = sums.tolist()
@@ -100,7 +101,7 @@ class BareLoop:
 
 
 def forward_step(source: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """What megatron-core's schedules call for each micro-batch and chunk."""
+    """Called by megatron-core's schedules for each micro-batch and chunk."""
     batch = next(source)
     losses = model(batch["input_ids"], batch["position_ids"], None, labels=batch["labels"].clamp(min=0))
     return losses, partial(loss_of, batch["labels"])
@@ -113,7 +114,7 @@ def loss_of(labels: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, T
     return total, count.int(), {"sums": torch.stack([total.detach(), count.float()])}
 
 
-# -- what is measured ----------------------------------------------------------------------------------------------------
+# -- measurement ---------------------------------------------------------------------------------------------------------
 
 
 def keys_of(options: argparse.Namespace, output: Path) -> dict[str, Any]:
@@ -147,46 +148,48 @@ def keys_of(options: argparse.Namespace, output: Path) -> dict[str, Any]:
 
 
 def our_trainer(keys: dict[str, Any], roles: dict[str, Any]) -> tuple[Any, Any]:
-    """(trainer, state) ready to advance."""
+    """(trainer, state) before the first step."""
     from dataflex_mega.config.parse import parse_config
     from dataflex_mega.llamafactory.args import argument_types
-    from dataflex_mega.run.build import Build
+    from dataflex_mega.run.build import build
     from dataflex_mega.types import TrainState
 
     train_type = "dynamic" if roles else "static"
-    built = Build(parse_config({**keys, **roles, "train_type": train_type, "tensorboard": False}, argument_types()))
-    trainer = built.trainer()
+    _, trainer = build(
+        parse_config({**keys, **roles, "train_type": train_type, "tensorboard": False}, argument_types())
+    )
     return trainer, TrainState(0, trainer.controller.initial_plan())
 
 
-def bare_of(keys: dict[str, Any]) -> Callable[[], Any]:
+def bare_step(keys: dict[str, Any]) -> Callable[[], Any]:
     """A step of the bare loop on the model, the layout and the data that `keys` describe."""
     from dataflex_mega.config.parse import parse_config
     from dataflex_mega.data.loader import Loader
     from dataflex_mega.engines.megatron import cpu
     from dataflex_mega.engines.megatron.build import build_chunks
     from dataflex_mega.llamafactory.args import argument_types
-    from dataflex_mega.run.build import Build
+    from dataflex_mega.run.build import prepare
 
-    built = Build(parse_config({**keys, "train_type": "static", "tensorboard": False}, argument_types()))
-    backend: Any = built.backend
+    run = prepare(parse_config({**keys, "train_type": "static", "tensorboard": False}, argument_types()))
+    builder: Any = run.session.engine_builder
     with cpu.cuda_calls_on_cpu():
-        chunks = build_chunks(backend.shape, backend.settings, built.args.training.seed)
-        backend.fill(chunks)
-        loop = BareLoop(chunks, backend.settings.ddp, backend.settings.optimizer)
-    loader = Loader(built.pool, built.sampler, built.batch_partition, built.collate, built.ours.prefetch, 1)
-    plan = built.sampler.next_plan(None, 0, built.domains.initial_proportions)
+        chunks = build_chunks(builder.decoder, builder.settings, run.session.args.training.seed)
+        builder.fill(chunks)
+        loop = BareLoop(chunks, builder.settings.ddp, builder.settings.optimizer)
+    schedule, prefetch = run.schedule, run.session.config.dataflex.prefetch
+    loader = Loader(run.data.pool, schedule.sampler, schedule.partition, run.data.collate, prefetch, 1)
+    plan = schedule.sampler.next_plan(None, 0, schedule.domains.initial_proportions)
     numbers = itertools.count()
 
     def step() -> tuple[float, float]:
-        micro_batches = loader.micro_batches(plan, next(numbers), built.max_steps)
+        micro_batches = loader.micro_batches(plan, next(numbers), schedule.max_steps)
         with cpu.cuda_calls_on_cpu():
-            return loop.step([batch.to(built.parallel_info.device).tensors() for batch in micro_batches])
+            return loop.step([batch.to(run.session.parallel_info.device).tensors() for batch in micro_batches])
 
     return step
 
 
-def lap(work: Callable[[], Any]) -> float:
+def time_call(work: Callable[[], Any]) -> float:
     """Seconds of a call, from all ranks' start to this rank's end."""
     torch.distributed.barrier()
     start = time.perf_counter()
@@ -197,7 +200,7 @@ def lap(work: Callable[[], Any]) -> float:
 
 
 def show(options: argparse.Namespace, spent: dict[str, list[float]], pairs: Sequence[tuple[str, str]]) -> None:
-    """A line for each ratio."""
+    """Print a line for each ratio."""
     print(f"\nTP{options.tensor} x PP{options.pipeline}, {options.rounds} rounds")
     print(f"{'':30}{'median':>9}{'quartiles':>20}{'budget':>9}")
     for above, below in pairs:
@@ -207,12 +210,12 @@ def show(options: argparse.Namespace, spent: dict[str, list[float]], pairs: Sequ
 
 
 def throughput(options: argparse.Namespace, seconds: float, engine: Any) -> None:
-    """Tokens a second of a step of ours without a role, and on one process the share of the peak when that is given."""
+    """Print the tokens per second without a role, and on one process the model-FLOPs utilisation if the peak is given."""
     tokens = options.micro * options.accumulation * options.length * engine.parallel_info.dp_size
     print(f"\nnone: {seconds * 1000:.1f} ms a step of {tokens} tokens, {tokens / seconds:,.0f} tokens/s")
     if engine.parallel_info.world_size > 1:
         return
-    # 6 operations a parameter and token, and attention's two products: 12 x layers x hidden x length a token, halved by
+    # 6 operations per parameter and token, and attention's two products: 12 x layers x hidden x length a token, halved by
     # causality, which leaves 6.
     config, chunks = engine.runner.config, engine.runner.model_chunks
     size = sum(p.numel() for chunk in chunks for p in chunk.parameters())
@@ -223,13 +226,13 @@ def throughput(options: argparse.Namespace, seconds: float, engine: Any) -> None
 
 
 def compare(options: argparse.Namespace, folder: Path) -> None:
-    """All loops in turn."""
+    """Time all loops in turn and print their ratios."""
     steps: dict[str, Callable[[], Any]] = {}
     engine = None
     for name in options.loops.split(","):
         keys = keys_of(options, folder / name.replace("+", "-"))
         if name == "bare":
-            steps[name] = bare_of(keys)
+            steps[name] = bare_step(keys)
             continue
         trainer, state = our_trainer(keys, ROLES[name])
         steps[name] = partial(trainer.step, state)
@@ -241,7 +244,7 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
     for number in range(options.rounds):
         random.Random(number).shuffle(order)
         for name in order:
-            spent[name].append(lap(steps[name]))
+            spent[name].append(time_call(steps[name]))
     if torch.distributed.get_rank() == 0:
         pairs = [(name, "bare" if name == "none" else "none") for name in steps if name != "bare"]
         show(options, spent, [(above, below) for above, below in pairs if below in spent])
@@ -256,9 +259,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=60, help="rounds (60)")
     parser.add_argument("--tensor", type=int, default=1, help="tensor_model_parallel_size (1)")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline_model_parallel_size (1)")
-    parser.add_argument("--micro", type=int, default=4, help="samples a micro-batch (4)")
-    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches a step (2)")
-    parser.add_argument("--length", type=int, default=256, help="tokens a sample (256)")
+    parser.add_argument("--micro", type=int, default=4, help="samples per micro-batch (4)")
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches per step (2)")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sample (256)")
     parser.add_argument("--bf16", action="store_true", help="train in bf16")
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="of the device, for its utilisation")
     parser.add_argument("--loops", default="bare,none,mix,weight,mix+weight", help="which of them")
@@ -267,10 +270,10 @@ def main() -> int:
         torch.set_num_threads(1)
     from dataflex_mega.distributed.parallel_info import init_distributed, shutdown_distributed
 
-    joined = init_distributed()
+    parallel_info = init_distributed()
     with tempfile.TemporaryDirectory() as folder:  # every rank has its own; only the first writes
         compare(options, Path(folder))
-        if joined.world > 1:
+        if parallel_info.world_size > 1:
             torch.distributed.barrier()
     shutdown_distributed(orderly=True)
     return 0

@@ -1,9 +1,9 @@
-"""Speed and memory of the data order: ids a second of `Sampler.global_batch` for pools from a million to a trillion
+"""Speed and memory of the data order: ids per second of `Sampler.global_batch`, for pools of a million to a trillion
 samples.
 
 The order of a pool is computed, not stored, so neither speed nor memory may depend on the pool's size. For scale, the
-last column compares with shuffling a million ids in memory, numpy.random.Generator.permutation, done anew for every
-epoch of a million: above 1 the sampler is quicker than that.
+last column compares with shuffling a million ids in memory by numpy.random.Generator.permutation, once per epoch of a
+million: above 1 the sampler is faster.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from dataflex_mega.data.sampler import Sampler
 
-SHARES = (0.541, 0.287, 0.042, 0.037, 0.034, 0.031, 0.028)  # seven uneven domains
+PROPORTIONS = (0.541, 0.287, 0.042, 0.037, 0.034, 0.031, 0.028)  # seven uneven domains
 EXAMPLE = """
 examples:
   python tools/bench/sampler.py                       # the default pools and batch sizes
@@ -30,14 +30,14 @@ columns:
   pool        samples of all seven domains together
   batch       samples of a global batch
   us/batch    microseconds of one global_batch call, the best of several rounds
-  ids/s       ids a second on one core; the budget is 1e6
+  ids/s       ids per second on one core; the budget is 1e6
   extra MiB   largest memory allocated by Python and numpy while it runs, sampler included
   vs numpy    ids/s relative to Generator.permutation of a million ids
 """
 
 
 def numpy_speed(seconds: float) -> float:
-    """Ids a second of shuffling a million ids at a time, best round."""
+    """Ids per second of shuffling a million ids at a time, best round."""
     rng, best, end = np.random.default_rng(0), 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end:
         begin = time.perf_counter()
@@ -46,15 +46,15 @@ def numpy_speed(seconds: float) -> float:
     return best
 
 
-def made(pool: int, batch: int) -> Sampler:
-    sizes = [round(pool * share) for share in SHARES]
+def make_sampler(pool: int, batch: int) -> Sampler:
+    sizes = [round(pool * proportion) for proportion in PROPORTIONS]
     return Sampler(sizes, batch, seed=0)
 
 
 def sampler_speed(pool: int, batch: int, seconds: float) -> float:
-    """Ids a second, best round of 64 steps."""
-    sampler = made(pool, batch)
-    plan, step, best = sampler.next_plan(None, 0, SHARES), 0, 0.0
+    """Ids per second, best round of 64 steps."""
+    sampler = make_sampler(pool, batch)
+    plan, step, best = sampler.next_plan(None, 0, PROPORTIONS), 0, 0.0
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         begin = time.perf_counter()
@@ -69,8 +69,8 @@ def extra_memory(pool: int, batch: int) -> float:
     """MiB, the peak over 200 steps."""
     gc.collect()
     tracemalloc.start()
-    sampler = made(pool, batch)
-    plan = sampler.next_plan(None, 0, SHARES)
+    sampler = make_sampler(pool, batch)
+    plan = sampler.next_plan(None, 0, PROPORTIONS)
     for step in range(200):
         sampler.global_batch(plan, step)
     peak = tracemalloc.get_traced_memory()[1]

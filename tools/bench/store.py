@@ -1,7 +1,7 @@
-"""What a gradient store costs as samples and processes grow: work, bytes gathered, memory, speed of writing.
+"""Cost of a gradient store as samples and processes grow: work, gathered bytes, memory, speed of writing.
 
-Rows are synthetic, so that a million of them are quick to make; what is measured is the store's part alone, not the model's.
-Every rank scores its share against 16 directions, gathers the scores of all candidates (which a selector chooses from) and
+Rows are synthetic, so that a million of them are quick to generate; only the store is measured, not the model. Every
+rank scores its share against 16 directions, gathers the scores of all candidates (which a selector chooses from) and
 finds the best 1000 (which `dataflex-cli store score` prints).
 """
 
@@ -41,8 +41,8 @@ columns:
 DIRECTIONS, BEST = 16, 1000
 
 
-class Counted:
-    """Collectives that count what a rank sends."""
+class CountingCollectives:
+    """Collectives that count the bytes a rank sends."""
 
     def __init__(self, inner: Any) -> None:
         self.inner, self.sent = inner, 0
@@ -52,8 +52,8 @@ class Counted:
         return self.inner.all_gather_uneven(rows, counts)
 
 
-def anonymous() -> float:
-    """MiB of this process's own memory, mapped files left out; its present size."""
+def anonymous_mib() -> float:
+    """MiB of this process's memory now, without mapped files."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) / 1024
@@ -61,12 +61,12 @@ def anonymous() -> float:
 
 
 def write(folder: Path, layout: StoreLayout) -> float:
-    """Write a store of random rows -> seconds spent in writing them, checksums and flushing included."""
-    make, spent = torch.Generator().manual_seed(0), 0.0
+    """Write a store of random rows -> seconds of writing, with checksums and flushing."""
+    generator, spent = torch.Generator().manual_seed(0), 0.0
     begin = time.perf_counter()
     build.create_or_resume(folder, {"synthetic": True}, layout)
     spent += time.perf_counter() - begin
-    rows = torch.randn(layout.block_size, layout.width, generator=make).bfloat16()
+    rows = torch.randn(layout.block_size, layout.width, generator=generator).bfloat16()
     for shard in range(layout.num_shards):
         begin = time.perf_counter()
         writer = build.ShardWriter(folder, layout, shard)
@@ -85,24 +85,24 @@ def plain_write(path: Path, layout: StoreLayout) -> float:
     begin = time.perf_counter()
     with path.open("wb", buffering=0) as stream:
         for block in range(layout.num_blocks):
-            part = rows[: len(layout.ids_of_block(block))].roll(block, 1)
-            stream.write(part.contiguous().view(torch.int16).numpy().data)
+            block_rows = rows[: len(layout.ids_of_block(block))].roll(block, 1)
+            stream.write(block_rows.contiguous().view(torch.int16).numpy().data)
         os.fsync(stream.fileno())
     return time.perf_counter() - begin
 
 
-def scored(parallel_info: Any, folder: Path) -> dict[str, float]:
-    """What one rank did and used."""
+def score_store(parallel_info: Any, folder: Path) -> dict[str, float]:
+    """Score the store on one rank -> its work, time, memory and bytes, by name."""
     from dataflex_mega.distributed.collectives import TorchCollectives
 
-    collectives = Counted(TorchCollectives(parallel_info))
+    collectives: Any = CountingCollectives(TorchCollectives(parallel_info))
     rank, world = parallel_info.dp_rank, parallel_info.dp_size
     torch.mm(torch.ones(256, 256), torch.ones(256, 256))  # what the first product sets up is not the store's
     begin = time.perf_counter()
     store = GradientStore(folder)
     opened = time.perf_counter() - begin
     directions = torch.randn(DIRECTIONS, store.layout.width, generator=torch.Generator().manual_seed(1))
-    before, cpu = anonymous(), time.process_time()
+    before, cpu = anonymous_mib(), time.process_time()
     scores = search.streamed_max_cosine(store, directions, rank, world)
     spent = time.process_time() - cpu
     counts = search.rank_counts(store, world)
@@ -111,24 +111,24 @@ def scored(parallel_info: Any, folder: Path) -> dict[str, float]:
     search.top_k(scores, rank, counts, min(BEST, len(everyone)), collectives)
     return {
         "rows": counts[rank], "cpu": spent, "for all": for_all, "best": collectives.sent, "open": opened,
-        "memory": anonymous() - before,
+        "memory": anonymous_mib() - before,
     }  # fmt: skip
 
 
 def row(samples: int, width: int, world: int, root: Path) -> str:
-    """Build, score, and put into a line."""
+    """Build and score a store -> a line of the table."""
     layout = StoreLayout(samples, width, world)
     folder = root / f"{samples}-{world}"
     plain = min(plain_write(root / "plain", layout) for _ in range(3))
     build_times = [write(root / f"{samples}-{world}-{i}", layout) for i in range(3)]
     (root / f"{samples}-{world}-0").rename(folder)
-    found = run_distributed_test(scored, world, folder)
-    sent, best = (sum(one[name] for one in found) / samples for name in ("for all", "best"))
-    most = {name: max(one[name] for one in found) for name in found[0]}
-    size = f"{samples:9d} {world:6d} {int(most['rows']):10d}"
+    results = run_distributed_test(score_store, world, folder)
+    sent, best = (sum(result[name] for result in results) / samples for name in ("for all", "best"))
+    largest = {name: max(result[name] for result in results) for name in results[0]}
+    size = f"{samples:9d} {world:6d} {int(largest['rows']):10d}"
     return (
-        f"{size} {most['cpu']:11.3f} {sent:6.2f} {best:6.2f} {most['memory']:10.1f} "
-        f"{most['open'] * 1e3:8.2f} {plain / min(build_times):7.2f}"
+        f"{size} {largest['cpu']:11.3f} {sent:6.2f} {best:6.2f} {largest['memory']:10.1f} "
+        f"{largest['open'] * 1e3:8.2f} {plain / min(build_times):7.2f}"
     )
 
 
@@ -137,13 +137,13 @@ def main() -> int:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--samples", nargs="+", type=float, default=[1e3, 1e4, 1e5, 1e6])
-    parser.add_argument("--width", type=int, default=256, help="numbers a sample (default 256)")
+    parser.add_argument("--width", type=int, default=256, help="numbers per sample (default 256)")
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--folder", type=Path, help="where stores are written (default: a temporary folder)")
     options = parser.parse_args()
     if min(options.samples) < 1 or options.width < 1 or min(options.ranks) < 1:
         parser.error("samples, width and ranks are at least 1")
-    print(f"{options.width} numbers a sample, {DIRECTIONS} directions, best {BEST}; {mp.cpu_count()} cores")
+    print(f"{options.width} numbers per sample, {DIRECTIONS} directions, best {BEST}; {mp.cpu_count()} cores")
     head = ("samples", "ranks", "rows/rank", "cpu s/rank", "scores", "best", "extra MiB", "open ms", "write")
     print("{:>9} {:>6} {:>10} {:>11} {:>6} {:>6} {:>10} {:>8} {:>7}".format(*head))
     for samples in options.samples:

@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors, for peak memory where no allocator counts them: on a CPU."""
+"""Counts the bytes of tensors: peak memory on a CPU, where no allocator counts it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Bytes(TorchDispatchMode):
-    """Counts the storages that are alive among those that operations inside make, and the most at once."""
+class TensorByteCounter(TorchDispatchMode):
+    """Counts the bytes of live storages that operations inside allocate: now and at most."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,11 +20,11 @@ class Bytes(TorchDispatchMode):
         self.seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self.add(tensor)
-        return found
+        return result
 
     def add(self, tensor: torch.Tensor) -> None:
         """Count the storage of a tensor, once, until it is freed."""
@@ -42,11 +42,11 @@ class Bytes(TorchDispatchMode):
         self.now -= size
 
 
-def peak(work: Callable[[], Any], kept: Iterable[torch.Tensor]) -> int:
-    """Most bytes at once: of `kept`, which are there before, and of what the work makes."""
-    counted = Bytes()
-    for tensor in kept:
-        counted.add(tensor)
-    with counted:
+def peak(work: Callable[[], Any], existing: Iterable[torch.Tensor]) -> int:
+    """Most bytes at once of `existing` tensors and of those that the work allocates."""
+    counter = TensorByteCounter()
+    for tensor in existing:
+        counter.add(tensor)
+    with counter:
         work()
-    return counted.most
+    return counter.most

@@ -21,7 +21,7 @@ NUM_COMPONENT_ROWS = 24  # rows that files of neighbours and chances are written
 DOMAINS = ("demo_c4", "demo_wiki", "demo_alpaca_text", "demo_python")
 SLIMPAJAMA = ("CommonCrawl", "C4", "Github", "Book", "ArXiv", "Wikipedia", "StackExchange")
 SHAPE = ("--hidden", "32", "--layers", "2", "--heads", "4", "--kv-heads", "2", "--vocab", "512")
-FOLDERS = ("configs", "examples", "tools")  # of CHECKOUT, copied: both sides read these
+FOLDERS = ("configs", "examples")  # of CHECKOUT, copied: both sides read these
 
 
 def texts() -> dict[str, list[str]]:
@@ -128,7 +128,6 @@ def main(checkout: Path, folder: Path) -> None:
     """Write everything into a folder that does not exist yet."""
     for name in FOLDERS:
         shutil.copytree(checkout / name, folder / name)
-    shutil.copy(checkout / "README.md", folder)
     write_data(folder / "data")
     write_models(folder, load_tool(checkout / "tools" / "tiny_model.py"))
     write_corpora(folder)

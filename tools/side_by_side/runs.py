@@ -10,18 +10,21 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 TRAIN, CLI = "dataflex_mega.train", "dataflex_mega.cli"
-STEPS, LENGTH, OUT = 4, 32, "out"
+LENGTH, OUT = 32, "out"
+STEPS, SELECTION_STEPS, PIPELINE_STEPS = 8, 4, 24  # fewer where every update scores the whole pool
+ORDERED_STEPS = 3  # between updates of an order
 NUM_COMPONENT_ROWS = 24
 # Key of an example -> its value here. A key that an example does not have stays away.
 SIZES: dict[str, Any] = {
-    "train_step": STEPS, "warmup_step": 1, "update_step": 1, "eval_steps": 2, "warmup_steps": 1, "save_steps": 1000,
-    "per_device_eval_batch_size": 4, "plot_loss": False, "save_total_limit": None,
+    "warmup_step": 1, "update_step": 1, "eval_steps": 2, "warmup_steps": 1, "save_total_limit": None,
+    "per_device_eval_batch_size": 4, "plot_loss": False,
 }  # fmt: skip
 SMALL_COMPONENT = {"cutoff_len": LENGTH, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
 TENSOR_PARALLEL = {"engine": "megatron", "tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -70,7 +73,15 @@ RESUMED = (
     "all_roles.yaml", "cluster_less.yaml", "demo.yaml", "doremi/step2.yaml", "less.yaml", "less_store.yaml",
     "megatron/weight_dp2.yaml", "pipeline.yaml", "reorder.yaml", "select.yaml", "weight_by_likeness.yaml",
 )  # fmt: skip
-COMPONENT_ROW = re.compile(r"^\| (\w+) \| `(\w+)` \| `examples/(dataflex/\w+\.yaml)`[^|]* \| (\w+) \| (\w+) \|$", re.M)
+# Example of a train type of DataFlex -> the components it stands for.
+COMPONENTS = {
+    "dataflex/select.yaml": "less cluster_less nice icons coincide loss delta_loss tsds near random custom",
+    "dataflex/mix.yaml": "dynamic_moe static random odm doremi",
+    "dataflex/reorder.yaml": "sorting shuffle segment folding zigzag stair saw dynamic_saw dynamic_folding "
+    "reuse_selector_scores",
+    "dataflex/weight.yaml": "loss adapt joint_update_aware custom",
+    "dataflex/lego.yaml": "hierarchical select_then_reorder mix_then_weight select_only",
+}
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,12 @@ class Job:
         return asdict(self)
 
 
+@cache
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file's keys, to be read only."""
+    return yaml.safe_load(path.read_text())
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The folder that side_by_side/inputs.py has written."""
@@ -105,7 +122,7 @@ class Inputs:
 
     def config(self, example: str) -> dict[str, Any]:
         """The keys of an example."""
-        return yaml.safe_load((self.folder / "examples" / example).read_text())
+        return read_yaml(self.folder / "examples" / example)
 
     def examples(self) -> list[str]:
         """Every YAML below examples/, relative to it."""
@@ -120,7 +137,15 @@ def overrides(keys: dict[str, Any]) -> list[str]:
 
 def shortened(value: str) -> str:
     """The same words without spaces and quotes, for a name."""
-    return value.replace(" ", "").replace('"', "").replace(f"{PLUGINS}:", "")
+    return value.replace('"', "").replace(f"{PLUGINS}:", "").replace(": ", ":").replace(", ", ",")
+
+
+def steps_of(config: dict[str, Any]) -> int:
+    """How many steps a configuration is cut to."""
+    if "pipeline" in config:
+        return PIPELINE_STEPS
+    selects = "selector" in config or config.get("train_type") == "dynamic_select"
+    return SELECTION_STEPS if selects else STEPS
 
 
 def cut(inputs: Inputs, example: str, output: str = OUT) -> dict[str, Any]:
@@ -129,9 +154,13 @@ def cut(inputs: Inputs, example: str, output: str = OUT) -> dict[str, Any]:
     keys = {key: value for key, value in SIZES.items() if key in config}
     model = "moe" if str(config["model_name_or_path"]).endswith("moe") else "model"
     keys.update(
-        model_name_or_path=inputs.path(model), output_dir=output, cutoff_len=LENGTH, max_steps=STEPS, logging_steps=1,
-        per_device_train_batch_size=2,
+        model_name_or_path=inputs.path(model), output_dir=output, cutoff_len=LENGTH, max_steps=steps_of(config),
+        logging_steps=1, per_device_train_batch_size=2, save_strategy="no",
     )  # fmt: skip
+    if config.get("train_type") == "dynamic_reorder":
+        keys["update_step"] = ORDERED_STEPS
+    if "train_step" in config:
+        keys["train_step"] = keys["max_steps"]
     if "dataset_dir" in config:
         keys["dataset_dir"] = inputs.path("data")
         if config["stage"] == "pt":
@@ -192,7 +221,7 @@ def megatron_jobs(inputs: Inputs, processes: int) -> Iterator[Job]:
         if "slimpajama" in example:
             note = "64 GPUs in the example"
         sizes = [int(value) for key, value in config.items() if key.endswith("_parallel_size")]
-        needed = 4 if example == four else 2 if sizes or "weight_dp2" in example else processes
+        needed = 4 if example == four else 2 if sizes or "weight_dp2" in example else min(processes, 2)
         if needed == processes:
             yield Job(example, processes, [train(inputs, example, keys)], note, [example])
     if processes == 2 and four in inputs.examples():
@@ -229,8 +258,8 @@ def offline_jobs(inputs: Inputs, processes: int) -> Iterator[Job]:
     model = ["--encoder", "model", "--model", inputs.path("model")]
     sides = ["--candidates", f"{OUT}/embeddings/train", "--queries", f"{OUT}/embeddings/eval"]
     tasks: list[dict[str, Any]] = [
-        cli("embed", path, *model, "--output", f"{OUT}/embeddings/train", *overrides(keys)),
-        cli("embed", path, *model, "--part", "eval", "--output", f"{OUT}/embeddings/eval", *overrides(keys)),
+        cli("embed", path, *overrides(keys), *model, "--output", f"{OUT}/embeddings/train"),
+        cli("embed", path, *overrides(keys), *model, "--output", f"{OUT}/embeddings/eval", "--part", "eval"),
         cli("near", *sides, "--output", f"{OUT}/near.npy", "--k", "8"),
         cli("tsds", *sides, "--output", f"{OUT}/tsds.npy", "--k", "20", "--kde-k", "10"),
     ]
@@ -253,7 +282,7 @@ def compare_jobs(inputs: Inputs) -> Iterator[Job]:
         sizes = {key: value for key, value in SIZES.items() if key in base}
         more = {
             "model_name_or_path": inputs.path("model"), "cutoff_len": LENGTH, "max_steps": STEPS, "logging_steps": 1,
-            "per_device_train_batch_size": 2,
+            "per_device_train_batch_size": 2, "save_strategy": '"no"',
         }  # fmt: skip
         if "dataset_dir" in base:
             more.update(dataset_dir=inputs.path("data"), max_samples=12)
@@ -269,7 +298,7 @@ def compare_jobs(inputs: Inputs) -> Iterator[Job]:
 
 
 def component_jobs(inputs: Inputs, processes: int) -> Iterator[Job]:
-    """Every component of README's table: FSDP on one process, Megatron with tensor parallelism on two."""
+    """Every component of DataFlex: FSDP on one process, Megatron with tensor parallelism on two."""
     files = {
         "nice": {"selector": {"mc_samples": 2, "max_new_tokens": 4}},
         "near": {"selector": {"indices_path": inputs.path("near.npy")}},
@@ -278,11 +307,14 @@ def component_jobs(inputs: Inputs, processes: int) -> Iterator[Job]:
         "doremi": {"reference_model": inputs.path("reference")},
         "reuse_selector_scores": {"reorder": {"score_params": {"cache_path": inputs.path("step_10.json")}}},
     }
-    for _, name, example, _, _ in COMPONENT_ROW.findall((inputs.folder / "README.md").read_text()):
+    present = inputs.examples()
+    for example, name in [(e, name) for e, names in COMPONENTS.items() if e in present for name in names.split()]:
         config = inputs.config(example)
         keys = {**cut(inputs, example), **SMALL_COMPONENT, "component_name": name, "max_samples": NUM_COMPONENT_ROWS}
         keys = {key: value for key, value in keys.items() if key != "max_steps"}
-        keys.update({"update_times": STEPS - 1} if "update_step" in config else {}, num_train_epochs=1.0)
+        if "update_step" in config:
+            keys["update_times"] = (steps_of(config) - 1) // keys["update_step"]
+        keys["num_train_epochs"] = 1.0
         if processes == 2:
             keys.update(TENSOR_PARALLEL)
             if name == "coincide":  # the other layers are on other pipeline stages
@@ -305,10 +337,11 @@ def resumed_jobs(inputs: Inputs, processes: int) -> Iterator[Job]:
     for example in [name for name in RESUMED if name in inputs.examples()]:
         if example.startswith("megatron/") != (processes == 2):
             continue
-        keys = {**cut(inputs, example), "save_strategy": "steps", "save_steps": STEPS // 2}
-        half = {"max_steps": STEPS // 2, **({"train_step": STEPS // 2} if "train_step" in keys else {})}
-        tasks = [train(inputs, example, {**keys, **half}), train(inputs, example, keys)]
-        yield Job(f"{example} resumed", processes, tasks, "stopped at step 2", [example])
+        keys = cut(inputs, example)
+        half = keys["max_steps"] // 2
+        keys.update(save_strategy="steps", save_steps=half)
+        tasks = [train(inputs, example, {**keys, "max_steps": half}), train(inputs, example, keys)]
+        yield Job(f"{example} resumed", processes, tasks, f"stopped at step {half}", [example])
 
 
 def command_jobs(inputs: Inputs) -> Iterator[Job]:

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import pkgutil
+import runpy
 import shlex
 import signal
 import socket
@@ -20,9 +21,11 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 PACKAGE = "dataflex_mega"
-CORES, TIMEOUT, CRASHED, TIMED_OUT = 2, 240.0, 70, 124
+CORES, TIMEOUT, CRASHED, TIMED_OUT = 2, 600.0, 70, 124
+LISTED_MODELS = ("AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForTextToWaveform")
 LIBRARIES = (
     "accelerate", "datasets", "llamafactory.data", "llamafactory.model", "llamafactory.train.tuner", "peft", "sklearn",
     "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.utils.tensorboard",
@@ -65,6 +68,8 @@ def preload(checkout: Path) -> None:
         if not module.name.endswith("__main__"):
             with contextlib.suppress(ImportError):  # what needs an accelerator or an optional library
                 importlib.import_module(module.name)
+    for name in LISTED_MODELS:  # LLaMA-Factory asks each for all its configurations, which are imported then
+        list(getattr(importlib.import_module("transformers"), name)._model_mapping.keys())
 
 
 # -- a child -----------------------------------------------------------------------------------------------------------
@@ -73,19 +78,26 @@ def preload(checkout: Path) -> None:
 def call(task: dict[str, Any], checkout: Path) -> int:
     """Run one task in this process -> its exit status."""
     if "script" in task:
-        sys.argv = [task["script"], *task["argv"]]
-        source = (checkout / task["script"]).read_text()
-        sys.path.insert(0, str((checkout / task["script"]).parent))
-        scope = {"__name__": "__main__", "__file__": str(checkout / task["script"])}
-        exec(compile(source, task["script"], "exec"), scope)
+        script = checkout / task["script"]
+        path = mock.patch.object(sys, "path", [str(script.parent), *sys.path])
+        with path, mock.patch.object(sys, "argv", [str(script), *task["argv"]]):
+            runpy.run_path(str(script), run_name="__main__")
         return 0
-    return int(importlib.import_module(task["module"]).main(task["argv"]) or 0)
+    plots = importlib.import_module(f"{PACKAGE}.plots")
+    with mock.patch.object(plots, "plot_run", no_pictures) if hasattr(plots, "plot_run") else contextlib.nullcontext():
+        return int(importlib.import_module(task["module"]).main(task["argv"]) or 0)
+
+
+def no_pictures(*_arguments: object, **_keys: object) -> list[Path]:
+    """Stands for `plots.plot_run`: pictures take longer than a small run, and are not compared."""
+    return []
 
 
 def run_child(task: dict[str, Any], folder: Path, checkout: Path) -> int:
     """What a child does after the fork -> its exit status; standard streams go to `log` in the job's folder."""
     import torch
 
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.setpgid(0, 0)
     os.chdir(folder)
     log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -165,16 +177,22 @@ def start_task(running: Running, checkout: Path) -> bool:
     return True
 
 
+def kill_group(pid: int) -> None:
+    """End a child and all its children; it is the leader of their group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
 def reap(running: Running) -> bool:
     """Collect the children that have ended. True when the task has."""
     late = time.monotonic() - running.task_began > TIMEOUT
     for pid in list(running.pids):
         if late:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+            kill_group(pid)
         ended, status = os.waitpid(pid, 0 if late else os.WNOHANG)
         if ended:
             del running.pids[pid]
+            kill_group(pid)  # what it has started itself, such as the writer of Megatron's checkpoints
             running.codes.append(TIMED_OUT if late else os.waitstatus_to_exitcode(status))
             if running.codes[-1] not in (0, 2):  # the other ranks would wait for this one
                 running.task_began = min(running.task_began, time.monotonic() - TIMEOUT + 10)
@@ -201,8 +219,7 @@ def serve(jobs: list[dict[str, Any]], checkout: Path) -> None:
         work_off(list(jobs), active, checkout)
     finally:  # interrupted: the children are in groups of their own
         for pid in [pid for running in active for pid in running.pids]:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+            kill_group(pid)
 
 
 def work_off(waiting: list[dict[str, Any]], active: list[Running], checkout: Path) -> None:
@@ -224,9 +241,15 @@ def work_off(waiting: list[dict[str, Any]], active: list[Running], checkout: Pat
         time.sleep(0.01)
 
 
+def stop(_signal: int, _frame: object) -> None:
+    """Leave through `finally`, so that no child outlives this process."""
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 def main(argv: list[str]) -> None:
     """Command line."""
     checkout = Path(argv[0])
+    signal.signal(signal.SIGTERM, stop)
     preload(checkout)
     serve(json.loads(Path(argv[1]).read_text()), checkout)
 

@@ -39,7 +39,7 @@ HUBER = 1e-3
 STEPS_PER_POINT = 10  # a point weighs the steps it stands for over this: the official code keeps every tenth step
 LARGEST_A, LARGEST_ALPHA, SMALLEST_ALPHA = 6.5, 0.8, 1e-3
 SMALLEST_EXPONENT = 0.05  # of the speed
-BARRIER_MARGIN = 0.1  # the smallest initial alpha: a flat law does not determine a and e separately
+MIN_START_ALPHA = 0.1  # the smallest initial alpha: a flat law does not determine a and e separately
 FIRST_DAMPING, SMALLEST_DAMPING, LARGEST_DAMPING = 1e-3, 1e-12, 1e8
 MAX_LM_STEPS = 2000  # of a fit
 CONVERGED, PATIENCE = 1e-12, 12  # a fit ends after PATIENCE steps that gain a smaller fraction than CONVERGED
@@ -154,7 +154,7 @@ def fit(n: Tensor, losses: Tensor, weight: Tensor, floor: float) -> Tensor:
     objectives = [huber_objective(grid, *domain, floor).view(-1, alphas) for domain in zip(x, y, weight, strict=True)]
     best_of_alpha = torch.stack(objectives).argmin(dim=1)  # [d, alphas]: the best of all would lie in one valley
     starts = grid.view(-1, alphas, 3)[best_of_alpha, torch.arange(alphas)]  # [d, alphas, 3]
-    starts[..., 2].clamp_(min=BARRIER_MARGIN)
+    starts[..., 2].clamp_(min=MIN_START_ALPHA)
     points = [part.repeat_interleave(alphas, dim=0) for part in (x, y, weight)]
     laws, value = fit_levenberg_marquardt(starts.flatten(0, 1), (points[0], points[1], points[2]), floor)
     laws, value = laws.view(-1, alphas, 3), value.view(-1, alphas)
@@ -174,9 +174,9 @@ def speeds(laws: Tensor, n: Tensor) -> Tensor:
     return torch.nan_to_num(speed, nan=0.0)
 
 
-def preference(speed: Tensor, prior: Tensor, share: Tensor, credit: Credit, min_share: float) -> Tensor:
+def preference(speed: Tensor, prior: Tensor, drawn: Tensor, credit: Credit, min_share: float) -> Tensor:
     """[k] rho: at least min_share, then divided by its sum. The prior where no domain has a speed."""
-    credited = share if credit == "share" else share * (1 - share)
+    credited = drawn if credit == "share" else drawn * (1 - drawn)
     raw = speed * prior * credited.sqrt()
     rho = raw / raw.sum() if float(raw.sum()) > 0 else prior
     rho = rho.clamp(min=min_share)
@@ -244,8 +244,8 @@ class Ado(Mixer):
     count: Literal["all", "own"] = "all"
     min_irreducible: Annotated[float, Range()] = 0.5
     _prior: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64), init=False, repr=False)
-    _share: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64), init=False, repr=False)
-    _mean: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64), init=False, repr=False)
+    _drawn: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64), init=False, repr=False)
+    _mean_policy: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64), init=False, repr=False)
     _policy: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64), init=False, repr=False)
     _seen: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64), init=False, repr=False)
     _laws: list[list[float] | None] = field(default_factory=list, init=False, repr=False)  # [k] of (a, e, alpha)
@@ -264,7 +264,7 @@ class Ado(Mixer):
             raise ConfigError(f"mixer.ado.min_share: must be at most 1/K = {1 / len(domains):g}, {found}")
         self._prior = torch.tensor(domains.initial_proportions, dtype=torch.float64)
         self._prior /= self._prior.sum()
-        self._share, self._mean, self._policy = self._prior.clone(), self._prior.clone(), self._prior.clone()
+        self._drawn, self._mean_policy, self._policy = self._prior.clone(), self._prior.clone(), self._prior.clone()
         self._seen = torch.zeros(len(domains), dtype=torch.float64)
         self._laws, self._history = [None] * len(domains), LossHistory(len(domains))
 
@@ -272,7 +272,7 @@ class Ado(Mixer):
         """Record the step, refit when due, update the policy. A loss that is not finite counts as not drawn."""
         samples = stats.domain_samples.double().cpu()
         if float(samples.sum()) > 0:
-            self._share = EMA_SHARE * self._share + (1 - EMA_SHARE) * samples / samples.sum()
+            self._drawn = EMA_SHARE * self._drawn + (1 - EMA_SHARE) * samples / samples.sum()
         self._seen = self._seen + samples
         if step > self.ignore_steps:
             loss, tokens = stats.domain_loss.double().cpu(), stats.domain_tokens.double().cpu()
@@ -292,24 +292,24 @@ class Ado(Mixer):
         """The laws (a, e, alpha), None for a domain without one, and the mean policy."""
         return {
             "scaling_laws": [None if x is None else list(x) for x in self._laws],
-            "mean_policy": self._mean.tolist(),
+            "mean_policy": self._mean_policy.tolist(),
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Sample counts, policies, laws, and the points that the laws are fitted to."""
-        tensors = {"share": self._share, "mean": self._mean, "policy": self._policy, "seen": self._seen}
+        tensors = {"drawn": self._drawn, "mean_policy": self._mean_policy, "policy": self._policy, "seen": self._seen}
         lists: dict[str, Any] = {name: value.tolist() for name, value in tensors.items()}
         return {**lists, "laws": list(self._laws), "width": self._history.width, "groups": list(self._history.groups)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises CheckpointError when the state is of another number of domains."""
-        if len(state["share"]) != len(self._share):
-            found = f"{len(state['share'])} domains, this run has {len(self._share)}"
+        if len(state["drawn"]) != len(self._drawn):
+            found = f"{len(state['drawn'])} domains, this run has {len(self._drawn)}"
             raise CheckpointError(f"the checkpoint's ado state is for {found}")
-        named = (torch.tensor(state[name], dtype=torch.float64) for name in ("share", "mean", "policy", "seen"))
-        self._share, self._mean, self._policy, self._seen = named
+        named = (torch.tensor(state[name], dtype=torch.float64) for name in ("drawn", "mean_policy", "policy", "seen"))
+        self._drawn, self._mean_policy, self._policy, self._seen = named
         self._laws = [None if law is None else list(law) for law in state["laws"]]
-        self._history = LossHistory(len(self._share), int(state["width"]), list(state["groups"]))
+        self._history = LossHistory(len(self._drawn), int(state["width"]), list(state["groups"]))
 
     def _samples_seen(self) -> Tensor:
         """[k] samples seen, of all domains together or each one's own."""
@@ -330,6 +330,6 @@ class Ado(Mixer):
         """One step of the policy. A domain without a law has no speed: its rho is min_share."""
         laws = torch.tensor([[math.nan] * 3 if law is None else law for law in self._laws], dtype=torch.float64)
         speed = speeds(laws, self._samples_seen().clamp(min=1))
-        rho = preference(speed, self._prior, self._share, self.credit, self.min_share)
-        self._policy = EMA_POLICY * self._mean + (1 - EMA_POLICY) * rho
-        self._mean = (1 - 1 / (step + 1)) * self._mean + rho / (step + 1)
+        rho = preference(speed, self._prior, self._drawn, self.credit, self.min_share)
+        self._policy = EMA_POLICY * self._mean_policy + (1 - EMA_POLICY) * rho
+        self._mean_policy = (1 - 1 / (step + 1)) * self._mean_policy + rho / (step + 1)

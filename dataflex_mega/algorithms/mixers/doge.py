@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import DomainInfo, Mixer, Range
+from dataflex_mega.algorithms.requests import DomainGradientSignal, Request
 from dataflex_mega.errors import CheckpointError
-from dataflex_mega.types import Averages, NeedsGradients, UpdateContext
+from dataflex_mega.types import UpdateContext
 
 Against = Literal["others", "eval"]
 EPS = 1e-6  # of the official code: added to the mean length
@@ -43,7 +44,7 @@ def exponentiated_gradient_step(weights: Tensor, score: Tensor, eta: float) -> T
 
 
 @dataclass
-class Doge(Mixer, NeedsGradients, Averages):
+class Doge(Mixer):
     """Proportions by the alignment of gradients.
 
     Args:
@@ -68,9 +69,12 @@ class Doge(Mixer, NeedsGradients, Averages):
         self._weights /= self._weights.sum()
         self._weights_sum = torch.zeros_like(self._weights)
 
-    def learn(self, gram: Tensor) -> None:
-        """One update; see types.NeedsGradients. Products that are not finite change nothing."""
-        scores = alignment_scores(gram.double(), len(self._weights), self.against, self.max_score)
+    def requests(self) -> tuple[Request, ...]:
+        return (DomainGradientSignal(self.probe_samples, self.against == "eval"),)
+
+    def receive(self, request: Request, value: Tensor, step: int) -> None:
+        """One update with [m, m] inner products. Products that are not finite change nothing."""
+        scores = alignment_scores(value.double(), len(self._weights), self.against, self.max_score)
         if bool(torch.isfinite(scores).all()):
             self._alignment_scores = scores.tolist()
             self._weights = exponentiated_gradient_step(self._weights, scores, self.eta)

@@ -24,12 +24,13 @@ from torch import Tensor
 
 from dataflex_mega.algorithms.base import DomainInfo, Mixer, Range
 from dataflex_mega.algorithms.mixers._updates import exponentiated_gradient_step
+from dataflex_mega.algorithms.requests import ReferenceLossSignal, Request
 from dataflex_mega.errors import CheckpointError, TrainingFault
-from dataflex_mega.types import Averages, NeedsReference, StepStats, StepWeighing, UpdateContext
+from dataflex_mega.types import StepLossWeights, StepStats, UpdateContext
 
 
 @dataclass
-class DoReMi(NeedsReference, StepWeighing, Averages, Mixer):
+class DoReMi(Mixer):
     """Domain weights of the loss from excess losses, moved after every step.
 
     `warmup_step` keeps the loss unweighted for so long; the weights are updated from the first step on.
@@ -63,6 +64,9 @@ class DoReMi(NeedsReference, StepWeighing, Averages, Mixer):
         self._weights_sum = torch.zeros(k, dtype=torch.float64)
         self._updates = 0
 
+    def requests(self) -> tuple[Request, ...]:
+        return (ReferenceLossSignal(),)
+
     def observe(self, stats: StepStats, proportions: tuple[float, ...], step: int) -> None:
         """One step of the ascent. Raises TrainingFault when the step was taken without reference losses."""
         if stats.domain_excess_loss is None:
@@ -82,12 +86,11 @@ class DoReMi(NeedsReference, StepWeighing, Averages, Mixer):
         return self._initial.clone()
 
     def loss_weights(self) -> Tensor:
-        """[k] float64, the current weights, for the plan: they mark its steps as weighted; see `domain_weights`."""
+        """[k] float64, the current weights, for the plan: they mark its steps as weighted; see `step_loss_weights`."""
         return self._weights.clone()
 
-    def domain_weights(self) -> Tensor:
-        """[k] float64, sums to 1: the weights of the next step."""
-        return self._weights.clone()
+    def step_loss_weights(self) -> StepLossWeights:
+        return StepLossWeights(self._weights.clone(), self.loss_norm)
 
     def average_weights(self) -> tuple[int, Tensor]:
         """(steps, [k] float64 that sums to 1). Before the first step, uniform."""

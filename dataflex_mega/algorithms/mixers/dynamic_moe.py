@@ -21,8 +21,9 @@ from torch import Tensor
 
 from dataflex_mega.algorithms.base import DomainInfo, Mixer, Range
 from dataflex_mega.algorithms.mixers._updates import exponentiated_gradient_step
+from dataflex_mega.algorithms.requests import Request, RouterLoadSignal
 from dataflex_mega.errors import CheckpointError, TrainingFault
-from dataflex_mega.types import NeedsLoads, StepStats, UpdateContext
+from dataflex_mega.types import StepStats, UpdateContext
 
 Similarity = Literal["l2", "cos"]
 
@@ -36,7 +37,7 @@ def distances(loads: Tensor, similarity: Similarity) -> Tensor:
 
 
 @dataclass
-class DynamicMoe(Mixer, NeedsLoads):
+class DynamicMoe(Mixer):
     """Proportions by how differently domains use the experts.
 
     A domain without tokens in a window keeps its loads of the last one; until its first it counts with the mean distance of
@@ -65,6 +66,9 @@ class DynamicMoe(Mixer, NeedsLoads):
         """Start at the initial proportions."""
         self._weights = torch.tensor(domains.initial_proportions, dtype=torch.float64)
         self._weights /= self._weights.sum()
+
+    def requests(self) -> tuple[Request, ...]:
+        return (RouterLoadSignal(),)
 
     def observe(self, stats: StepStats, proportions: tuple[float, ...], step: int) -> None:
         """Add a step's counts; the last step of a window updates the weights. Raises TrainingFault without counts."""

@@ -1,6 +1,6 @@
 """LESS for pools that are too large to score whole: a few representatives stand for all members of their cluster.
 
-DataFlex's (arXiv 2603.26164); there is no other paper. Samples are clustered once, by their mean hidden states. At every
+DataFlex's method (arXiv 2603.26164); no other paper has it. Samples are clustered once, by mean hidden states. At every
 selection some samples of each cluster are drawn, their gradients are compared with those of the targets as LESS does
 (arXiv 2402.04333), and the cluster's score is that of all its members:
 
@@ -19,18 +19,19 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import DomainInfo, Range, Selector
+from dataflex_mega.algorithms.requests import ClusterGradientSignal, PoolClusterRequest, Request
 from dataflex_mega.algorithms.selectors._ranking import max_cosines, select_highest
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.types import Clusters, ProjectionSpec, SignalTable, UpdateContext, UsesClusters
+from dataflex_mega.types import Clusters, ProjectionSpec, SignalTable, UpdateContext
 
 
 @dataclass
-class ClusterLess(Selector, UsesClusters):
+class ClusterLess(Selector):
     """The members of the clusters with the highest scores.
 
     Args:
         gradient_type: "adam" preconditions the representatives' gradients, "sgd" does not.
-        cluster_size: members that a cluster has on average, unless num_clusters is given.
+        cluster_size: mean number of members of a cluster, unless num_clusters is given.
         num_clusters: None: the size of the pool / cluster_size, rounded up.
         samples_per_cluster: representatives of each cluster per selection. samples_per_cluster / cluster_size is the cost
             relative to LESS.
@@ -39,8 +40,7 @@ class ClusterLess(Selector, UsesClusters):
         representative_strategy: "random" anew at every selection; "nearest" to the centre or "farthest" from it; "mixed":
             one half the nearest, the rest random.
         embedding_layer: whose hidden states are clustered, as transformers counts them; -1: those of the output layer.
-        combine: "mean", exact; "direction", as DataFlex: the representatives' gradients are added, for which they are
-            projected.
+        combine: "mean", exact; "direction", as DataFlex: the sum of the representatives' projected gradients.
         side: of that projection: a layer's gradient becomes side x side numbers.
         seed: of clusters and representatives.
         cache_dir: where step_N.json goes; None: output_dir/selections.
@@ -73,22 +73,29 @@ class ClusterLess(Selector, UsesClusters):
         """The number of clusters, given or derived from the size of the pool."""
         return self.num_clusters or -(-self._num_samples // self.cluster_size)
 
-    def feature_spec(self) -> ProjectionSpec:
-        """The projection of gradients for `combine: direction`."""
-        return ProjectionSpec("two_sided", self.side, self.seed)
+    def requests(self) -> tuple[Request, ...]:
+        clusters = PoolClusterRequest(
+            self.cluster_count, self.clustering_method, self.clustering_max_iter, self.embedding_layer, self.seed
+        )
+        scores = ClusterGradientSignal(
+            adam=self.gradient_type == "adam",
+            num_clusters=self.cluster_count,
+            samples_per_cluster=self.samples_per_cluster,
+            strategy=self.representative_strategy,
+            combine=self.combine,
+            projection=ProjectionSpec("two_sided", self.side, self.seed),
+            seed=self.seed,
+            clusters=lambda: self._clusters,
+        )
+        return (clusters, scores)
 
-    @property
-    def clusters(self) -> Clusters | None:
-        """The clusters of the pool; None before the first selection."""
-        return self._clusters
+    def is_due(self, request: Request, step: int) -> bool:
+        """The pool is clustered once, before the first selection."""
+        return self._clusters is None
 
-    def set_clusters(self, clusters: Clusters) -> None:
+    def receive(self, request: Request, value: Clusters, step: int) -> None:
         """Take the clusters of the pool; they are part of the state from then on."""
-        self._clusters = clusters
-
-    @property
-    def signals(self) -> frozenset[str]:
-        return frozenset({f"cluster_{self.gradient_type}"})
+        self._clusters = value
 
     def score(self, table: SignalTable) -> Tensor:
         """[n] float32 in -1..1, equal for all members of a cluster; 0 where no representative has a gradient."""
@@ -102,7 +109,10 @@ class ClusterLess(Selector, UsesClusters):
         """The clusters, so that a resumed run continues with them."""
         if self._clusters is None:
             return {}
-        return {"own": self._clusters.cluster_ids, "distance": self._clusters.squared_distances}
+        return {
+            "cluster_ids": self._clusters.cluster_ids,
+            "squared_distances": self._clusters.squared_distances,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._clusters = Clusters(state["own"], state["distance"]) if state else None
+        self._clusters = Clusters(state["cluster_ids"], state["squared_distances"]) if state else None

@@ -1,4 +1,4 @@
-"""COINCIDE: more from clusters that others are like and that are spread out, and a representative part of each.
+"""COINCIDE: more samples from clusters that are similar to others and spread out, and representative ones of each.
 
 Lee et al. 2024, "Concept-skill Transferability-based Data Selection for Large Vision-Language Models" (arXiv 2406.10995).
 Samples are clustered by hidden states of several layers. With S the mean cosine of a cluster's centre with the other
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import Distinct, Range, Selector
+from dataflex_mega.algorithms.requests import ClusterSignal, Request
 from dataflex_mega.errors import DataError
-from dataflex_mega.types import ClusterSpec, NeedsClusters, SignalTable, UpdateContext
+from dataflex_mega.types import ClusterSpec, SignalTable, UpdateContext
 
 CLUSTER, ORDER, DENSITY, TRANSFERABILITY = range(4)  # columns of the scores
 
@@ -44,7 +45,7 @@ def allocate_counts(proportions: Tensor, sizes: Tensor, count: int) -> Tensor:
 
 
 @dataclass
-class Coincide(Selector, NeedsClusters):
+class Coincide(Selector):
     """Clusters by transferability and density, members by their kernel mean.
 
     Args:
@@ -68,14 +69,10 @@ class Coincide(Selector, NeedsClusters):
     seed: Annotated[int, Range(ge=0)] = 42
     cache_dir: str | None = None
 
-    def cluster_spec(self) -> ClusterSpec:
-        """The clustering of hidden states that the parameters describe."""
+    def requests(self) -> tuple[Request, ...]:
         layers = None if self.embedding_layers is None else tuple(self.embedding_layers)
-        return ClusterSpec(layers, self.num_clusters, self.seed, self.clustering_max_iter, self.single_member_density)
-
-    @property
-    def signals(self) -> frozenset[str]:
-        return frozenset({"clusters"})
+        spec = ClusterSpec(layers, self.num_clusters, self.seed, self.clustering_max_iter, self.single_member_density)
+        return (ClusterSignal(spec),)
 
     def score(self, table: SignalTable) -> Tensor:
         """[n, 4] float32: cluster, position in it, its density, its transferability. Integers are exact below 2**24."""

@@ -2,11 +2,11 @@
 
 DataFlex's rule (arXiv 2603.26164); it has no other paper. The first update stores the loss l0 of every candidate and
 selects at random. From then on, with d = l0 - l sorted downwards over N candidates, x in 0..1 the progress of the updates
-and w the window's share:
+and w the window's fraction:
 
     start = floor(s (1 - w) N),  s = 1 / (1 + exp(-10 (x - 1/2)));  end = start + w N, but not beyond the last d >= 0
 
-A sample inside weighs 1, one outside `outside_weight`; samples are drawn one after the other without replacement.
+A sample inside has weight 1, one outside `outside_weight`; samples are drawn one after the other without replacement.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import DomainInfo, Range, Selector
+from dataflex_mega.algorithms.requests import LossSignal, Request
 from dataflex_mega.algorithms.selectors._sampling import draw_without_replacement
 from dataflex_mega.errors import CheckpointError, ConfigError, DataError
 from dataflex_mega.types import SignalTable, UpdateContext
@@ -74,15 +75,14 @@ class DeltaLoss(Selector):
     cache_dir: str | None = None
     _pool_size: int = field(default=0, init=False, repr=False)
     _initial: Tensor | None = field(default=None, init=False, repr=False, compare=False)  # [N] float32
-    _first_step: int = field(default=-1, init=False, repr=False)  # the step at which it was taken
+    _first_step: int = field(default=-1, init=False, repr=False)  # the step of the first update
 
     def setup(self, domains: DomainInfo) -> None:
-        """Records the size of the pool."""
+        """Record the size of the pool."""
         self._pool_size = sum(domains.num_samples)
 
-    @property
-    def signals(self) -> frozenset[str]:
-        return frozenset({"loss"})
+    def requests(self) -> tuple[Request, ...]:
+        return (LossSignal(),)
 
     def score(self, table: SignalTable) -> Tensor:
         """[n] float32 losses; `select`, which sees the whole pool, subtracts them from the stored ones."""

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import NotEmpty, Range, Selector
+from dataflex_mega.algorithms.requests import GradientSignal, Request
 from dataflex_mega.algorithms.selectors._ranking import cosines
 from dataflex_mega.errors import DataError
-from dataflex_mega.types import CutsTargets, SignalTable, UpdateContext
+from dataflex_mega.types import SignalTable, UpdateContext
 
 
 def task_votes(influence: Tensor, count: int) -> Tensor:
@@ -35,7 +36,7 @@ def task_votes(influence: Tensor, count: int) -> Tensor:
 
 
 @dataclass
-class Icons(Selector, CutsTargets):
+class Icons(Selector):
     """The candidates with the most votes.
 
     A task is an evaluation set (`eval_on_each_dataset: true` keeps them apart), or a part of them by `task_boundaries`.
@@ -50,9 +51,9 @@ class Icons(Selector, CutsTargets):
     task_boundaries: Annotated[list[int] | None, Range(ge=1), NotEmpty()] = None
     cache_dir: str | None = None
 
-    @property
-    def signals(self) -> frozenset[str]:
-        return frozenset({f"gradient_{self.gradient_type}"})
+    def requests(self) -> tuple[Request, ...]:
+        boundaries = None if self.task_boundaries is None else tuple(self.task_boundaries)
+        return (GradientSignal(self.gradient_type == "adam", boundaries),)
 
     def score(self, table: SignalTable) -> Tensor:
         """[n, T] float32 influences in -1..1; 0 for a candidate without a gradient (no target token in it)."""

@@ -1,4 +1,4 @@
-"""LESS: train on what moves the model as the target samples would.
+"""LESS: select the samples whose gradients point in the direction of the target samples'.
 
 Xia et al. 2024, "LESS: Selecting Influential Data for Targeted Instruction Tuning" (arXiv 2402.04333). Targets are the
 samples of `eval_dataset`; with `eval_on_each_dataset: true` every evaluation set is a sub-task of its own.
@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import Range, Selector
+from dataflex_mega.algorithms.requests import GradientSignal, Request, StoredGradientSignal
 from dataflex_mega.algorithms.selectors._ranking import cosines, max_cosines, select_highest
 from dataflex_mega.errors import ConfigError, DataError
-from dataflex_mega.types import ProjectionSpec, SignalTable, UpdateContext, UsesStore
+from dataflex_mega.types import ProjectionSpec, SignalTable, UpdateContext
 
 
 @dataclass(frozen=True)
@@ -79,26 +80,26 @@ def weighted_mean_cosines(records: Sequence[CosineRecord], ids: Tensor) -> Tenso
             continue
         positions = torch.searchsorted(record.ids, ids).clamp(max=len(record.ids) - 1)
         present = (record.ids[positions] == ids).nonzero().flatten()
-        cosines = record.cosines[positions[present]].double()
-        weighted_sum[present] += record.learning_rate * cosines
-        plain_sum[present] += cosines
+        values = record.cosines[positions[present]].double()
+        weighted_sum[present] += record.learning_rate * values
+        plain_sum[present] += values
         rate_sum[present] += record.learning_rate
         count[present] += 1
     return torch.where(rate_sum > 0, weighted_sum / rate_sum, plain_sum / count)
 
 
 @dataclass
-class Less(Selector, UsesStore):
+class Less(Selector):
     """The candidates with the highest scores.
 
     Args:
         gradient_type: "adam" preconditions the candidates' gradients, "sgd" does not. Targets are never preconditioned.
         mode: "streaming": exact scores, nothing is stored; each sub-task costs a direction of the model's size. "store":
             projected gradients of all candidates on disk, and scores from them: for dozens of sub-tasks and more, or when
-            the features are wanted for something else too.
+            the features have other uses too.
         projection: of a store. "two_sided": every layer by itself, cheap; "dense": one random matrix for all, as in the
             paper, which costs many times a training pass.
-        side: two_sided: a layer's gradient becomes side x side numbers; a shorter side of a layer is kept as it is.
+        side: two_sided: a layer's gradient becomes side x side numbers; a side of a layer that is shorter stays unprojected.
         proj_dim: dense: numbers per sample; None: 8192. With streaming it changes nothing, since nothing is projected.
         checkpoints: over how many selections, this one included, a candidate's cosines are averaged, weighted by the
             learning rates of their steps. A selection that did not score the candidate (`candidate_fraction`) is left out.
@@ -128,15 +129,13 @@ class Less(Selector, UsesStore):
             raise ConfigError("selector.less.store_dir: has no effect with mode: streaming; set mode: store")
         self._history = CosineHistory(self.checkpoints)
 
-    def feature_spec(self) -> ProjectionSpec:
-        """Of a store."""
+    def requests(self) -> tuple[Request, ...]:
+        adam = self.gradient_type == "adam"
+        if self.mode == "streaming":
+            return (GradientSignal(adam),)
         size = self.side if self.projection == "two_sided" else self.proj_dim or 8192
-        return ProjectionSpec(self.projection, size, self.seed or 0)
-
-    @property
-    def signals(self) -> frozenset[str]:
-        kind = "gradient" if self.mode == "streaming" else "store"
-        return frozenset({f"{kind}_{self.gradient_type}"})
+        spec = ProjectionSpec(self.projection, size, self.seed or 0)
+        return (StoredGradientSignal(adam, spec, self.store_dir, self.store_block),)
 
     def score(self, table: SignalTable) -> Tensor:
         """[n] float32 in -1..1; 0 for a candidate without a gradient (no target token in it).

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import Range, Selector
+from dataflex_mega.algorithms.requests import LossSignal, Request
 from dataflex_mega.algorithms.selectors._sampling import draw_without_replacement
 from dataflex_mega.errors import ConfigError, DataError
 from dataflex_mega.types import SignalTable, UpdateContext
@@ -54,7 +55,7 @@ class LossSelector(Selector):
         focus: the range that is favoured: "low" up to the first quantile, "high" above the second, "medium" between.
         focus_weight: how much more a sample of that range weighs, > 0.
         quantiles: the two bounds, 0 <= first <= second <= 1.
-        replacement: whether a candidate may be chosen more than once.
+        replacement: whether a candidate may be selected more than once.
         temperature: above 1 evens the chances out, below 1 sharpens them. > 0.
         cache_dir: where step_N.json of each selection goes; None: the output directory.
     """
@@ -75,19 +76,15 @@ class LossSelector(Selector):
             found = f"found focus_weight {self.focus_weight}, temperature {self.temperature}"
             raise ConfigError(f"selector.loss.temperature: focus_weight ** (1 / temperature) is out of range, {found}")
 
-    @property
-    def signals(self) -> frozenset[str]:
-        return frozenset({"loss"})
+    def requests(self) -> tuple[Request, ...]:
+        return (LossSignal(),)
 
     def score(self, table: SignalTable) -> Tensor:
         """[n] float32 losses, unchanged."""
         return table["loss"].float()
 
     def select(self, scores: Tensor, count: int, context: UpdateContext, rng: torch.Generator) -> Tensor:
-        """[count] int64 positions.
-
-        Raises DataError when count exceeds the number of candidates with a finite loss.
-        """
+        """[count] int64 positions. Raises DataError when count exceeds the number of candidates with a finite loss."""
         chance = focus_weights(scores, self.focus, self.focus_weight, self.quantiles, self.temperature)
         possible = int((chance > 0).sum())
         if count > possible and (not self.replacement or possible == 0):

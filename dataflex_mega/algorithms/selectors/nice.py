@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import Range, Selector
+from dataflex_mega.algorithms.requests import PolicyGradientSignal, Request
 from dataflex_mega.algorithms.selectors._ranking import max_cosines, select_highest
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.types import GenerationSpec, SignalTable, UpdateContext, UsesPolicy
+from dataflex_mega.types import GenerationSpec, SignalTable, UpdateContext
 
 
 @dataclass
-class Nice(Selector, UsesPolicy):
+class Nice(Selector):
     """The candidates with the highest scores.
 
     Args:
@@ -62,10 +63,20 @@ class Nice(Selector, UsesPolicy):
         if self.best is not None and self.best > self.mc_samples:
             raise ConfigError(f"selector.nice.best: must be at most mc_samples, {self.mc_samples}, found {self.best}")
 
-    def sampling(self) -> GenerationSpec:
-        return GenerationSpec(self.max_new_tokens, self.generation_temperature, self.top_k, self.top_p)
+    def requests(self) -> tuple[Request, ...]:
+        generation = GenerationSpec(self.max_new_tokens, self.generation_temperature, self.top_k, self.top_p)
+        request = PolicyGradientSignal(
+            adam=self.gradient_type == "adam",
+            reward=self.reward,
+            num_answers=self.mc_samples,
+            max_prompt_length=self.max_prompt_length,
+            seed=self.seed,
+            generation=generation,
+            answer_weights=self.answer_weights,
+        )
+        return (request,)
 
-    def factors(self, rewards: Tensor) -> Tensor:
+    def answer_weights(self, rewards: Tensor) -> Tensor:
         """[P, mc_samples] rewards -> the same shape: the factor of each answer's log-probability."""
         factors = rewards.double()
         if self.baseline == "mean":
@@ -74,10 +85,6 @@ class Nice(Selector, UsesPolicy):
             order = rewards.sort(dim=1, descending=True, stable=True).indices
             factors = factors.scatter(1, order[:, self.best :], 0.0)
         return factors
-
-    @property
-    def signals(self) -> frozenset[str]:
-        return frozenset({f"policy_{self.gradient_type}"})
 
     def score(self, table: SignalTable) -> Tensor:
         """[n] float32 in -1..1; 0 for a candidate without a gradient, and for all where no answer has a reward."""

@@ -20,7 +20,7 @@ class RandomSelector(Selector):
 
     Args:
         seed: another selection with everything else unchanged; None: the run's seed alone decides.
-        replacement: whether a candidate may be chosen more than once.
+        replacement: whether a candidate may be selected more than once.
         cache_dir: where step_N.json of each selection goes; None: the output directory.
     """
 

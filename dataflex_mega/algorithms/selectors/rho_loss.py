@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import Selector
+from dataflex_mega.algorithms.requests import LossSignal, ReferenceLossSignal, Request
 from dataflex_mega.errors import DataError
-from dataflex_mega.types import NeedsReference, SignalTable, UpdateContext
+from dataflex_mega.types import SignalTable, UpdateContext
 
 
 @dataclass
-class RhoLoss(NeedsReference, Selector):
+class RhoLoss(Selector):
     """The largest reducible losses.
 
     Candidates with equal scores are taken in the order of the pool, so the selection is the same everywhere.
@@ -28,9 +29,8 @@ class RhoLoss(NeedsReference, Selector):
     Args: none; `update_step` times the batch size gives the number of samples.
     """
 
-    @property
-    def signals(self) -> frozenset[str]:
-        return frozenset({"loss", "reference_loss"})
+    def requests(self) -> tuple[Request, ...]:
+        return (LossSignal(), ReferenceLossSignal())
 
     def score(self, table: SignalTable) -> Tensor:
         """[n] float32: loss minus reference loss; minus infinity where that is not finite."""

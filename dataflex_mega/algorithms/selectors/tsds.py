@@ -32,7 +32,7 @@ class Tsds(Selector):
     Args:
         probs_path: the .npy file of the offline tool: [N] float64 or float32, one number >= 0 for each sample of the
             pool in its order, taken relative to their sum.
-        replacement: whether a candidate may be chosen more than once.
+        replacement: whether a candidate may be selected more than once.
         cache_dir: where step_N.json of each selection goes; None: the output directory.
     """
 

@@ -12,18 +12,19 @@ The mean over anchors is taken once, s_i = phi_i . (mean of phi_a): one vector i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import Range, Weighter
-from dataflex_mega.types import EmbeddingSpec, NeedsHidden, SampleStats
+from dataflex_mega.algorithms.requests import EmbeddingSignal, Request, TargetEmbeddingSignal
+from dataflex_mega.types import EmbeddingSpec, SampleStats
 
 
 @dataclass
-class Adapt(NeedsHidden, Weighter):
+class Adapt(Weighter):
     """Weights by the mean cosine with the target samples.
 
     Args:
@@ -36,23 +37,25 @@ class Adapt(NeedsHidden, Weighter):
     refresh_interval: Annotated[int, Range(ge=1)] = 50
     clip: Annotated[float | None, Range(gt=0)] = None
     _anchor: Tensor | None = field(default=None, init=False, repr=False, compare=False)  # [h] float64
-    _target_step: int = field(default=-1, init=False, repr=False)  # the step of the last `learn`
+    _target_step: int = field(default=-1, init=False, repr=False)  # the step at which it was received
 
-    @property
-    def hidden(self) -> EmbeddingSpec:
-        return EmbeddingSpec("position_weighted")
+    def requests(self) -> tuple[Request, ...]:
+        spec = EmbeddingSpec("position_weighted")
+        return (EmbeddingSignal(spec), TargetEmbeddingSignal(spec))
 
-    def stale(self, step: int) -> bool:
+    def is_due(self, request: Request, step: int) -> bool:
         """True before the first weights and at every multiple of refresh_interval."""
         return self._anchor is None or (step % self.refresh_interval == 0 and step != self._target_step)
 
-    def learn(self, target: Tensor, step: int) -> None:
-        self._anchor, self._target_step = target.double().cpu(), step
+    def receive(self, request: Request, value: Tensor, step: int) -> None:
+        """Store the mean vector of the anchors."""
+        self._anchor, self._target_step = value.double().cpu(), step
 
-    def compare(self, hidden: Tensor) -> Tensor:
+    def reduce(self, samples: SampleStats) -> SampleStats:
         """[n, h] vectors -> [n, 1] float32 mean cosines with the anchors."""
-        assert self._anchor is not None, "learn was not called"
-        return (hidden.double() @ self._anchor.to(hidden.device).unsqueeze(1)).float()
+        assert samples.embeddings is not None and self._anchor is not None, "no anchors were received"
+        anchor = self._anchor.to(samples.embeddings.device).unsqueeze(1)
+        return replace(samples, embeddings=(samples.embeddings.double() @ anchor).float())
 
     def weights(self, samples: SampleStats, step: int, total_steps: int) -> Tensor:
         """[n] float32, mean 1. A sample without target tokens, or with hidden states that are not finite, weighs 1."""

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import Range, Weighter
+from dataflex_mega.algorithms.requests import BatchGradientSignal, Request
 from dataflex_mega.errors import TrainingFault
-from dataflex_mega.types import NeedsBatchGradients, ProjectionSpec, SampleStats
+from dataflex_mega.types import BatchGradients, ProjectionSpec, SampleStats
 
 
 @dataclass
-class Greats(NeedsBatchGradients, Weighter):
+class Greats(Weighter):
     """Weight G / K for the K selected samples of a batch of G, 0 for the others.
 
     Args:
@@ -49,15 +50,13 @@ class Greats(NeedsBatchGradients, Weighter):
     _ids: Tensor | None = field(default=None, init=False, repr=False, compare=False)  # [m] sorted, of the step to come
     _weights: Tensor | None = field(default=None, init=False, repr=False, compare=False)  # [m] float64
 
-    @property
-    def uses_adam(self) -> bool:
-        return self.gradient_type == "adam"
+    def requests(self) -> tuple[Request, ...]:
+        projection = ProjectionSpec("two_sided", self.side, self.seed)
+        return (BatchGradientSignal(projection, self.target_batch, self.gradient_type == "adam"),)
 
-    def feature_spec(self) -> ProjectionSpec:
-        return ProjectionSpec("two_sided", self.side, self.seed)
-
-    def observe_batch(self, ids: Tensor, dot: Tensor, gram: Tensor) -> None:
-        """Select from the coming batch: [G] ids, [G] inner products with the targets, [G, G] with each other."""
+    def receive(self, request: Request, value: BatchGradients, step: int) -> None:
+        """Select from the batch of the next step."""
+        ids, dot, gram = value.ids, value.dot, value.gram
         count = max(1, round(self.keep_ratio * len(ids)))
         weights = torch.zeros(len(ids), dtype=torch.float64)
         weights[greedy_select(dot, gram, count, self.curvature)] = len(ids) / count

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import Range, Weighter
+from dataflex_mega.algorithms.requests import EmbeddingSignal, Request, TargetEmbeddingSignal
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.types import EmbeddingSpec, NeedsHidden, SampleStats
+from dataflex_mega.types import EmbeddingSpec, SampleStats
 
 Objective = Literal["full", "align_only", "diverse_only", "uniform"]
 MAX_NEWTON_STEPS = 100  # about ten are usual
@@ -81,7 +82,7 @@ def solve_fixed_point(
 
 
 @dataclass
-class JointUpdateAware(NeedsHidden, Weighter):
+class JointUpdateAware(Weighter):
     """Weights that maximise alignment, diversity and entropy together.
 
     Args:
@@ -110,7 +111,7 @@ class JointUpdateAware(NeedsHidden, Weighter):
     embed_layer: int = -1
     objective_mode: Objective = "full"
     _target: Tensor | None = field(default=None, init=False, repr=False, compare=False)  # [h] float64
-    _target_step: int = field(default=-1, init=False, repr=False)  # the step of the last `learn`
+    _target_step: int = field(default=-1, init=False, repr=False)  # the step at which it was received
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,32 +119,25 @@ class JointUpdateAware(NeedsHidden, Weighter):
             key = "weighter.joint_update_aware.damping"
             raise ConfigError(f"{key}: has no effect without fixed_point_iters, found {self.damping}")
 
-    @property
-    def hidden(self) -> EmbeddingSpec:
-        return EmbeddingSpec("last" if self.pooling == "last_token" else "mean", self.embed_layer, self.embed_normalize)
+    def requests(self) -> tuple[Request, ...]:
+        pooling = "last" if self.pooling == "last_token" else "mean"
+        spec = EmbeddingSpec(pooling, self.embed_layer, self.embed_normalize)
+        num_targets = max(0, self.target_num_batches) * self.target_batch_size
+        return (EmbeddingSignal(spec), TargetEmbeddingSignal(spec, num_targets))
 
-    @property
-    def target_samples(self) -> int:
-        """target_num_batches batches of target_batch_size; 0: all."""
-        return max(0, self.target_num_batches) * self.target_batch_size
-
-    def stale(self, step: int) -> bool:
+    def is_due(self, request: Request, step: int) -> bool:
         """True before the first weights and at every multiple of target_update_step."""
         return self._target is None or (step % self.target_update_step == 0 and step != self._target_step)
 
-    def learn(self, target: Tensor, step: int) -> None:
+    def receive(self, request: Request, value: Tensor, step: int) -> None:
         """Store the target's vector, divided by its length where the samples' are."""
-        target = target.double().cpu()
+        target = value.double().cpu()
         self._target = target / target.norm().clamp(min=1e-300) if self.embed_normalize else target
         self._target_step = step
 
-    def compare(self, hidden: Tensor) -> Tensor:
-        """[n, h] unchanged: S needs the whole vectors."""
-        return hidden
-
     def weights(self, samples: SampleStats, step: int, total_steps: int) -> Tensor:
         """[n] float32, mean 1. A sample without target tokens, or whose vector is not finite, weighs 1 and is left out."""
-        assert samples.embeddings is not None and self._target is not None, "learn was not called"
+        assert samples.embeddings is not None and self._target is not None, "no target was received"
         vectors = samples.embeddings.double()
         usable = (samples.num_tokens > 0) & torch.isfinite(vectors).all(dim=1)
         weights = torch.ones(len(vectors), dtype=torch.float64, device=vectors.device)

@@ -17,11 +17,17 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import Range, Weighter
-from dataflex_mega.types import NeedsReference, SampleStats, TokenChoice
+from dataflex_mega.algorithms.requests import ReferenceLossSignal, Request
+from dataflex_mega.types import SampleStats, TokenSelection
+
+
+def excess_losses(token_losses: Tensor, reference_losses: Tensor) -> Tensor:
+    """Their difference, in the shape of both; not clipped."""
+    return token_losses - reference_losses
 
 
 @dataclass
-class Rho1(NeedsReference, TokenChoice, Weighter):
+class Rho1(Weighter):
     """Selects the tokens with the highest excess loss.
 
     All samples have weight 1; a sample counts by its selected tokens. All tokens whose excess equals the threshold are
@@ -35,9 +41,11 @@ class Rho1(NeedsReference, TokenChoice, Weighter):
 
     keep_ratio: Annotated[float, Range(gt=0, le=1)] = 0.6
 
-    def token_scores(self, token_loss: Tensor, reference: Tensor) -> Tensor:
-        """The excess losses, in the shape of the token losses."""
-        return token_loss - reference
+    def requests(self) -> tuple[Request, ...]:
+        return (ReferenceLossSignal(),)
+
+    def token_selection(self) -> TokenSelection:
+        return TokenSelection(self.keep_ratio, excess_losses)
 
     def weights(self, samples: SampleStats, step: int, total_steps: int) -> Tensor:
         """[n] ones: only tokens inside the samples differ."""

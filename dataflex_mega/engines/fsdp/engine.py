@@ -16,7 +16,7 @@ from torch import Tensor
 from dataflex_mega import objective
 from dataflex_mega.distributed.collectives import TorchCollectives
 from dataflex_mega.distributed.parallel_info import ParallelInfo
-from dataflex_mega.engines.base import Capability
+from dataflex_mega.engines.capabilities import ENGINES
 from dataflex_mega.engines.fsdp import checkpoint
 from dataflex_mega.engines.fsdp.feature_maker import FSDPFeatureMaker
 from dataflex_mega.engines.fsdp.generate import generate_answers
@@ -63,7 +63,7 @@ class FSDPEngine:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        return Capability.all()
+        return ENGINES[self.name]
 
     @property
     def parallel_info(self) -> ParallelInfo:

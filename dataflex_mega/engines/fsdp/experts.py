@@ -1,7 +1,7 @@
-"""Experts that transformers keeps in one parameter, seen one by one.
+"""Gradients of single experts where transformers keeps all experts of a layer in one parameter.
 
 `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I] hold all experts of a layer, so there is no linear layer to hook. While
-gradient scores listen, such a module's forward is the plain loop over its experts, each product a layer of its own.
+gradient scores are recorded, such a module's forward is the plain loop over its experts, each product a layer of its own.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def trained_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_experts(module: nn.Module) -> bool:
-    there = [getattr(module, name, None) for name in WEIGHTS]
-    if not all(isinstance(weight, nn.Parameter) and weight.dim() == 3 and weight.requires_grad for weight in there):
+    weights = [getattr(module, name, None) for name in WEIGHTS]
+    if not all(isinstance(weight, nn.Parameter) and weight.dim() == 3 and weight.requires_grad for weight in weights):
         return False
     plain = not getattr(module, "is_transposed", False) and not getattr(module, "has_bias", False)
     return plain and hasattr(module, "act_fn")
@@ -35,7 +35,7 @@ def _is_experts(module: nn.Module) -> bool:
 
 @dataclass
 class ExpertGradientHooks:
-    """Adds the experts' part to the sums of a pass."""
+    """Adds the gradients of experts to the sums of a pass."""
 
     modules: dict[str, nn.Module]
     layer: Callable[[str, int], LayerOperands]  # (parameter's name, expert) -> its side of the contraction
@@ -43,9 +43,9 @@ class ExpertGradientHooks:
     samples: Tensor | None = field(default=None, init=False)
 
     @contextmanager
-    def recording(self, segment: Tensor, sums: DotAndNormSums) -> Iterator[None]:
-        """Collect over one forward and backward pass of a batch with [b, S] `segment`."""
-        self.sums, self.samples = sums, segment.flatten()
+    def recording(self, segment_ids: Tensor, sums: DotAndNormSums) -> Iterator[None]:
+        """Collect over one forward and backward pass of a batch with [b, S] `segment_ids`."""
+        self.sums, self.samples = sums, segment_ids.flatten()
         for name, module in self.modules.items():
             module.forward = self._loop(name, module)  # type: ignore[method-assign]  # of this instance
         try:
@@ -56,18 +56,18 @@ class ExpertGradientHooks:
             self.sums = self.samples = None
 
     def _loop(self, name: str, module: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        def forward(hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-            """[tokens, H], [tokens, k] experts of each and their shares -> [tokens, H]. Experts without a token pass
-            too: their weights are gathered by all ranks alike."""
+        def forward(hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+            """[tokens, H], [tokens, k] experts of each token and their weights -> [tokens, H]. Experts without a token
+            run too: their parameters are gathered by all ranks alike."""
             assert self.samples is not None
             total = torch.zeros_like(hidden)
             for expert in range(len(module.down_proj)):
-                token, place = torch.where(chosen == expert)
+                token, choice = torch.where(expert_ids == expert)
                 rows = self.samples[token]
                 both = self._linear(f"{name}.{WEIGHTS[0]}", expert, hidden[token], module.gate_up_proj, rows)
                 gate, up = both.chunk(2, dim=-1)
                 out = self._linear(f"{name}.{WEIGHTS[1]}", expert, module.act_fn(gate) * up, module.down_proj, rows)
-                total.index_add_(0, token, (out * shares[token, place, None]).to(total.dtype))
+                total.index_add_(0, token, (out * weights[token, choice, None]).to(total.dtype))
             return total
 
         return forward
@@ -75,8 +75,8 @@ class ExpertGradientHooks:
     def _linear(self, name: str, expert: int, inputs: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         output = F.linear(inputs, weight[expert])
         if output.requires_grad:
-            seen = inputs.detach()
-            output.register_hook(lambda grad: self._add(self.layer(name, expert), seen, grad.detach(), rows))
+            detached = inputs.detach()
+            output.register_hook(lambda grad: self._add(self.layer(name, expert), detached, grad.detach(), rows))
         return output
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Answers of the model in training to prompts, tokens token by token; every rank must call it equally often."""
+"""Answers of the model in training to prompts, sampled token by token; every rank must call it equally often."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def generate_answers(
 ) -> list[np.ndarray]:
     """n prompts of token ids, [n, max_new_tokens] numbers in 0..1 -> n answers, the end token included where it was sampled.
 
-    `end_ids`: tokens that end an answer. A number decides which token is tokens (the inverse of the cumulative distribution), so
-    an answer depends on its own prompt and numbers and on nothing else in the batch. Dropout is off; caches are kept, so
-    each token costs a forward pass of one position. Ranks stop together, when no answer of any of them is open.
+    `end_ids`: tokens that end an answer. A number decides which token is sampled (the inverse of the cumulative
+    distribution), so an answer depends on its own prompt and numbers and on nothing else in the batch. Dropout is off; the
+    key-value cache is used, so each token costs a forward pass of one position. Ranks stop together, when no answer of any
+    of them is open.
     """
     device = runner.device
     ids, mask = _padded(prompts, pad_id)

@@ -77,6 +77,7 @@ class FSDPGradientScorer:
             raise ConfigError("gradient scores need a linear layer that trains, and the model has none")
         self.cache = LayerCache(CACHE_BYTES // 2)
         self.choice = choose_kernel(runner.device)  # torch's operations or the kernel
+        self.kernel_message = self.choice.message
 
     # -- directions ----------------------------------------------------------------------------------------------
 
@@ -92,7 +93,7 @@ class FSDPGradientScorer:
             self._backward(batches, [torch.where(n > 0, 1 / (n * count), 0.0) for n in lengths])
             for name, weight in self.weights.items():
                 assert weight.grad is not None
-                directions[name].append(weight.grad.detach())  # not copied: the buffer is given up below
+                directions[name].append(weight.grad.detach())  # not copied: the buffer is released below
             self.optimizer.zero_grad(set_to_none=True)
         # Taken out one by one, so that there are not two copies of all.
         return FSDPTargetDirections({name: _stack_or_keep(directions.pop(name)) for name in list(directions)})
@@ -249,7 +250,7 @@ def _zero_embedding_grad(_module: nn.Module, _args: Any, output: Tensor) -> None
 
 
 def mark_graph_entry(entries: list[Tensor], output: Any) -> Any:
-    """Hook of the embeddings: remember their output, where the backward pass ends. Under LoRA it has no gradient unless asked."""
+    """Hook of the embeddings: append their output, where the backward pass ends; under LoRA it must be made to need one."""
     entry = output if output.requires_grad else output.detach().requires_grad_(True)
     entries.append(entry)
     return entry

@@ -1,4 +1,4 @@
-"""Hidden states of a Hugging Face model, captured where they pass: no second forward, and only layers asked for are kept."""
+"""Hidden states of a Hugging Face model, captured by hooks: no second forward pass, and only the layers asked for."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def capture_hidden_states(model: Any, layers: Sequence[int]) -> Iterator[dict[in
     def hook(layer: int, _module: nn.Module, args: Any, kwargs: Any) -> None:
         captured[layer] = (args[0] if args else kwargs["hidden_states"]).detach()
 
-    places = {layer: module_of_hidden_state(model, layer) for layer in layers}
+    modules = {layer: module_of_hidden_state(model, layer) for layer in layers}
     handles = [
-        module.register_forward_pre_hook(partial(hook, layer), with_kwargs=True) for layer, module in places.items()
+        module.register_forward_pre_hook(partial(hook, layer), with_kwargs=True) for layer, module in modules.items()
     ]
     try:
         yield captured
     finally:
         for handle in handles:
-            handle.remove()  # before the backward pass, where layers may be computed once more
+            handle.remove()  # before the backward pass, where layers may be recomputed
 
 
 def layers_of(model: Any) -> list[nn.Module]:

@@ -19,7 +19,7 @@ Mode = Literal["single", "ddp", "fsdp2"]
 
 @dataclass(frozen=True)
 class FSDPLayout:
-    """What Hugging Face's `fsdp` and `fsdp_config` keys, the precision keys and the world size come to."""
+    """The layout that Hugging Face's `fsdp` and `fsdp_config` keys, the precision keys and the world size ask for."""
 
     mode: Mode
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -27,11 +27,11 @@ class FSDPLayout:
     offload: bool = False
     layer_classes: tuple[str, ...] = ()  # empty: the model's own _no_split_modules
     find_unused: bool = False
-    notes: tuple[str, ...] = ()  # what the user should be told
+    notes: tuple[str, ...] = ()  # for the user
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the forward and backward computation."""
+        """The dtype of the forward and backward computation."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
 
@@ -48,7 +48,7 @@ WITHOUT_EFFECT = (
 
 
 def read_layout(keys: dict[str, Any], parallel_info: ParallelInfo) -> FSDPLayout:
-    """LLaMA-Factory / Hugging Face keys of the YAML -> FSDPLayout. Raises ConfigError naming a key that is not understood."""
+    """LLaMA-Factory / Hugging Face keys of the YAML -> layout. Raises ConfigError naming a key that is not understood."""
     precision = "bf16" if keys.get("bf16") else "fp16" if keys.get("fp16") else "fp32"
     if precision == "fp16" and parallel_info.device.type == "cpu":
         raise ConfigError("fp16: this machine has no device that trains in fp16; use bf16: true or neither")
@@ -123,8 +123,8 @@ def _shard(model: nn.Module, layout: FSDPLayout, parallel_info: ParallelInfo) ->
     names = set(layout.layer_classes or layer_class_names(model))
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
-        found = sorted({type(m).__name__ for m in model.modules()})
-        raise ConfigError(f"fsdp_config: no layer of class {sorted(names)} in the model; it has {', '.join(found)}")
+        classes = sorted({type(m).__name__ for m in model.modules()})
+        raise ConfigError(f"fsdp_config: no layer of class {sorted(names)} in the model; it has {', '.join(classes)}")
     for layer in layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)

@@ -6,7 +6,7 @@ from __future__ import annotations
 class LossScaler:
     """Doubles after `interval` finite steps, halves on an overflow. 1 and constant where it is not needed.
 
-    The gradient norm it judges by is the global one, so all ranks take the same decision without talking.
+    The gradient norm it judges by is the global one, so all ranks take the same decision without communication.
     """
 
     def __init__(self, enabled: bool, start: float = 2.0**16, interval: int = 2000) -> None:
@@ -25,9 +25,9 @@ class LossScaler:
             self.value, self.finite_steps = self.value * 2, 0
 
     def state_dict(self) -> dict[str, float]:
-        """Survives a restart."""
+        """JSON values: the scale and the number of finite steps since it changed."""
         return {"value": self.value, "finite_steps": self.finite_steps}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """The inverse of `state_dict`."""
+        """Restore what `state_dict` returned."""
         self.value, self.finite_steps = float(state["value"]), int(state["finite_steps"])

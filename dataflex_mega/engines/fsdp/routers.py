@@ -1,4 +1,4 @@
-"""FSDPRouterCounter of Hugging Face models: which expert a token goes to, heard in the training forward pass."""
+"""FSDPRouterCounter of Hugging Face models: which expert a token goes to, counted in the training forward pass."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class FSDPRouterCounter:
                 f"mixer: needs a mixture of experts, and {config.model_type} has no routers that transformers records"
             )
 
-    def new_counter(self, domains: int, device: torch.device) -> RouterLoadCounter:
-        """Zero counts of a step."""
-        return RouterLoadCounter(len(self.modules), domains, self.experts, device)
+    def new_counter(self, num_domains: int, device: torch.device) -> RouterLoadCounter:
+        """A counter of one step, all zero."""
+        return RouterLoadCounter(len(self.modules), num_domains, self.experts, device)
 
     @contextmanager
     def counting(self, batch: Batch, sums: RouterLoadCounter) -> Iterator[None]:
@@ -59,8 +59,9 @@ def find_routers(model: nn.Module) -> list[nn.Module]:
     """The modules that transformers records `router_logits` from, in the order of the model."""
     kinds: list[tuple[type, str]] = []
     for module in model.modules():
-        given = (getattr(module, "_can_record_outputs", None) or {}).get(RECORDED)
-        for one in given if isinstance(given, list) else [given] if given is not None else []:
+        recorded = (getattr(module, "_can_record_outputs", None) or {}).get(RECORDED)
+        entries = recorded if isinstance(recorded, list) else [recorded] if recorded is not None else []
+        for one in entries:
             kinds.append((getattr(one, "target_class", one), getattr(one, "layer_name", None) or ""))
     return [
         module
@@ -72,16 +73,16 @@ def find_routers(model: nn.Module) -> list[nn.Module]:
 def one_hot_experts(output: Any, experts: int, chosen: int) -> Tensor:
     """[t, E] float: a router's output, 1 where a token goes to an expert.
 
-    Where the output has the chosen experts' numbers they are taken; else the largest logits are.
+    Where the output has the indices of the chosen experts they are taken; else those of the largest logits.
     """
-    parts = output if isinstance(output, tuple) else (output,)
-    numbers = next(
-        (p for p in parts if torch.is_tensor(p) and not p.is_floating_point() and p.shape[-1] == chosen), None
+    outputs = output if isinstance(output, tuple) else (output,)
+    expert_ids = next(
+        (p for p in outputs if torch.is_tensor(p) and not p.is_floating_point() and p.shape[-1] == chosen), None
     )
-    if numbers is None:
-        logits = next((p for p in parts if torch.is_tensor(p) and p.shape[-1] == experts), None)
+    if expert_ids is None:
+        logits = next((p for p in outputs if torch.is_tensor(p) and p.shape[-1] == experts), None)
         if logits is None:
             raise ConfigError("mixer: the model's routers give neither numbers of experts nor a logit for each")
-        numbers = logits.detach().topk(chosen, dim=-1).indices
-    flat = numbers.reshape(-1, chosen)
+        expert_ids = logits.detach().topk(chosen, dim=-1).indices
+    flat = expert_ids.reshape(-1, chosen)
     return torch.zeros(len(flat), experts, device=flat.device).scatter_(1, flat, 1.0)

@@ -1,4 +1,4 @@
-"""Micro-batches of one shape: what a pipeline passes on has the same size every time."""
+"""Micro-batches of one shape: the tensors that pipeline stages exchange always have the same size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataflex_mega.types import IGNORE_INDEX, Batch
 
 
 def pad_to_shape(batches: Sequence[Batch], rows: int, width: int) -> list[Batch]:
-    """The batches with `rows` rows of `width` positions; what is added is padding and carries no loss."""
+    """The batches with `rows` rows of `width` positions; the padding carries no loss."""
     return [_pad_batch(batch, rows, width) for batch in batches]
 
 
@@ -35,24 +35,24 @@ def _pad_batch(batch: Batch, rows: int, width: int) -> Batch:
 def split_rows(batch: Batch, rows: int, multiple: int) -> list[Batch]:
     """A batch as several of `rows` rows, a multiple of `multiple` of them, the last ones padding where need be.
 
-    Only the [b, S] fields are cut; the fields of samples stay whole.
+    Only the [b, S] fields are split; every micro-batch has all fields of samples.
     """
     count = -(-len(batch.input_ids) // rows)
     count = -(-count // multiple) * multiple
-    whole = _pad_batch(batch, count * rows, batch.input_ids.shape[1])
+    padded = _pad_batch(batch, count * rows, batch.input_ids.shape[1])
     grids = ("input_ids", "labels", "segment_ids", "position_ids", "reference_losses")
-    parts = {name: value.split(rows) for name, value in whole.tensors().items() if name in grids}
-    return [replace(whole, **{name: split[i] for name, split in parts.items()}) for i in range(count)]
+    pieces = {name: value.split(rows) for name, value in padded.tensors().items() if name in grids}
+    return [replace(padded, **{name: values[i] for name, values in pieces.items()}) for i in range(count)]
 
 
-def blocked_mask(segment: Tensor, rows: Tensor | None = None) -> Tensor:
-    """[b, S] segments -> [b, 1, S, S], true where attention is closed: to later positions and to other samples.
+def blocked_mask(segment_ids: Tensor, rows: Tensor | None = None) -> Tensor:
+    """[b, S] -> [b, 1, S, S], true where attention is blocked: to later positions and to other samples.
 
-    `rows`: [s] positions, of which alone the rows are made, [b, 1, s, S]. Padding attends to padding, because a row of a
-    softmax that is closed everywhere is not a number.
+    `rows`: [s] positions whose rows alone are returned, [b, 1, s, S]. Padding attends to padding, because a row of a softmax
+    that is blocked everywhere is not a number.
     """
-    places = torch.arange(segment.shape[1], device=segment.device)
-    rows = places if rows is None else rows
-    same = segment[:, rows].unsqueeze(2) == segment.unsqueeze(1)
-    causal = rows.unsqueeze(1) >= places
+    positions = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    rows = positions if rows is None else rows
+    same = segment_ids[:, rows].unsqueeze(2) == segment_ids.unsqueeze(1)
+    causal = rows.unsqueeze(1) >= positions
     return (same & causal).logical_not().unsqueeze(1)

@@ -17,7 +17,7 @@ from dataflex_mega.engines.megatron.wrapping import unwrap
 SCHEDULER_FILE = "schedule.json"
 TENSORS = "tensors"  # a folder of its own, because megatron-core wants it empty
 # Each optimizer tensor is stored in the shape of its parameter, so that tensor, pipeline and data sizes may change.
-# megatron-core adds its process group to what it is given, hence the copies.
+# megatron-core adds its process group to the mapping it gets, hence the copies.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
@@ -34,12 +34,12 @@ def save(runner: MegatronModelRunner, optimizer: Any, lr_scheduler: LRSchedulerA
 
 def load(runner: MegatronModelRunner, optimizer: Any, lr_scheduler: LRSchedulerAdapter, folder: Path) -> None:
     """Read into the present layout, whatever the layout was that wrote it."""
-    for one in optimizer.chained_optimizers:
-        _prepare(one)
-    found: Any = dist_checkpointing.load(_tensors(runner, optimizer, loading=True), str(folder / TENSORS))
+    for chained in optimizer.chained_optimizers:
+        _prepare(chained)
+    state: Any = dist_checkpointing.load(_tensors(runner, optimizer, loading=True), str(folder / TENSORS))
     for name, chunk in _chunks(runner.model_chunks).items():
-        chunk.load_state_dict(found[name])
-    _fill(optimizer, found["optimizer"])
+        chunk.load_state_dict(state[name])
+    _fill(optimizer, state["optimizer"])
     lr_scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text()))
 
 
@@ -53,9 +53,9 @@ def load_model(chunks: list[Any], folder: Path) -> None:
     """Parameters alone, from what `save_model` or `save` wrote."""
     source = folder / TENSORS if (folder / TENSORS).is_dir() else folder
     tensors = {name: chunk.sharded_state_dict(metadata=dict(METADATA)) for name, chunk in _chunks(chunks).items()}
-    found: Any = dist_checkpointing.load(tensors, str(source))
+    state: Any = dist_checkpointing.load(tensors, str(source))
     for name, chunk in _chunks(chunks).items():
-        chunk.load_state_dict(found[name])
+        chunk.load_state_dict(state[name])
 
 
 def _chunks(chunks: list[Any]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def _tensors(runner: MegatronModelRunner, optimizer: Any, loading: bool) -> dict
 
 
 def _prepare(part: Any) -> None:
-    """Give torch's optimizers the state that a first step would make: megatron-core loads into what is there."""
+    """Give torch's optimizers the state that a first step would make: megatron-core loads into existing tensors."""
     if part.init_state_fn is None:  # SGD, which remembers nothing
         part.init_state_fn = _nothing_to_make
     inner = part.optimizer
@@ -88,10 +88,10 @@ def _prepare(part: Any) -> None:
                 }
 
 
-def _fill(optimizer: Any, found: dict[Any, Any]) -> None:
+def _fill(optimizer: Any, loaded: dict[Any, Any]) -> None:
     """Load what was read into megatron-core's optimizer, which is a chain of one or several."""
     chain = optimizer.chained_optimizers
-    states = [found] if len(chain) == 1 else [found[number] for number in sorted(found)]
+    states = [loaded] if len(chain) == 1 else [loaded[number] for number in sorted(loaded)]
     for part, state in zip(chain, states, strict=True):
         tensors = state.pop("param_state", None)
         part.load_state_dict(state)

@@ -102,11 +102,11 @@ def check(parallel_info: ParallelInfo, request: ConversionRequest) -> list[str]:
     return differing
 
 
-def _differences(expected: HFCheckpointReader, found: HFCheckpointReader) -> list[str]:
+def _differences(expected: HFCheckpointReader, actual: HFCheckpointReader) -> list[str]:
     return [
         name
         for name, shape in expected.shapes.items()
-        if not torch.equal(expected.read(name, 0, 0, shape[0]), found.read(name, 0, 0, shape[0]))
+        if not torch.equal(expected.read(name, 0, 0, shape[0]), actual.read(name, 0, 0, shape[0]))
     ]
 
 
@@ -120,10 +120,12 @@ def config_of(folder: Path) -> Any:
 
 
 def _dtype(weights: HFCheckpointReader) -> torch.dtype:
-    found = weights.dtypes()
-    if len(found) > 1 or not found <= set(DTYPES):
-        raise DataError(f"{weights.folder}: weights in {', '.join(sorted(found))}; expected one of {', '.join(DTYPES)}")
-    return DTYPES[found.pop()]
+    dtypes = weights.dtypes()
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        raise DataError(
+            f"{weights.folder}: weights in {', '.join(sorted(dtypes))}; expected one of {', '.join(DTYPES)}"
+        )
+    return DTYPES[dtypes.pop()]
 
 
 def _build(parallel_info: ParallelInfo, request: ConversionRequest, config: Any, dtype: torch.dtype) -> list[Any]:
@@ -131,7 +133,7 @@ def _build(parallel_info: ParallelInfo, request: ConversionRequest, config: Any,
     layout, decoder = plan(request, config, parallel_info.world_size)
     training = TrainingSettings("adam", 0.0, 0.0, (0.9, 0.999), 1e-8, 0.0, PRECISION[dtype])
     settings = build_settings(request.keys, layout, decoder, training)
-    process_groups.init_model_parallel(parallel_info, cut)
+    process_groups.init_model_parallel(parallel_info, layout)
     with cpu.cuda_calls_on_cpu():
         model.seed_everything(0)
         return model.create_chunks(decoder, settings.model, settings.transformer_engine)

@@ -1,8 +1,8 @@
-"""What lets megatron-core run without CUDA. The one place where names of another package are replaced.
+"""Run megatron-core without CUDA. The one place where names of another package are replaced.
 
 megatron-core asks `torch.cuda` for the current device, makes tensors with `device="cuda"` and keeps its random state in CUDA
-generators. Where there is no CUDA, `cuda_calls_on_cpu` answers all of that with the CPU, for as long as it is entered; where there
-is CUDA it does nothing.
+generators. Where there is no CUDA, `cuda_calls_on_cpu` answers all of that with the CPU, for as long as it is entered; where
+there is CUDA it does nothing.
 
 Covered, as of megatron-core 0.16.1:
     torch.cuda.current_device, synchronize, empty_cache   layers, mappings, p2p communication, checkpoints
@@ -66,7 +66,7 @@ def cuda_calls_on_cpu() -> Iterator[None]:
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
-    """In place of a wait for a device that is not there."""
+    """In place of a wait for a device that does not exist."""
 
 
 def _manual_seed(seed: int) -> None:

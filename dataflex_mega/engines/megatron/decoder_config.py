@@ -52,7 +52,8 @@ class DecoderConfig:
 
     @staticmethod
     def from_hf_config(config: Any, vocab_multiple: int = 1) -> DecoderConfig:
-        """`vocab_multiple`: what the padded vocabulary is a multiple of. Raises ConfigError naming what the Megatron engine lacks."""
+        """`vocab_multiple`: what the padded vocabulary is a multiple of. Raises ConfigError naming what is not
+        supported."""
         kind = str(config.model_type)
         if kind not in SUPPORTED:
             raise ConfigError(
@@ -115,16 +116,16 @@ def _refuse(config: Any) -> None:
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{name}: the model is quantised; only full-precision weights can be trained")
     if config.hidden_act != "silu":
-        raise ConfigError(f"{name}: hidden_act {config.hidden_act!r}; only silu is there")
+        raise ConfigError(f"{name}: hidden_act {config.hidden_act!r}; only silu is supported")
     for key in ("attention_bias", "mlp_bias"):
         if getattr(config, key, False):
-            raise ConfigError(f"{name}: {key}: true is not there")
+            raise ConfigError(f"{name}: {key}: true is not supported")
     rope = _rope(config)
     kind = str(rope.get("rope_type", "default"))
     if kind not in ROPE:
-        raise ConfigError(f"{name}: rope_type {kind!r}; there are {', '.join(ROPE)}")
+        raise ConfigError(f"{name}: rope_type {kind!r}; supported are {', '.join(ROPE)}")
     if rope.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-        raise ConfigError(f"{name}: partial_rotary_factor {rope['partial_rotary_factor']}; only 1.0 is there")
+        raise ConfigError(f"{name}: partial_rotary_factor {rope['partial_rotary_factor']}; only 1.0 is supported")
 
 
 def inverse_frequencies(decoder: DecoderConfig) -> Any:
@@ -136,6 +137,6 @@ def inverse_frequencies(decoder: DecoderConfig) -> Any:
     frequencies, scale = ROPE_INIT_FUNCTIONS[decoder.rope_type](decoder.hf_config, None)
     if scale != 1.0:
         raise ConfigError(
-            f"engine: megatron, rope_type {decoder.rope_type!r}: attention factor {scale}; only 1.0 is there"
+            f"engine: megatron, rope_type {decoder.rope_type!r}: attention factor {scale}; only 1.0 is supported"
         )
     return frequencies

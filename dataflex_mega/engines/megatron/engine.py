@@ -18,7 +18,7 @@ from torch import Tensor
 from dataflex_mega import objective
 from dataflex_mega.distributed.collectives import TorchCollectives
 from dataflex_mega.distributed.parallel_info import ParallelInfo
-from dataflex_mega.engines.base import Capability
+from dataflex_mega.engines.capabilities import ENGINES
 from dataflex_mega.engines.megatron import checkpoint, cpu
 from dataflex_mega.engines.megatron.gradient_gram import gradient_gram
 from dataflex_mega.engines.megatron.gradient_scorer import MegatronGradientScorer
@@ -36,16 +36,6 @@ from dataflex_mega.engines.step import (
 )
 from dataflex_mega.errors import ConfigError, NotFinite
 from dataflex_mega.types import Batch, EmbeddingSpec, GenerationSpec, ProjectionSpec, SampleStats, StepStats, WeightFn
-
-CAPABILITIES = frozenset(
-    {
-        Capability.GRADIENT_SCORES,
-        Capability.DOMAIN_GRADIENTS,
-        Capability.ROUTER_LOADS,
-        Capability.LAST_HIDDEN_STATE,
-        Capability.PER_SAMPLE,
-    }
-)
 
 
 @dataclass
@@ -85,7 +75,7 @@ class MegatronEngine:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        return CAPABILITIES
+        return ENGINES[self.name]
 
     @property
     def parallel_info(self) -> ParallelInfo:

@@ -1,4 +1,4 @@
-"""Writing the chunks of all ranks as a Hugging Face folder, parameter by parameter.
+"""Write the chunks of all ranks as a Hugging Face folder, parameter by parameter.
 
 In every tensor-parallel group one rank gathers the shards of one parameter after the other and writes files of its own, so
 pipeline stages and expert-parallel ranks write at the same time and no rank ever holds more than one file's tensors. All
@@ -34,12 +34,12 @@ from dataflex_mega.engines.megatron.weights import INDEX, ONE_FILE, LocalParamet
 from dataflex_mega.files import atomic_write, replace_file
 
 FILE_BYTES = 5 * 10**9
-PART = ".part"  # what a file is called until all ranks have written theirs
+PART = ".part"  # suffix of a file until all ranks have written theirs
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What is not the model's.
+    """Options that do not follow from the model.
 
     Attributes:
         file_bytes: a file is closed before it grows beyond that; one tensor alone may.
@@ -69,8 +69,8 @@ def export(
     batches = pack(
         names_of_rank, [math.prod(shapes[name]) * dtype.itemsize for name in names_of_rank], options.file_bytes
     )
-    plan = _gathered(batches)
-    names = file_names([len(theirs) for theirs in plan])
+    plan = _gather_plan(batches)
+    names = file_names([len(files) for files in plan])
     folder.mkdir(parents=True, exist_ok=True)
     writer = _Writer(folder, list(zip(names[dist.get_rank()], batches, strict=True)))
     for item in parameters:
@@ -78,9 +78,9 @@ def export(
             writer.add(name, tensor)
     files = {
         name: file
-        for r, theirs in enumerate(plan)
-        for file, part in zip(names[r], theirs, strict=True)
-        for name in part
+        for rank, batches_of_rank in enumerate(plan)
+        for file, batch in zip(names[rank], batches_of_rank, strict=True)
+        for name in batch
     }
     _publish(folder, files, names[dist.get_rank()])
     if dist.get_rank() == 0:
@@ -90,11 +90,11 @@ def export(
     dist.barrier()
 
 
-def pack(names: Sequence[str], shapes: Sequence[int], limit: int) -> list[list[str]]:
-    """Names in order, position into runs whose sizes in bytes add up to at most `limit`; a larger one is alone."""
+def pack(names: Sequence[str], sizes: Sequence[int], limit: int) -> list[list[str]]:
+    """Names in order, split into runs whose sizes in bytes add up to at most `limit`; a larger one is alone."""
     batches: list[list[str]] = []
     room = 0
-    for name, size in zip(names, shapes, strict=True):
+    for name, size in zip(names, sizes, strict=True):
         if size > room or not batches:
             batches.append([])
             room = limit
@@ -147,7 +147,7 @@ def _slices(decoder: DecoderConfig, item: LocalParameter) -> tuple[TensorSlice, 
     return mapping_recipe(decoder, item.name, item.position()).slices
 
 
-def _gathered(batches: list[list[str]]) -> list[list[list[str]]]:
+def _gather_plan(batches: list[list[str]]) -> list[list[list[str]]]:
     """What every rank writes, on every rank."""
     plan: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(plan, batches)
@@ -158,21 +158,21 @@ def _gathered(batches: list[list[str]]) -> list[list[list[str]]]:
 def _full_tensors(
     decoder: DecoderConfig, item: LocalParameter, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and all of each Hugging Face tensor that a parameter holds, on the rank that writes; nothing on the others.
+    """(name, full tensor) of each Hugging Face tensor in a parameter, on the rank that writes; nothing on the others.
 
     Every rank of the parameter's tensor-parallel group iterates.
     """
     position = item.position()
-    part = item.parameter.detach().to(dtype).contiguous()
+    shard = item.parameter.detach().to(dtype).contiguous()
     if not mapping_recipe(decoder, item.name, position).sharded:
-        parts = [part] if position.rank == 0 else []
+        shards = [shard] if position.rank == 0 else []
     else:
-        parts = _gather_shards(part, item)
-    if not parts:
+        shards = _gather_shards(shard, item)
+    if not shards:
         return
     slices = _slices(decoder, item)
     tensors = {s.name: torch.empty(shapes[s.name], dtype=dtype) for s in slices}
-    for rank, values in enumerate(parts):
+    for rank, values in enumerate(shards):
         recipe = mapping_recipe(decoder, item.name, ShardPosition(rank, position.size, position.rows))
         lengths = [s.stop - s.start for s in recipe.slices]
         # A slice along columns is all rows of the parameter; the vocabulary's padding is left out.
@@ -182,14 +182,14 @@ def _full_tensors(
     yield from tensors.items()
 
 
-def _gather_shards(part: Tensor, item: LocalParameter) -> list[Tensor]:
+def _gather_shards(shard: Tensor, item: LocalParameter) -> list[Tensor]:
     """The shards of all ranks that share a parameter, in order, on the first of them; nothing on the others."""
     position = item.position()
     if position.size == 1:
-        return [part]
-    parts = [torch.empty_like(part) for _ in range(position.size)] if position.rank == 0 else None
-    dist.gather(part, parts, group=item.group(), group_dst=0)
-    return parts or []
+        return [shard]
+    shards = [torch.empty_like(shard) for _ in range(position.size)] if position.rank == 0 else None
+    dist.gather(shard, shards, group=item.group(), group_dst=0)
+    return shards or []
 
 
 def _publish(folder: Path, files: dict[str, str], names_of_rank: list[str]) -> None:

@@ -1,10 +1,10 @@
-"""Hooks on megatron-core's linear layers that add each sample's part of the gradient scores; see signals.per_sample_gradients.
+"""Hooks on megatron-core's linear layers that add each sample's gradient to its scores; see signals.per_sample_gradients.
 
 What a layer sees is [S, b, hidden]. Tensor parallelism splits the weight, so a rank's tile is its own shard of the gradient
-and inner products and squared norms of the shards add up. With sequence parallelism the inputs of a column-parallel layer and the
-output gradients of a row-parallel one are shards of the sequence, and are gathered first: a square of a sum over positions is
-not a sum of squares. Experts see rows that came from anywhere; their samples are shards by sending sample numbers through the
-same dispatcher as the tokens.
+and inner products and squared norms of the shards add up. With sequence parallelism the inputs of a column-parallel layer
+and the output gradients of a row-parallel one are shards of the sequence, and are gathered first: a square of a sum over
+positions is not a sum of squares. Experts see rows that came from anywhere; their samples are found by sending sample
+numbers through the same dispatcher as the tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class LinearShard:
     module: nn.Module
     weight: nn.Parameter
     moe_layer: Any = None  # the layer's MoELayer when this is one of its experts
-    expert_index: int = 0  # of the expert among this rank's
+    expert_index: int = 0  # among this rank's experts
 
     @property
     def splits_d_out(self) -> bool:
@@ -48,25 +48,25 @@ class LinearShard:
 
 
 def linear_shards(chunks: Sequence[Any]) -> list[LinearShard]:
-    """The linear layers that train of this rank's chunks, experts' included; routers are left out."""
+    """The trained linear layers of this rank's chunks, experts' included; routers are left out."""
     shards = []
     for number, chunk in enumerate(chunks):
         model = unwrap(chunk)
-        owners = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+        moe_layers = {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
         for name, module in model.named_modules():
             if not isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
                 continue
             weight = module.weight if module.weight is not None else model.shared_embedding_or_output_weight()
-            layer, inside, rest = name.partition(".experts.local_experts.")
-            experts, expert = (owners[layer], int(rest.partition(".")[0])) if inside else (None, 0)
+            layer, is_expert, rest = name.partition(".experts.local_experts.")
+            moe_layer, expert = (moe_layers[layer], int(rest.partition(".")[0])) if is_expert else (None, 0)
             if weight.requires_grad:
-                shards.append(LinearShard(f"{number}/{name}", module, weight, experts, expert))
+                shards.append(LinearShard(f"{number}/{name}", module, weight, moe_layer, expert))
     return shards
 
 
 @dataclass(frozen=True)
 class MicroBatchSpans:
-    """A micro-batch as the hooks see it."""
+    """The samples of a micro-batch by span and by position."""
 
     spans: list[SampleSpan]
     samples: Tensor  # [S, b] the sample at each position, -1 on padding
@@ -81,9 +81,9 @@ class MicroBatchSpans:
 class MegatronGradientHooks:
     """Records inside `with`. A MicroBatchObserver of the forward pass.
 
-    Which micro-batch a layer is at is known at its forward pass: the one that `before_micro_batch` named last. Backward passes of a
-    pipeline come later and in another order, and a recomputed forward pass runs inside one; so when gradients reach the
-    output of a chunk, its micro-batch becomes the current one again.
+    Which micro-batch a layer is at is known at its forward pass: the one that `before_micro_batch` named last. Backward
+    passes of a pipeline come later and in another order, and a recomputed forward pass runs inside one; so when gradients
+    reach the output of a chunk, its micro-batch becomes the current one again.
     """
 
     shards: Sequence[LinearShard]
@@ -91,18 +91,16 @@ class MegatronGradientHooks:
     micro_batches: Sequence[MicroBatchSpans]
     sums: DotAndNormSums
     _current: int = field(default=0, init=False)
-    _rows: dict[int, Sequence[Tensor]] = field(
-        default_factory=dict, init=False
-    )  # of an MoELayer's experts: their samples
+    # id of an MoELayer -> for each of its local experts, the sample of each row
+    _rows: dict[int, Sequence[Tensor]] = field(default_factory=dict, init=False)
     _hooks: ExitStack = field(default_factory=ExitStack, init=False)
 
     def __enter__(self) -> MegatronGradientHooks:
         for shard in self.shards:
             self._add_handle(shard.module.register_forward_hook(self._forward_hook(shard)))
-        for experts in {
-            id(shard.moe_layer): shard.moe_layer for shard in self.shards if shard.moe_layer is not None
-        }.values():
-            self._add_handle(experts.router.register_forward_hook(self._router_hook(experts)))
+        moe_layers = {id(shard.moe_layer): shard.moe_layer for shard in self.shards if shard.moe_layer is not None}
+        for moe_layer in moe_layers.values():
+            self._add_handle(moe_layer.router.register_forward_hook(self._router_hook(moe_layer)))
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -152,23 +150,20 @@ class MegatronGradientHooks:
             self.sums, self.layers[shard.name], inputs[order].unsqueeze(0), grads[order].unsqueeze(0), spans
         )
 
-    def _router_hook(self, experts: Any) -> Callable[..., None]:
+    def _router_hook(self, moe_layer: Any) -> Callable[..., None]:
         def after_routing(_module: nn.Module, _args: Any, output: tuple[Tensor, Tensor]) -> None:
-            self._rows[id(experts)] = self._samples_per_expert(experts, *output)
+            self._rows[id(moe_layer)] = self._samples_per_expert(moe_layer, *output)
 
         return after_routing
 
     @torch.no_grad()
-    def _samples_per_expert(self, experts: Any, probs: Tensor, routing_map: Tensor) -> Sequence[Tensor]:
+    def _samples_per_expert(self, moe_layer: Any, probs: Tensor, routing_map: Tensor) -> Sequence[Tensor]:
         """For each expert of this rank, the samples of the rows it will see."""
         samples = self.micro_batches[self._current].samples
-        if experts.config.sequence_parallel:
-            size, rank = (
-                parallel_state.get_tensor_model_parallel_world_size(),
-                parallel_state.get_tensor_model_parallel_rank(),
-            )
-            samples = samples.chunk(size)[rank]
-        dispatcher = experts.token_dispatcher
+        if moe_layer.config.sequence_parallel:
+            size = parallel_state.get_tensor_model_parallel_world_size()
+            samples = samples.chunk(size)[parallel_state.get_tensor_model_parallel_rank()]
+        dispatcher = moe_layer.token_dispatcher
         rows, probs = dispatcher.dispatch_preprocess(samples.float().unsqueeze(-1), routing_map, probs)
         rows, probs = dispatcher.token_dispatch(rows, probs)
         rows, counts, _ = dispatcher.dispatch_postprocess(rows, probs)

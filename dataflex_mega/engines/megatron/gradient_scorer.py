@@ -48,7 +48,7 @@ class ShardedSum:
     slices: list[Tensor] = field(default_factory=list)  # this rank's elements of each
 
     def add(self, tensor: Tensor) -> None:
-        """Keep this rank's elements of the sum of `tensor` over the group."""
+        """Append this rank's elements of the sum of `tensor` over the group."""
         total = upcast(tensor).flatten().clone()
         size = dist.get_world_size(self.group)
         if size > 1:
@@ -90,9 +90,11 @@ class MegatronGradientScorer:
     """Scores candidates against target directions with the current model and optimizer state. Every rank calls each method
     equally often."""
 
+    kernel_message = ""  # torch's operations, as ever
+
     def __init__(self, runner: MegatronModelRunner, optimizer: Any, adam: bool, micro_batch_rows: int) -> None:
-        """`adam`: precondition candidates with the optimizer's moments. `micro_batch_rows`: of a micro-batch, where there is a
-        pipeline. Raises ConfigError for a layout or optimizer without gradient scores."""
+        """`adam`: precondition candidates with the optimizer's moments. `micro_batch_rows`: rows of a micro-batch where
+        there is a pipeline. Raises ConfigError for a layout or optimizer without gradient scores."""
         check_layout(runner)
         self.runner, self.optimizer, self.adam, self.micro_batch_rows = runner, optimizer, adam, micro_batch_rows
         self.shards = linear_shards(runner.model_chunks)
@@ -119,6 +121,10 @@ class MegatronGradientScorer:
                 sums[shard.name].add(shard.weight.main_grad)  # type: ignore[attr-defined]  # megatron-core's buffer
             self.runner.zero_grad(self.optimizer)
         return MegatronTargetDirections(len(groups), sums)
+
+    def policy_directions(self, groups: Sequence[Sequence[tuple[Batch, Tensor]]]) -> MegatronTargetDirections:
+        """Raises ConfigError: the engine has no Capability.POLICY_GRADIENTS."""
+        raise ConfigError("policy gradients are not supported by engine: megatron; use engine: fsdp")
 
     def _backward(self, batch: Batch, weights: Tensor) -> None:
         """Add the gradient of sum_v weight_v * (mean token loss of v) to this rank's buffers.
@@ -168,7 +174,7 @@ class MegatronGradientScorer:
         return of_batch[:, :-1], of_batch[:, -1]
 
     def _sample_slots(self, samples: int) -> tuple[int, int]:
-        """(how many places for samples, the first of this rank's). Where experts are sharded_sum over data-parallel ranks, a rank
+        """(number of sample slots, the first slot of this rank). Where experts are split over data-parallel ranks, a rank
         adds to samples of the others too."""
         if self.runner.layout.expert == 1:
             return samples, 0

@@ -51,7 +51,7 @@ class TensorSlice:
 
 @dataclass(frozen=True)
 class MappingRecipe:
-    """How one rank's shard of a parameter is put together from slices; all slices have the same columns."""
+    """How one rank's shard of a parameter is built from slices; all slices have the same columns."""
 
     slices: tuple[TensorSlice, ...]
     groups: int = 1  # each slice has so many blocks of rows; block 0 of every slice comes first, then block 1, ...
@@ -133,7 +133,7 @@ def _shard_range(
     if total % position.size:
         raise ConfigError(f"{key}: {position.size} does not divide the model's {total} {what}")
     shard = total // position.size
-    return position.rank * shard, (position.rank + 1) * part
+    return position.rank * shard, (position.rank + 1) * shard
 
 
 def _qkv(decoder: DecoderConfig, prefix: str, position: ShardPosition, kind: str) -> MappingRecipe:

@@ -21,7 +21,7 @@ from dataflex_mega.types import Batch, EmbeddingSpec
 
 
 class HiddenStateCapture:
-    """Hears the last hidden states and makes vectors of them, whatever part of the sequence this rank has."""
+    """Captures the last hidden states and pools them into embeddings, whatever part of the sequence this rank has."""
 
     def __init__(self, layout: MegatronLayout, context: ContextParallel) -> None:
         self.layout, self.context = layout, context
@@ -29,7 +29,7 @@ class HiddenStateCapture:
     @contextmanager
     def capture(self, model: Any, spec: EmbeddingSpec | None) -> Iterator[list[Tensor]]:
         """A list that has the states [s, b, h] after a forward pass of `model` inside, when it is the last chunk and `spec`
-        asks for them. Raises ConfigError as `check_embedding_layer`."""
+        asks for them. Raises ConfigError for another layer than the last."""
         captured: list[Tensor] = []
         gpt = unwrap(model)
         if spec is None or not gpt.post_process:
@@ -49,30 +49,33 @@ class HiddenStateCapture:
         if spec is None or not captured:
             return None
         states = captured[0].transpose(0, 1)
-        part = sample_embeddings(states, batch, replace(spec, normalize=False), self._positions(batch, states.shape[1]))
+        embeddings = sample_embeddings(
+            states, batch, replace(spec, normalize=False), self._positions(batch, states.shape[1])
+        )
         if self.layout.sequence_parallel:
-            dist.all_reduce(part, group=parallel_state.get_tensor_model_parallel_group())
+            dist.all_reduce(embeddings, group=parallel_state.get_tensor_model_parallel_group())
         if self.context.size > 1:
-            dist.all_reduce(part, group=self.context.group)
-        return l2_normalize(part) if spec.normalize else part
+            dist.all_reduce(embeddings, group=self.context.group)
+        return l2_normalize(embeddings) if spec.normalize else embeddings
 
     def _positions(self, batch: Batch, count: int) -> Tensor | None:
-        """[count] the positions of the states that this rank has; None: all of them."""
-        mine = self.context.shard(batch)[1]
+        """[count] positions of the hidden states of this rank; None: all positions."""
+        positions = self.context.shard(batch)[1]
         if not self.layout.sequence_parallel:
-            return mine
-        whole = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device) if mine is None else mine
-        return whole[parallel_state.get_tensor_model_parallel_rank() * count :][:count]
+            return positions
+        if positions is None:
+            positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)
+        return positions[parallel_state.get_tensor_model_parallel_rank() * count :][:count]
 
 
 def check_embedding_layer(spec: EmbeddingSpec) -> None:
     """Raises ConfigError for another layer than the last: no other is sure to be on the stage that sees losses."""
     if spec.layer != -1:
         raise ConfigError(
-            f"embed_layer: must be -1 with engine: megatron, found {spec.layer}; engine: fsdp has the others"
+            f"embed_layer: must be -1 with engine: megatron, found {spec.layer}; use engine: fsdp for others"
         )
 
 
 def block_output(output: Any) -> Tensor:
-    """The hidden states of a block of layers, which may give more besides."""
+    """The hidden states in the output of a block of layers, which may be a tuple."""
     return output[0] if isinstance(output, tuple) else output

@@ -1,4 +1,4 @@
-"""Optional kernel libraries: what is there is used, and `found` says what that is."""
+"""Optional kernel libraries: used where they are installed; `used_libraries` says which."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def transformer_engine() -> bool:
 
 
 def nvidia_apex() -> bool:
-    """Whether NVIDIA Apex is there. A package of that name on PyPI is a web toolkit, so one of its classes is looked for."""
+    """Whether NVIDIA Apex is installed. PyPI has a web toolkit of that name, so one of its classes is looked for."""
     return importlib.util.find_spec("apex") is not None and _has("apex.optimizers", "FusedAdam")
 
 
@@ -28,11 +28,11 @@ def fused_rms_norm() -> Callable[..., Any] | None:
 
 
 def gradient_accumulation() -> bool:
-    """Whether Apex's kernel that adds a weight's gradient to its buffer is there, and a device to run it."""
+    """Whether Apex's kernel that adds a weight's gradient to its buffer is installed, and a device to run it."""
     return torch.cuda.is_available() and _has("fused_weight_gradient_mlp_cuda", "wgrad_gemm_accum_fp32")
 
 
-def found() -> dict[str, bool]:
+def used_libraries() -> dict[str, bool]:
     """Library -> whether it is used."""
     return {"Transformer Engine": transformer_engine(), "NVIDIA Apex": nvidia_apex()}
 

@@ -93,8 +93,8 @@ def check_layout(layout: MegatronLayout, decoder: DecoderConfig, keys: Any, accu
     _check_experts(layout, decoder, keys)
     if decoder.sliding_window is not None and length > decoder.sliding_window:
         raise ConfigError(
-            f"cutoff_len: {length} is beyond the model's sliding_window of {decoder.sliding_window}, and attention here is over the "
-            "whole sequence"
+            f"cutoff_len: {length} is beyond the model's sliding_window of {decoder.sliding_window}, and attention here is "
+            "over the whole sequence"
         )
 
 
@@ -141,8 +141,8 @@ def _check_experts(layout: MegatronLayout, decoder: DecoderConfig, keys: Any) ->
         raise ConfigError("sequence_parallel: a mixture of experts with tensor_model_parallel_size > 1 needs it")
     if decoder.experts.ffn_hidden_size % layout.expert_tensor:
         raise ConfigError(
-            f"expert_tensor_parallel_size: {layout.expert_tensor} does not divide the {decoder.experts.ffn_hidden_size} units of an "
-            "expert"
+            f"expert_tensor_parallel_size: {layout.expert_tensor} does not divide the "
+            f"{decoder.experts.ffn_hidden_size} units of an expert"
         )
     if keys.moe_token_dispatcher_type == "flex":
         raise ConfigError(

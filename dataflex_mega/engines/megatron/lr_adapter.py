@@ -1,4 +1,4 @@
-"""A Hugging Face learning-rate schedule for Megatron's optimizer, which torch's schedulers do not take."""
+"""A torch or Hugging Face learning-rate scheduler for Megatron's optimizer, which torch's schedulers do not take."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class LRSchedulerAdapter:
-    """Runs `build_scheduler(optimizer)` on an optimizer of one number and hands its rate to Megatron's parameter groups."""
+    """Runs a scheduler on a dummy optimizer with one scalar parameter and copies its rate to Megatron's parameter groups."""
 
     def __init__(self, optimizer: Any, lr: float, weight_decay: float, build_scheduler: Any) -> None:
         self.megatron_optimizer, self.weight_decay = optimizer, weight_decay
@@ -18,12 +18,12 @@ class LRSchedulerAdapter:
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the step to come."""
+        """The learning rate of the step to come."""
         return float(self.proxy_optimizer.param_groups[0]["lr"])
 
     def step(self) -> None:
-        """On to the next optimizer step."""
-        self.proxy_optimizer.step()  # a schedule warns when it moves before its optimizer
+        """Set the learning rate of the next optimizer step."""
+        self.proxy_optimizer.step()  # a scheduler warns when it moves before its optimizer
         self.scheduler.step()
         self._apply()
 
@@ -33,12 +33,12 @@ class LRSchedulerAdapter:
             group["weight_decay"] = self.weight_decay * group.get("wd_mult", 1.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """JSON values of the scheduler's state."""
         state = self.scheduler.state_dict()
         return {key: value for key, value in state.items() if isinstance(value, int | float | list | str | bool | None)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """Restore what `state_dict` returned."""
         self.scheduler.load_state_dict(state)
         for group, rate in zip(self.proxy_optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate

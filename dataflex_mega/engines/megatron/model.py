@@ -111,8 +111,8 @@ def create_chunks(
 ) -> list[MegatronGPT]:
     """The chunks of this pipeline stage: one, or several when stages are interleaved. Parallel state must be up.
 
-    Parameters are on the current device and not initialised; weights.load fills all of them. `torch_attention`: TorchAttention
-    stands in Transformer Engine's layers too.
+    Parameters are on the current device and not initialised; weights.load fills all of them. `torch_attention`: use
+    TorchAttention in Transformer Engine's layers too.
     """
     count = config.virtual_pipeline_model_parallel_size
     spec_of = partial(_spec, config, transformer_engine, torch_attention)

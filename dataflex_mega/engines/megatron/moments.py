@@ -22,7 +22,7 @@ NAMES = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class DistributedAdamMoments:
-    """Reads them; every data-parallel rank must ask for the same parameters in the same order."""
+    """Gathers Adam's moments; every data-parallel rank must ask for the same parameters in the same order."""
 
     optimizers: list[Any]  # megatron-core's, each of one kind of parameter
     step: int

@@ -15,7 +15,7 @@ from dataflex_mega.engines.megatron.layout import MegatronLayout
 
 
 def init_model_parallel(parallel_info: ParallelInfo, layout: MegatronLayout) -> ParallelInfo:
-    """Cut the processes of `parallel_info` into Megatron's groups -> the parallel_info as data-parallel collectives should see it."""
+    """Split the processes into Megatron's groups -> `parallel_info` with the data-parallel groups of this layout."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(

@@ -1,4 +1,4 @@
-"""megatron-core's routers: which expert a token goes to, heard in the training forward pass."""
+"""megatron-core's routers: which expert a token goes to, counted in the training forward pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dataflex_mega.types import Batch
 
 
 class MegatronRouterCounter:
-    """The routers of this stage's chunks. Raises ConfigError for a model without experts."""
+    """Counts tokens per expert in the routers of this stage's chunks. Raises ConfigError for a model without experts."""
 
     def __init__(self, chunks: Sequence[Any], layout: MegatronLayout) -> None:
         self.config, self.layout = chunks[0].config, layout
@@ -28,38 +28,38 @@ class MegatronRouterCounter:
         self.routers_by_chunk = {
             id(unwrap(chunk)): [m for m in chunk.modules() if isinstance(m, TopKRouter)] for chunk in chunks
         }
-        self.sums: RouterLoadCounter | None = None  # set while forward passes are to be counted
+        self._counter: RouterLoadCounter | None = None  # set while forward passes are to be counted
 
-    def new_counter(self, domains: int, device: Any) -> RouterLoadCounter:
-        """Counts of a step, still zero."""
-        return RouterLoadCounter(self.config.num_layers, domains, self.config.num_moe_experts, device)
+    def new_counter(self, num_domains: int, device: Any) -> RouterLoadCounter:
+        """A counter of one step, all zero."""
+        return RouterLoadCounter(self.config.num_layers, num_domains, self.config.num_moe_experts, device)
 
     @contextmanager
-    def recording(self, sums: RouterLoadCounter) -> Iterator[None]:
-        """Inside, `counting` adds to `sums`.
+    def recording(self, counter: RouterLoadCounter) -> Iterator[None]:
+        """Inside, `counting` adds to `counter`.
 
         With sequence parallelism each tensor-parallel rank sees its own positions, with context parallelism each rank that
         shares rows, and their counts are summed at the end; without either all ranks see all of them.
         """
-        self.sums = sums
+        self._counter = counter
         try:
             yield
         finally:
-            self.sums = None
+            self._counter = None
         if self.layout.sequence_parallel:
-            dist.all_reduce(sums.counts, group=parallel_state.get_tensor_model_parallel_group())
+            dist.all_reduce(counter.counts, group=parallel_state.get_tensor_model_parallel_group())
         if self.layout.context > 1:
-            dist.all_reduce(sums.counts, group=parallel_state.get_context_parallel_group())
+            dist.all_reduce(counter.counts, group=parallel_state.get_context_parallel_group())
 
     @contextmanager
     def counting(self, model: Any, batch: Batch) -> Iterator[None]:
         """Count a forward pass of one chunk inside. A pass that is repeated in the backward pass lies outside."""
-        if self.sums is None:
+        if self._counter is None:
             yield
             return
         domain = self._domains(batch)
         handles = [
-            module.register_forward_hook(self._forward_hook(module, domain, self.sums))
+            module.register_forward_hook(self._forward_hook(module, domain, self._counter))
             for module in self.routers_by_chunk[id(unwrap(model))]
         ]
         try:
@@ -69,14 +69,14 @@ class MegatronRouterCounter:
                 handle.remove()
 
     def _domains(self, batch: Batch) -> Tensor:
-        """[t] in the order of the routers, position by position and row by row within one: this rank's part of them."""
+        """[t] in the order of the routers, position by position and row by row within one: those of this rank."""
         domain = token_domains(batch).transpose(0, 1)
         if self.layout.sequence_parallel:
             domain = domain.chunk(self.layout.tensor)[parallel_state.get_tensor_model_parallel_rank()]
         return domain.flatten()
 
-    def _forward_hook(self, router: Any, domain: Tensor, sums: RouterLoadCounter) -> Any:
+    def _forward_hook(self, router: Any, domain: Tensor, counter: RouterLoadCounter) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            sums.add(int(router.layer_number) - 1, output[1], domain)
+            counter.add(int(router.layer_number) - 1, output[1], domain)
 
         return hook

@@ -55,14 +55,16 @@ class MegatronSettings:
     ddp: DistributedDataParallelConfig
     optimizer: OptimizerConfig
     transformer_engine: bool
-    torch_attention: bool  # TorchAttention in Transformer Engine's layers too: its own supports neither packed rows as ours are, nor shards of rows
+    # Whether TorchAttention is used in Transformer Engine's layers too: its own supports neither our packed rows nor context
+    # parallelism as it is here.
+    torch_attention: bool
     notes: tuple[str, ...]
 
 
 def build_settings(
     keys: Any, layout: MegatronLayout, decoder: DecoderConfig, training: TrainingSettings
 ) -> MegatronSettings:
-    """`keys`: config.megatron.MegatronArguments. Raises ConfigError for what is not there."""
+    """`keys`: config.megatron.MegatronArguments. Raises ConfigError for unsupported values."""
     transformer_engine = _transformer_engine(keys.transformer_impl)
     fused, notes = _fusions(keys, transformer_engine, layout, decoder)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[training.precision]
@@ -131,14 +133,14 @@ def _fusions(
     for key, library in FUSIONS.items():
         on[key] = bool(getattr(keys, key)) and available[library]
         if getattr(keys, key) and not on[key]:
-            notes.append(f"{key}: needs {library}, which is not here; the same is computed without it")
+            notes.append(f"{key}: needs {library}, which is not available; the same is computed without it")
     for key in OVERLAPS:
         on[key] = bool(getattr(keys, key)) and torch.cuda.is_available()
         if getattr(keys, key) and not on[key]:
-            notes.append(f"{key}: needs a CUDA device, which is not here; communication waits its turn")
+            notes.append(f"{key}: needs a CUDA device, which is not available; communication does not overlap")
     if keys.moe_token_dispatcher_type == "alltoall" and not torch.cuda.is_available():
         notes.append(
-            "moe_token_dispatcher_type: alltoall needs a CUDA device, which is not here; allgather does the same"
+            "moe_token_dispatcher_type: alltoall needs a CUDA device, which is not available; allgather does the same"
         )
     if keys.overlap_p2p_comm and layout.interleaved == 1:
         notes.append("overlap_p2p_comm: only interleaved stages overlap, and those do in any case")

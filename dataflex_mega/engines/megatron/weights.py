@@ -1,4 +1,4 @@
-"""Filling the chunks of a rank with weights, tensor by tensor: from a Hugging Face folder, or from names and a seed."""
+"""Fill the chunks of a rank with weights, tensor by tensor: from a Hugging Face folder, or from names and a seed."""
 
 from __future__ import annotations
 
@@ -80,9 +80,11 @@ class HFCheckpointReader:
         """Entries start..stop-1 along `dim` of the tensor `name`. Raises DataError when its shape is not the model's."""
         key, location = self._locate(name)
         stored, file = self._handle(key).get_slice(key), self._files[key]
-        shape, found = self.shapes[name], tuple(stored.get_shape())
-        if _shape_within(found, location) != shape:
-            raise DataError(f"{file}: {key} has shape {list(found)}; {name} of this model has shape {list(shape)}")
+        shape, stored_shape = self.shapes[name], tuple(stored.get_shape())
+        if _shape_within(stored_shape, location) != shape:
+            raise DataError(
+                f"{file}: {key} has shape {list(stored_shape)}; {name} of this model has shape {list(shape)}"
+            )
         window = [slice(0, length) for length in shape]
         window[dim] = slice(start, stop)
         values = stored[_index(window, location, shape)]
@@ -134,11 +136,12 @@ class HFCheckpointReader:
         raise DataError(f"{self.folder}: no tensor {name}{did_you_mean(name, self._files)}, which the model has")
 
 
-def _shape_within(found: tuple[int, ...], location: FusedExpert | None) -> tuple[int, ...]:
+def _shape_within(stored_shape: tuple[int, ...], location: FusedExpert | None) -> tuple[int, ...]:
     """The shape of one expert's tensor in a tensor of all experts [E, rows, columns]."""
     if location is None:
-        return found
-    return (found[1] // 2 if location.half is not None else found[1], *found[2:])
+        return stored_shape
+    _, rows, *columns = stored_shape
+    return (rows // 2 if location.half is not None else rows, *columns)
 
 
 def _index(window: list[slice], location: FusedExpert | None, shape: tuple[int, ...]) -> tuple[int | slice, ...]:

@@ -128,3 +128,35 @@ def test_parameters_that_are_keys_of_the_run_here_become_those(tmp_path: Path) -
         ConfigError, match="reference_model: 'b' contradicts component_name 'doremi', which says 'a/model'"
     ):
         parse_config({**keys, "train_type": "dynamic_mix", "component_name": "doremi", "reference_model": "b"}, {})
+
+
+def test_parameters_without_an_effect_are_dropped_with_one_note(file: str) -> None:
+    keys = {"components_cfg_file": file, "train_type": "dynamic_select", "component_name": "nice", "update_step": 1}
+    run = parse_config(keys, {})
+    assert not {"proj_dim", "save_interval", "reward_model_backend", "reward_backend_params"} & set(
+        run.roles["selector"]
+    )
+    (note,) = (note for note in run.notes if "no effect here" in note)
+    assert note.startswith("selector nice: no effect here: ")
+    assert "proj_dim (gradients are not projected)" in note and "reward_model_backend (reward says" in note
+
+
+def test_the_same_parameters_under_our_key() -> None:
+    run = parse_config({"selector": {"name": "icons", "proj_dim": 8, "seed": None}, "update_step": 1}, {})
+    assert run.roles["selector"] == {"name": "icons"}
+    assert run.notes == ["selector: no effect here: proj_dim (gradients are not projected)"]
+    source = {"name": "less", "save_interval": 3}
+    reorder = {"name": "sorting", "score_source": "selector", "score_params": {"selector": source}}
+    run = parse_config({"reorder": reorder, "update_step": 1}, {})
+    assert run.reorder is not None and run.reorder.scores.selector == {"name": "less"}
+    assert run.notes == [
+        "reorder.score_params.selector: no effect here: save_interval (gradients are not written to files)"
+    ]
+
+
+@pytest.mark.parametrize("name", ["cluster_less", "coincide"])
+def test_another_model_for_embeddings_is_refused(name: str) -> None:
+    selector = {"name": name, "embedding_model_name_or_path": "bge"}
+    message = f"selector.{name}.embedding_model_name_or_path: expected nothing: the model that trains .*, found 'bge'"
+    with pytest.raises(ConfigError, match=message):
+        parse_config({"selector": selector, "update_step": 1}, {})

@@ -44,7 +44,7 @@ def test_a_dropped_key_with_no_effect_left_is_noted(key):
     ("key", "value"), [("jit_mode_eval", True), ("half_precision_backend", "apex"), ("tpu_num_cores", 8)]
 )
 def test_a_dropped_key_that_asks_for_what_is_gone_is_an_error(key, value):
-    with pytest.raises(ConfigError, match=f"^{key}: {value!r} cannot be had any more"):
+    with pytest.raises(ConfigError, match=f"^{key}: {value!r} is not available any more"):
         migrate_keys({key: value}, ())
 
 

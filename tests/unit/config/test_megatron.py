@@ -51,8 +51,8 @@ def test_a_key_of_megatrons_asks_for_its_engine(key, value):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"mtp_num_layers": 1}, "mtp_num_layers: 1 is not there"),
-        ({"save_merged_model": True}, "save_merged_model: True is not there; LoRA is there with engine: fsdp"),
+        ({"mtp_num_layers": 1}, "mtp_num_layers: 1 is not supported"),
+        ({"save_merged_model": True}, "save_merged_model: True is not supported; engine: fsdp supports LoRA"),
         ({"ckpt_format": "legacy"}, "ckpt_format: legacy cannot be read on another layout; use torch_dist"),
         ({"overlap_param_gather": True, "use_distributed_optimizer": False}, "overlap_param_gather: needs use_distr"),
         ({"mixed_precision": "bf16_mixd"}, "mixed_precision: expected one of bf16_mixed"),

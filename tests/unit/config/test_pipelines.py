@@ -86,8 +86,8 @@ def test_the_key_alone_and_beside_a_preset():
     [
         ({}, "needs component_name .one of hierarchical, select_then_reorder, mix_then_weight, select_only. or pipeline"),
         ({"component_name": "hierachical"}, "no pipeline 'hierachical' .*did you mean 'hierarchical'"),
-        ({"pipeline": {"stages": []}}, "at least one must be there and enabled"),
-        ({"pipeline": {"stages": [{**LOSS, "enabled": False}]}}, "at least one must be there and enabled"),
+        ({"pipeline": {"stages": []}}, "at least one must be present and enabled"),
+        ({"pipeline": {"stages": [{**LOSS, "enabled": False}]}}, "at least one must be present and enabled"),
         ({"pipeline": {"stage": []}}, r"pipeline.stage: unknown key \(did you mean 'stages'\?\)"),
         ({"pipeline": {"stages": [{**LOSS, "evry": 2}]}}, r"stages\[0\].evry: unknown key \(did you mean 'every'\?\)"),
         ({"pipeline": {"stages": [{**LOSS, "every": 0}]}}, r"stages\[0\].every: must be >= 1, found 0"),

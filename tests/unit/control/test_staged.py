@@ -6,12 +6,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from dataflex_mega.control.staged import PipelineController, ScoreSource, StageConfig
 
 from dataflex_mega.algorithms.base import DomainInfo, Mixer, Selector
 from dataflex_mega.control.controller import RoleSet
 from dataflex_mega.control.passes import OrderedPasses, OrderOptions
 from dataflex_mega.control.schedule import UpdateSchedule
-from dataflex_mega.control.staged import PipelineController, ScoreSource, StageConfig
 from dataflex_mega.data.sampler import Sampler
 from dataflex_mega.registry import build
 from dataflex_mega.types import SignalTable, TrainState
@@ -67,19 +67,28 @@ class CountedSignals:
         return SignalTable(ids, self.domain_ids(ids), {"loss": self.losses[ids]})
 
 
+def schedule(warmup_steps, update_every):
+    return UpdateSchedule(warmup_steps, update_every, -1, repeat_cycles=False)
+
+
 def staged(pattern=None, schedules=None, source=None, order_options=None, roles=None, **options):
     roles = dict(roles or {})
     if pattern is not None:
         roles["reorder"] = build("reorder", pattern)
     bounds = [0, TOTAL] if "mixer" not in roles else OFFSETS.tolist()
     passes = OrderedPasses(roles["reorder"], order_options or OrderOptions(), bounds) if pattern is not None else None
-    given = {"selector": UpdateSchedule(0, 6, -1, False), "mixer": UpdateSchedule(0, 3, -1, False),
-             "weighter": UpdateSchedule(2, 1, -1, False), "reorder": UpdateSchedule(0, 3, -1, False), **(schedules or {})}  # fmt: skip
-    stages = StageConfig(given, source or ScoreSource(selector=Losses()), **options)
+    role_schedules = {
+        "selector": schedule(0, 6),
+        "mixer": schedule(0, 3),
+        "weighter": schedule(2, 1),
+        "reorder": schedule(0, 3),
+    }
+    role_schedules |= schedules or {}
+    stages = StageConfig(role_schedules, source or ScoreSource(selector=Losses()), **options)
     sizes = tuple(size / TOTAL for size in SIZES)
     return PipelineController(
-        RoleSet(**roles), DomainInfo(("a", "b", "c"), SIZES, sizes), given["selector"], Sampler(SIZES, G, seed=5), ALONE,
-        CountedSignals(), G, 100, 5, stages=stages, passes=passes,
+        RoleSet(**roles), DomainInfo(("a", "b", "c"), SIZES, sizes), role_schedules["selector"],
+        Sampler(SIZES, G, seed=5), ALONE, CountedSignals(), G, 100, 5, stages=stages, passes=passes,
     )  # fmt: skip
 
 
@@ -129,7 +138,7 @@ def test_only_what_is_left_is_scored():
 
 
 def test_a_warmup_is_drawn_at_random_and_counts_as_seen():
-    made = staged("sorting", schedules={"reorder": UpdateSchedule(4, 3, -1, False)})
+    made = staged("sorting", schedules={"reorder": schedule(4, 3)})
     batches, _ = drive(made, 30)
     warm = set(np.concatenate(batches[:4]).tolist())
     assert len(warm) == 16
@@ -209,7 +218,7 @@ def test_losses_may_be_some_steps_old():
 
 def test_a_drawn_selection_is_the_window_that_is_ordered():
     made = staged("sorting", roles={"selector": Losses()}, order_options=OrderOptions(ascending=False),
-                  schedules={"selector": UpdateSchedule(0, 6, -1, False), "reorder": UpdateSchedule(0, 6, -1, False)})  # fmt: skip
+                  schedules={"selector": schedule(0, 6), "reorder": schedule(0, 6)})  # fmt: skip
     batches, _ = drive(made, 12)
     for first in (0, 6):
         assert np.concatenate(batches[first : first + 6]).tolist() == list(range(23, -1, -1))
@@ -224,7 +233,7 @@ def test_filter_then_mix_goes_on_in_the_same_choice():
     assert state.plan.proportions[2] == 0 and sum(state.plan.proportions) == pytest.approx(1)
 
 
-def test_weights_have_a_clock_of_their_own():
+def test_weights_have_a_schedule_of_their_own():
     made = staged("sorting", roles={"weighter": ByLoss()})
     assert made.weight_fn(TrainState(1, made.initial_plan())) is None
     assert made.weight_fn(TrainState(2, made.initial_plan())) is not None
@@ -253,7 +262,7 @@ def test_a_restart_changes_nothing(roles, options, cut):
 
 
 def test_a_plan_that_another_batch_size_cut_short_loses_no_sample():
-    made = staged("sorting", schedules={"reorder": UpdateSchedule(0, 6, -1, False)})
+    made = staged("sorting", schedules={"reorder": schedule(0, 6)})
     batches, state = drive(made, 2)
     state.plan = made.sampler.plan_from(state.plan, 2)
     made.sampler, made.global_batch_size = Sampler(SIZES, 5, seed=5), 5

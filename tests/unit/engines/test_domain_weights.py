@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dataflex_mega.control.controller import PerStepDomainFactors
+from dataflex_mega.control.domain_weights import PerStepDomainFactors
 from dataflex_mega.data.collate import collate
 from dataflex_mega.distributed.parallel_info import init_distributed, shutdown_distributed
 from dataflex_mega.engines.fsdp.engine import FSDPEngine

@@ -11,10 +11,10 @@ import torch
 
 from dataflex_mega import objective
 from dataflex_mega.algorithms.weighters.rho1 import Rho1
-from dataflex_mega.control.controller import TokenWeightFn
 from dataflex_mega.data.collate import collate
 from dataflex_mega.distributed.parallel_info import init_distributed, shutdown_distributed
 from dataflex_mega.errors import ConfigError, TrainingFault
+from dataflex_mega.types import TokenWeightFn
 from tests.distributed.layouts import samples_of, tiny_llama
 from tests.unit.engines.test_domain_weights import RATE, engine_of, token_losses
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from dataflex_mega import cli
-from dataflex_mega.commands import _launcher, _offline
 from dataflex_mega.algorithms.base import DomainInfo
 from dataflex_mega.algorithms.selectors.near import Near
 from dataflex_mega.algorithms.selectors.tsds import Tsds
+from dataflex_mega.commands import _launcher, _offline
 from dataflex_mega.errors import ConfigError, DataError
 from dataflex_mega.offline import command
-from dataflex_mega.offline.sample_sources import FileSource, text_of
+from dataflex_mega.offline.sample_sources import FileSource, row_text
 from tests.unit.algorithms.examples import generator, update_context
 from tests.unit.offline.test_neighbours import brute, vectors
 
@@ -66,17 +66,19 @@ def test_near_writes_what_the_selector_reads(files, capsys):
 
 def test_tsds_writes_what_the_selector_reads(files):
     assert run("tsds", *pair(files), "--k", 20, "--sigma", 0.9, "--alpha", 0.5, "--output", files / "p.npy") == 0
-    chances = np.load(files / "p.npy")
-    assert chances.shape == (60,) and chances.dtype == np.float64 and chances.sum() == pytest.approx(1)
+    probabilities = np.load(files / "p.npy")
+    assert (
+        probabilities.shape == (60,) and probabilities.dtype == np.float64 and probabilities.sum() == pytest.approx(1)
+    )
     near = brute(vectors(60, 0), vectors(4, 1), 20)[1]
-    assert set(np.flatnonzero(chances)) <= set(near.ravel().tolist()) and (chances > 0).sum() > 4
+    assert set(np.flatnonzero(probabilities)) <= set(near.ravel().tolist()) and (probabilities > 0).sum() > 4
     selector = Tsds(str(files / "p.npy"))
     selector.setup(DomainInfo(("a",), (60,), (1.0,)))
     drawn = selector.select(selector._log_chances, 4, update_context(), generator())
-    assert (chances[drawn.numpy()] > 0).all()
+    assert (probabilities[drawn.numpy()] > 0).all()
 
 
-def test_crowded_candidates_share_their_chance(files, monkeypatch):
+def test_crowded_candidates_share_their_probability(files, monkeypatch):
     copied = np.concatenate([vectors(60, 0), np.repeat(vectors(60, 0)[:1], 9, axis=0)])
     np.save(files / "c.npy", copied)
     np.save(files / "q.npy", vectors(60, 0)[:1])
@@ -86,7 +88,7 @@ def test_crowded_candidates_share_their_chance(files, monkeypatch):
     plain, shared = np.load(files / "0.npy"), np.load(files / "0.5.npy")
     group = [0, *range(60, 69)]
     assert shared[group].sum() < plain[group].sum() and shared[group] == pytest.approx(shared[0])
-    monkeypatch.setattr(command, "AT_ONCE", 7)
+    monkeypatch.setattr(command, "DENSITY_ROWS", 7)
     assert run("tsds", *pair(files), *options, "--output", files / "again.npy") == 0
     assert np.array_equal(np.load(files / "again.npy"), shared)
 
@@ -127,7 +129,7 @@ def test_rows_are_text_or_alpacas_fields(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(rows))
     source = FileSource(tmp_path / "a.json")
     assert len(source) == 2 and [item.text for item in source.fetch(np.array([1, 0]))] == ["Hi\nHo", "Add.\n1 2\n3"]
-    assert text_of({"text": "t", "instruction": "i"}) == "t" and text_of({"prompt": "p"}) is None
+    assert row_text({"text": "t", "instruction": "i"}) == "t" and row_text({"prompt": "p"}) is None
     (tmp_path / "b.jsonl").write_text('{"prompt": "x"}\n')
     with pytest.raises(DataError, match=r"b.jsonl row 0: expected text, or instruction and output; it has prompt"):
         FileSource(tmp_path / "b.jsonl").fetch(np.array([0]))
@@ -139,7 +141,7 @@ def test_embeddings_of_different_models_are_not_compared(files, monkeypatch, cap
     def open_embeddings(path):
         return np.load(path), {"model": path.stem, "samples": 1}
 
-    monkeypatch.setattr(command, "opened", open_embeddings)
+    monkeypatch.setattr(command, "open_embeddings", open_embeddings)
     assert run("near", *pair(files)) == 2
     assert "--queries: model q, the candidates' is c; embed both alike" in capsys.readouterr().err
 
@@ -148,7 +150,9 @@ def test_the_command_is_launched_like_training(monkeypatch):
     heard = {}
     monkeypatch.setenv("NPROC_PER_NODE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.setattr(_launcher.subprocess, "run", lambda c: heard.update(command=c) or type("R", (), {"returncode": 0}))
+    monkeypatch.setattr(
+        _launcher.subprocess, "run", lambda c: heard.update(command=c) or type("R", (), {"returncode": 0})
+    )
     assert cli.main(["near", "--candidates", "a", "--queries", "b"]) == 0
     assert heard["command"][-6:] == [_offline.MODULE, "near", "--candidates", "a", "--queries", "b"]
     assert "--nproc_per_node=2" in heard["command"]

@@ -1,4 +1,4 @@
-"""Embeddings on disk: a killed build goes on, a damaged block is made again, another's folder is refused."""
+"""Embeddings on disk: a killed build resumes, a damaged block is computed again, another identity is refused."""
 
 from __future__ import annotations
 
@@ -44,15 +44,21 @@ class Hashing:
     def identity(self):
         return {"model": self.name}
 
-    def __call__(self, items):
+    def __call__(self, inputs):
         self.calls += 1
         if self.calls == self.dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return np.stack([np.random.default_rng(int(item.text)).random(SIZE, dtype=np.float32) for item in items])
+        return np.stack([np.random.default_rng(int(item.text)).random(SIZE, dtype=np.float32) for item in inputs])
 
 
 def build(folder, encoder=None, **options):
-    given = {"parallel_info": ALONE, "dtype": "float32", "block": BLOCK, "progress": lambda done, total: None, **options}
+    given = {
+        "parallel_info": ALONE,
+        "dtype": "float32",
+        "block_size": BLOCK,
+        "progress": lambda done, total: None,
+        **options,
+    }
     return embed(Numbers(), encoder or Hashing(), folder, **given)
 
 
@@ -63,7 +69,7 @@ def whole():
 def test_a_build_is_a_plain_array_that_numpy_maps(tmp_path):
     seen = []
     made = build(tmp_path, progress=lambda done, total: seen.append((done, total)))
-    assert made.complete() and seen[0] == (0, ROWS) and seen[-1] == (ROWS, ROWS)
+    assert made.is_complete() and seen[0] == (0, ROWS) and seen[-1] == (ROWS, ROWS)
     found = np.load(tmp_path / "embeddings.npy", mmap_mode="r")
     assert found.shape == (ROWS, SIZE) and np.array_equal(found, whole())
     values, identity = open_embeddings(tmp_path)
@@ -96,15 +102,15 @@ def test_a_killed_build_goes_on_at_the_last_whole_block(tmp_path):
 
 def test_a_cut_record_or_a_damaged_block_is_made_again(tmp_path):
     made = Embeddings(tmp_path, {"data": Numbers.identity, "model": "h"}, (ROWS, SIZE), "float32", BLOCK)
-    made.begin()
+    made.create_or_resume()
     for block in range(4):
-        made.write(block, whole()[made.rows(block)], process=block % 2)
+        made.write_block(block, whole()[made.rows_of_block(block)], process=block % 2)
     record = tmp_path / "done-0001.jsonl"
     record.write_text(record.read_text()[:-10])  # block 3: killed while the line was written
     values = np.load(made.path, mmap_mode="r+")
     values[5] += 1  # block 1
     values.flush()
-    assert made.missing() == [1, *range(3, 12)]
+    assert made.missing_blocks() == [1, *range(3, 12)]
     encoder = Hashing()
     build(tmp_path, encoder)
     assert encoder.calls == 10 and np.array_equal(open_embeddings(tmp_path)[0], whole())
@@ -115,7 +121,7 @@ def test_a_cut_record_or_a_damaged_block_is_made_again(tmp_path):
     [
         ({"encoder": Hashing(name="g")}, "model: h there, g here"),
         ({"dtype": "float16"}, "dtype: float32 there, float16 here"),
-        ({"block": 8}, "block: 4 there, 8 here"),
+        ({"block_size": 8}, "block: 4 there, 8 here"),
     ],
 )
 def test_a_folder_of_something_else_is_refused_by_name(tmp_path, options, said):
@@ -144,9 +150,9 @@ def test_what_a_process_holds_is_a_block(tmp_path):
     """The encoder never sees more than a block of rows."""
     sizes = []
 
-    def counting(items):
-        sizes.append(len(items))
-        return Hashing()(items)
+    def counting(inputs):
+        sizes.append(len(inputs))
+        return Hashing()(inputs)
 
     encoder = SimpleNamespace(size=SIZE, identity=lambda: {"model": "h"})
     embed(Numbers(), _Called(encoder, counting), tmp_path, ALONE, "float32", BLOCK, lambda done, total: None)
@@ -157,5 +163,5 @@ class _Called:
     def __init__(self, base, call):
         self.size, self.identity, self.call = base.size, base.identity, call
 
-    def __call__(self, items):
-        return self.call(items)
+    def __call__(self, inputs):
+        return self.call(inputs)

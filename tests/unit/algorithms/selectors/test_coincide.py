@@ -1,4 +1,4 @@
-"""COINCIDE's shares and allocate_counts against golden numbers and a count in plain Python."""
+"""COINCIDE's proportions and counts against golden numbers and a count in plain Python."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def test_golden_shares() -> None:
 @pytest.mark.parametrize(
     ("count", "expected"), [(4, [1, 2, 1]), (5, [2, 2, 1]), (6, [3, 2, 1]), (1, [0, 1, 0]), (0, [0, 0, 0])]
 )
-def test_golden_budgets(count: int, expected: list[int]) -> None:
+def test_golden_counts(count: int, expected: list[int]) -> None:
     assert allocate_counts(torch.tensor(SHARES), torch.tensor(SIZES), count).tolist() == expected
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_budgets_are_whole_fill_no_cluster_twice_and_sum_to_the_count(seed: int) -> None:
+def test_counts_are_whole_fill_no_cluster_twice_and_sum_to_the_count(seed: int) -> None:
     rng = generator(seed)
     sizes = torch.randint(1, 9, (12,), generator=rng)
     shares = torch.softmax(6 * torch.randn(12, generator=rng, dtype=torch.float64), 0)
@@ -50,9 +50,9 @@ def test_budgets_are_whole_fill_no_cluster_twice_and_sum_to_the_count(seed: int)
 
 
 def test_members_are_taken_by_their_turns() -> None:
-    choose = Coincide().choose
-    assert choose(scores([1, 0, 2, 0, 1, 0]), 4, update_context(), generator()).tolist() == [1, 3, 4, 5]
-    assert choose(scores([2, 1, 0, 1, 0, 0]), 5, update_context(), generator()).tolist() == [1, 2, 3, 4, 5]
+    select = Coincide().select
+    assert select(scores([1, 0, 2, 0, 1, 0]), 4, update_context(), generator()).tolist() == [1, 3, 4, 5]
+    assert select(scores([2, 1, 0, 1, 0, 0]), 5, update_context(), generator()).tolist() == [1, 2, 3, 4, 5]
 
 
 def test_a_large_temperature_evens_the_clusters_out() -> None:
@@ -76,7 +76,6 @@ def test_with_a_mixer_a_cluster_gives_what_it_has_of_the_domain() -> None:
         ({"num_clusters": 0}, "num_clusters"),
         ({"clustering_max_iter": 0}, "clustering_max_iter"),
         ({"embedding_layers": [1, 1]}, "embedding_layers"),
-        ({"embedding_model_name_or_path": "a/model"}, "embedding_model_name_or_path"),
         ({"embedding_layers": []}, "embedding_layers"),
     ],
 )

@@ -17,7 +17,7 @@ from tests.unit.algorithms.examples import generator, table, update_context
 SIX = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
 
 
-def choose(selector: LossSelector, losses: torch.Tensor, count: int, run: int = 0) -> list[int]:
+def select_from(selector: LossSelector, losses: torch.Tensor, count: int, run: int = 0) -> list[int]:
     return selector.select(losses, count, update_context(), generator(run)).tolist()
 
 
@@ -59,15 +59,15 @@ def test_losses_that_are_not_finite_are_never_chosen_and_shift_no_quantile() -> 
     good = [1, 2, 4, 5, 6, 7]
     found = focus_weights(spoilt, "high", 5.0, (0.33, 0.66), 1.0)
     assert found[good].tolist() == focus_weights(SIX, "high", 5.0, (0.33, 0.66), 1.0).tolist()
-    assert sorted(choose(LossSelector(), spoilt, 6)) == good
-    assert set(choose(LossSelector(replacement=True), spoilt, 500)) == set(good)
+    assert sorted(select_from(LossSelector(), spoilt, 6)) == good
+    assert set(select_from(LossSelector(replacement=True), spoilt, 500)) == set(good)
 
 
 def test_the_first_one_drawn_follows_the_chances() -> None:
     runs = 6000
     seen = torch.zeros(6, dtype=torch.float64)
     for run in range(runs):
-        seen[choose(LossSelector(), SIX, 1, run)] += 1
+        seen[select_from(LossSelector(), SIX, 1, run)] += 1
     expected = focus_weights(SIX, "high", 5.0, (0.33, 0.66), 1.0)
     assert (seen / runs).tolist() == pytest.approx(expected.tolist(), abs=4.5 * (0.36 * 0.64 / runs) ** 0.5)
 
@@ -78,7 +78,7 @@ def test_pairs_are_drawn_one_after_the_other_without_replacement() -> None:
     p = focus_weights(losses, "high", 5.0, (0.33, 0.66), 1.0).tolist()
     seen = dict.fromkeys(itertools.permutations(range(4), 2), 0)
     for run in range(runs):
-        first, second = choose(LossSelector(), losses, 2, run)
+        first, second = select_from(LossSelector(), losses, 2, run)
         seen[first, second] += 1
     expected = {(i, j): runs * p[i] * p[j] / (1 - p[i]) for i, j in seen}
     statistic = sum((seen[pair] - expected[pair]) ** 2 / expected[pair] for pair in seen)
@@ -86,7 +86,7 @@ def test_pairs_are_drawn_one_after_the_other_without_replacement() -> None:
 
 
 def test_with_replacement_the_chances_hold_too() -> None:
-    found = choose(LossSelector(replacement=True, focus="low"), SIX, 20_000)
+    found = select_from(LossSelector(replacement=True, focus="low"), SIX, 20_000)
     shares = np.bincount(found, minlength=6) / 20_000
     assert shares.tolist() == pytest.approx([5 / 14] * 2 + [1 / 14] * 4, abs=0.015)
 
@@ -103,18 +103,18 @@ def test_more_candidates_than_torch_multinomial_takes(replacement: bool) -> None
     losses = torch.linspace(0, 1, many)
     with pytest.raises(RuntimeError):
         torch.multinomial(losses, 1)  # the limit that is avoided
-    found = torch.tensor(choose(LossSelector(focus_weight=99.0, replacement=replacement), losses, 1000))
+    found = torch.tensor(select_from(LossSelector(focus_weight=99.0, replacement=replacement), losses, 1000))
     assert float((losses[found] > 0.66).double().mean()) == pytest.approx(99 * 0.34 / (99 * 0.34 + 0.66), abs=0.03)
 
 
 def test_more_than_there_is_names_the_numbers() -> None:
     with pytest.raises(DataError, match="7 samples wanted of 6 candidates, 6 with a finite loss"):
-        choose(LossSelector(), SIX, 7)
+        select_from(LossSelector(), SIX, 7)
     spoilt = torch.full((3,), math.nan)
     for replacement in (False, True):
         with pytest.raises(DataError, match="1 samples wanted of 3 candidates, 0 with a finite loss"):
-            choose(LossSelector(replacement=replacement), spoilt, 1)
-    assert len(choose(LossSelector(replacement=True), SIX, 7)) == 7
+            select_from(LossSelector(replacement=replacement), spoilt, 1)
+    assert len(select_from(LossSelector(replacement=True), SIX, 7)) == 7
 
 
 @pytest.mark.parametrize(

@@ -40,5 +40,5 @@ def test_what_it_asks_for_and_what_cannot_be():
     for wrong in ({"mc_samples": 0}, {"best": 5}, {"max_new_tokens": 0}, {"generation_temperature": 0.0}):
         with pytest.raises(ConfigError, match=rf"selector\.nice\.{next(iter(wrong))}:"):
             Nice(**wrong)
-    with pytest.raises(ConfigError, match="top_p in 0..1, found 50 and 1.5"):
+    with pytest.raises(ConfigError, match="top_p: must be > 0 and <= 1, found 1.5"):
         Nice(top_p=1.5)

@@ -16,5 +16,5 @@ def test_every_sample_weighs_exactly_one() -> None:
 
 
 def test_another_strategy_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"weighter\.custom\.strategy: expected 'uniform', found 'linupper'"):
+    with pytest.raises(ConfigError, match=r"weighter\.custom\.strategy: expected one of uniform, found 'linupper'"):
         build("weighter", {"name": "custom", "strategy": "linupper"})

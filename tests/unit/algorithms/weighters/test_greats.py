@@ -95,7 +95,7 @@ def test_how_many_are_kept(keep_ratio, count):
 
 def test_what_it_asks_for_and_what_cannot_be():
     assert Greats(side=8, seed=2).feature_spec() == ProjectionSpec("two_sided", 8, 2)
-    assert Greats(gradient_type="adam").preconditioned and not Greats().preconditioned
+    assert Greats(gradient_type="adam").uses_adam and not Greats().uses_adam
     for wrong in ({"keep_ratio": 0.0}, {"keep_ratio": 1.5}, {"curvature": -1.0}, {"target_batch": -1}, {"side": 0}):
         with pytest.raises(ConfigError, match=rf"weighter\.greats\.{next(iter(wrong))}:"):
             Greats(**wrong)

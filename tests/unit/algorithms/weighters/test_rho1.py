@@ -64,5 +64,7 @@ def test_samples_weigh_the_same():
 
 @pytest.mark.parametrize("keep_ratio", [0.0, -0.1, 1.1, float("nan")])
 def test_a_share_out_of_range_is_named(keep_ratio):
-    with pytest.raises(ConfigError, match=r"weighter\.rho1\.keep_ratio: must be > 0 and <= 1"):
+    with pytest.raises(
+        ConfigError, match=r"weighter\.rho1\.keep_ratio: (must be > 0 and <= 1|expected a number), found"
+    ):
         build("weighter", {"name": "rho1", "keep_ratio": keep_ratio})

@@ -28,7 +28,8 @@ def keys(**given):
         ({}, 4, MegatronLayout(4), "DP4"),
         ({T: 2}, 8, MegatronLayout(8, 2, expert_tensor=2), "TP2 x DP4"),
         (
-            {T: 2, P: 2, V: 3, "sequence_parallel": True}, 4, MegatronLayout(4, 2, 2, 3, expert_tensor=2, sequence_parallel=True),
+            {T: 2, P: 2, V: 3, "sequence_parallel": True}, 4,
+            MegatronLayout(4, 2, 2, 3, expert_tensor=2, sequence_parallel=True),
             "TP2 x PP2 x DP1 x 3 chunks a stage, sequence parallel",
         ),
         ({"context_parallel_size": 2, P: 2}, 8, MegatronLayout(8, pipeline=2, context=2), "PP2 x CP2 x DP2"),
@@ -92,7 +93,9 @@ SPARSE = MixtralConfig(**SIZES, num_local_experts=4)
 )
 def test_a_model_that_cannot_be_cut_like_that(config, given, world, accumulation, message):
     with pytest.raises(ConfigError) as caught:
-        check_layout(read_layout(keys(**given), world), DecoderConfig.from_hf_config(config), keys(**given), accumulation, 32)
+        check_layout(
+            read_layout(keys(**given), world), DecoderConfig.from_hf_config(config), keys(**given), accumulation, 32
+        )
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -101,7 +104,9 @@ def test_a_model_that_cannot_be_cut_like_that(config, given, world, accumulation
     [({T: 3, "sequence_parallel": True}, 3, 1), ({P: 3}, 6, 1), ({P: 2, V: 3}, 4, 2), ({P: 3, V: 2}, 3, 6)],
 )
 def test_a_model_that_can_be_cut(given, world, accumulation):
-    check_layout(read_layout(keys(**given), world), DecoderConfig.from_hf_config(DENSE), keys(**given), accumulation, 32)
+    check_layout(
+        read_layout(keys(**given), world), DecoderConfig.from_hf_config(DENSE), keys(**given), accumulation, 32
+    )
 
 
 def test_a_window_of_attention_shorter_than_the_rows_is_refused():
@@ -118,11 +123,11 @@ def test_a_window_of_attention_shorter_than_the_rows_is_refused():
     [
         (GPT2Config(), "engine: megatron has no 'gpt2' model; it has llama, mistral"),
         (LlamaConfig(**SIZES, quantization_config={"bits": 4}), "the model is quantised"),
-        (LlamaConfig(**SIZES, hidden_act="gelu"), "hidden_act 'gelu'; only silu is there"),
-        (LlamaConfig(**SIZES, attention_bias=True), "attention_bias: true is not there"),
+        (LlamaConfig(**SIZES, hidden_act="gelu"), "hidden_act 'gelu'; only silu is supported"),
+        (LlamaConfig(**SIZES, attention_bias=True), "attention_bias: true is not supported"),
         (
             Qwen2Config(**SIZES, rope_parameters={"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}),
-            "rope_type 'yarn'; there are default, linear, llama3",
+            "rope_type 'yarn'; supported are default, linear, llama3",
         ),
     ],
 )
@@ -134,4 +139,4 @@ def test_a_model_that_megatron_has_not(config, message):
 
 @pytest.mark.parametrize(("multiple", "padded"), [(1, 100), (2, 100), (8, 104), (128, 128)])
 def test_the_vocabulary_is_padded_to_a_multiple(multiple, padded):
-    assert DecoderConfig.from_hf_config(DENSE, multiple).padded_vocab == padded
+    assert DecoderConfig.from_hf_config(DENSE, multiple).padded_vocab_size == padded

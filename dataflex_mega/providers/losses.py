@@ -1,0 +1,38 @@
+"""Losses of candidates: under the current model by a forward pass, under the reference model from its cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataflex_mega.algorithms.requests import LossSignal, ReferenceLossSignal
+from dataflex_mega.providers.context import Candidates
+from dataflex_mega.providers.registry import Provider, provides
+from dataflex_mega.types import IGNORE_INDEX
+
+
+@provides(LossSignal, scope="candidates")
+class LossProvider(Provider):
+    """One forward pass over the candidates."""
+
+    def compute(self, request: LossSignal, scope: Candidates) -> dict[str, Tensor]:
+        engine, collate = self.context.engine, self.context.collate
+        losses = [engine.sample_losses(collate(samples)).loss.float().cpu() for samples, _ in scope.batches()]
+        return {"loss": torch.cat(losses)[: len(scope.ids)]}
+
+
+@provides(ReferenceLossSignal, scope="candidates", needs_reference=True)
+class ReferenceLossProvider(Provider):
+    """Means over the token losses that lie beside the samples; no forward pass."""
+
+    def compute(self, request: ReferenceLossSignal, scope: Candidates) -> dict[str, Tensor]:
+        means = np.zeros(len(scope.ids), dtype=np.float32)
+        size = self.context.batch_size
+        for start in range(0, len(scope.ids), size):
+            for row, sample in enumerate(self.context.pool.fetch(scope.ids[start : start + size]), start):
+                assert sample.reference_losses is not None, "attached to the pool when the run was built"
+                targets = sample.labels[1:] != IGNORE_INDEX
+                if targets.any():
+                    means[row] = sample.reference_losses[:-1][targets].mean(dtype=np.float64)
+        return {"reference_loss": torch.from_numpy(means)}

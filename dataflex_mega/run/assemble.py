@@ -1,0 +1,136 @@
+"""The last stage of a run: the loop with its parts."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+from dataflex_mega.control.controller import DataController
+from dataflex_mega.data.loader import Loader
+from dataflex_mega.engines.base import Engine
+from dataflex_mega.llamafactory.callbacks import Hooks
+from dataflex_mega.metrics import Metrics
+from dataflex_mega.progress import TrainingProgressBar
+from dataflex_mega.providers.server import SignalServer
+from dataflex_mega.run.data import RunData
+from dataflex_mega.run.ordering import ordered_passes, stage_config
+from dataflex_mega.run.outputs import OutputOptions
+from dataflex_mega.run.resume import ResumePoint
+from dataflex_mega.run.roles import RunRoles
+from dataflex_mega.run.schedule import RunSchedule
+from dataflex_mega.run.selection import scoreboard_folder, selection_folder
+from dataflex_mega.run.session import Session
+from dataflex_mega.signals.pool_share import PoolShare, evaluate
+from dataflex_mega.trainer import Trainer
+
+LARGEST_EXPONENT = 700.0  # exp of it is finite
+
+
+def assemble(
+    session: Session,
+    roles: RunRoles,
+    data: RunData,
+    schedule: RunSchedule,
+    resume: ResumePoint,
+    engine: Engine,
+    options: OutputOptions | None = None,
+) -> Trainer:
+    """The loop of a run whose model is built."""
+    options = options or OutputOptions()
+    training = session.args.training
+    shown = session.parallel_info.is_main and options.progress_bar and not training.disable_tqdm
+    bar = TrainingProgressBar(every=max(1, int(training.logging_steps))) if shown else None
+    parts = {
+        "model": engine.model,
+        "processing_class": session.tokenizer,
+        "optimizer": engine.optimizer,
+        "lr_scheduler": engine.scheduler,
+    }
+    min_delta = session.config.dataflex.early_stopping_min_delta
+    workers = max(1, training.dataloader_num_workers)
+    prefetch = session.config.dataflex.prefetch
+    return Trainer(
+        engine=engine,
+        controller=_controller(session, roles, data, schedule, engine, bar),
+        loader=Loader(data.pool, schedule.sampler, schedule.partition, data.collate, prefetch, workers),
+        checkpointer=resume.checkpointer,
+        hooks=Hooks(session.args, parts, schedule.max_steps, session.callbacks, min_delta),
+        metrics=_metrics(session, roles, data, schedule, resume, options, bar),
+        max_steps=schedule.max_steps,
+        global_batch_size=schedule.partition.global_batch_size,
+        pool_size=len(data.pool),
+        evaluate=partial(_evaluate, session, roles, data, engine) if data.evaluation else None,
+        describe_sample=data.pool.describe,
+        restate_plan=resume.restate_plan,
+    )
+
+
+def _pool_share(session: Session, roles: RunRoles, pool: Any, progress: Any = None) -> PoolShare:
+    of_order = roles.reorder.scores.batch_size if roles.reorder is not None else None
+    keys, training = session.config.dataflex, session.args.training
+    size = keys.score_batch_size or of_order or training.per_device_eval_batch_size
+    return PoolShare(pool, size, session.parallel_info.dp_rank, session.parallel_info.dp_size, progress)
+
+
+def _controller(
+    session: Session, roles: RunRoles, data: RunData, schedule: RunSchedule, engine: Engine, bar: Any
+) -> DataController:
+    share = _pool_share(session, roles, data.pool, bar and bar.update_scoring)
+    return DataController(
+        roles=roles.algorithms,
+        domains=schedule.domains,
+        stages=stage_config(session, roles, schedule.score_source, schedule.update_schedule),
+        sampler=schedule.sampler,
+        collectives=session.collectives,
+        signals=SignalServer(data.signal_context(session, engine), share),
+        total_steps=schedule.max_steps,
+        seed=session.data_seed,
+        limits=schedule.limits,
+        candidates=schedule.candidates,
+        passes=ordered_passes(roles, data.pool),
+        learning_rate=engine.learning_rate,
+    )
+
+
+def _metrics(
+    session: Session,
+    roles: RunRoles,
+    data: RunData,
+    schedule: RunSchedule,
+    resume: ResumePoint,
+    options: OutputOptions,
+    bar: Any,
+) -> Metrics:
+    writer, writes = None, session.parallel_info.is_main and options.logs
+    if writes and session.config.dataflex.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        # What an interrupted run logged beyond the checkpoint is hidden; it is logged again.
+        folder = str(session.args.training.logging_dir or session.output_dir / "runs")
+        writer = SummaryWriter(folder, purge_step=resume.first_step + 1 if resume.first_step else None)
+    mixer = str(roles.specs["mixer"]["name"]).rpartition(":")[2].lower() if "mixer" in roles.specs else None
+    return Metrics(
+        session.output_dir,
+        data.pool.names,
+        schedule.max_steps,
+        is_writer=writes,
+        mixer_name=mixer,
+        selection_folder=selection_folder(session, roles),
+        scoreboard_folder=scoreboard_folder(session, roles),
+        tensorboard=writer,
+        progress_bar=bar,
+    )
+
+
+def _evaluate(session: Session, roles: RunRoles, data: RunData, engine: Engine) -> dict[str, float]:
+    """Token-mean loss of each evaluation set, under Trainer's names, and its exponential."""
+    metrics = {}
+    for name, pool in data.evaluation.items():
+        sums = evaluate(_pool_share(session, roles, pool), data.collate, engine.sample_losses)
+        loss, tokens = (session.collectives.all_reduce_sum(part).sum() for part in sums)
+        mean = float(loss / tokens.clamp(min=1))
+        prefix = f"eval_{name}" if name else "eval"
+        metrics[f"{prefix}_loss"] = mean
+        metrics[f"{prefix}_perplexity"] = math.exp(min(mean, LARGEST_EXPONENT))
+    return metrics

@@ -1,0 +1,90 @@
+"""The third stage of a run: the pool of training samples, the evaluation sets, and how samples become batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+from dataflex_mega.algorithms.base import Algorithm
+from dataflex_mega.data.collate import collate
+from dataflex_mega.data.pool import Domain, ReferenceLosses, SamplePool
+from dataflex_mega.engines.base import Engine
+from dataflex_mega.errors import ConfigError, UserError
+from dataflex_mega.llamafactory.data import load_data
+from dataflex_mega.providers.context import SignalContext, split_targets
+from dataflex_mega.providers.registry import display_name, needs_targets
+from dataflex_mega.run import corpus
+from dataflex_mega.run.offline_files import check_files
+from dataflex_mega.run.roles import RunRoles
+from dataflex_mega.run.session import Session
+from dataflex_mega.types import Batch
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run. `collate(samples, pack_length=...)` makes a batch."""
+
+    pool: SamplePool
+    evaluation: Mapping[str, SamplePool]  # evaluation sets by name; one without a name is ""
+    collate: Callable[..., Batch]
+
+    @classmethod
+    def load(cls, session: Session, roles: RunRoles) -> RunData:
+        """Read and tokenize. Raises UserError for missing target samples and for files that belong to other data."""
+        config, args = session.config, session.args
+        if config.dataflex.corpus_dir is not None:
+            bundle, notes = corpus.load(config, args, session.tokenizer)
+            session.report(*notes)
+        else:
+            bundle = load_data(args, session.tokenizer_module, session.template)
+        pool = SamplePool(bundle.domains)
+        evaluation = {name: SamplePool([Domain(name or "eval", rows)]) for name, rows in bundle.evaluation.items()}
+        check_targets(roles, evaluation)
+        check_files(roles, pool)
+        packs = args.finetuning.stage == "sft" and (args.data.packing or args.data.neat_packing)
+        pad_id = session.tokenizer.pad_token_id if session.tokenizer.pad_token_id is not None else 0
+        pack_length = args.data.cutoff_len if packs else None
+        return cls(pool, evaluation, partial(collate, pad_id=pad_id, pack_length=pack_length))
+
+    def with_references(self, losses: ReferenceLosses | None) -> RunData:
+        """The same data with token losses of a reference model beside the samples."""
+        return self if losses is None else replace(self, pool=self.pool.with_references(losses))
+
+    def signal_context(self, session: Session, engine: Engine) -> SignalContext:
+        """What providers of signals may use."""
+        return SignalContext(
+            parallel_info=session.parallel_info,
+            collectives=session.collectives,
+            pool=self.pool,
+            evaluation=self.evaluation,
+            collate=self.collate,
+            batch_size=session.score_batch_size,
+            seed=session.data_seed,
+            engine=engine,
+            tokenizer=session.tokenizer,
+            output_dir=session.output_dir,
+            cutoff_len=session.args.data.cutoff_len,
+            report=session.report,
+        )
+
+
+def check_targets(roles: RunRoles, evaluation: Mapping[str, SamplePool]) -> None:
+    """Raises UserError when an algorithm compares with target samples and there are none, ConfigError for tasks that do not
+    fit the evaluation sets."""
+    for role, algorithm in roles.all():
+        if needs_targets(algorithm) and not evaluation:
+            raise UserError(
+                f"eval_dataset: {role} {_name(roles, role, algorithm)} needs target samples there (or val_size)"
+            )
+        for request in algorithm.requests():
+            boundaries = getattr(request, "task_boundaries", None)
+            if boundaries is not None:
+                try:
+                    split_targets(list(evaluation.values()), boundaries)
+                except ConfigError as error:
+                    raise ConfigError(f"{role}.{_name(roles, role, algorithm)}.{error}") from error
+
+
+def _name(roles: RunRoles, role: str, algorithm: Algorithm) -> str:
+    return display_name(algorithm) if role == "selector" else str(roles.specs[role]["name"])
