@@ -11,12 +11,13 @@ from types import ModuleType
 
 from dataflex_mega import commands
 from dataflex_mega.errors import UserError, did_you_mean
+from dataflex_mega.exit_status import exit_status
 
 BEFORE = "usage: dataflex-cli COMMAND [ARGUMENTS]\n"
 AFTER = """\
   help                           this text; `train --help` says more about configurations
 
-  export | chat | api | webchat | webui | eval   as in llamafactory-cli, to which they are handed on
+  export | chat | api | webchat | webui | eval   run by llamafactory-cli
 
 examples:
   dataflex-cli train run.yaml                                  a LLaMA-Factory YAML trains as it always did
@@ -39,13 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     was run."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command, arguments = (argv[0], argv[1:]) if argv else ("help", [])
-    try:
-        return run(command, arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:  # what was running was interrupted too, and has said what there is to say
-        return 130
+    return exit_status(lambda: run(command, arguments))  # what is interrupted says itself what there is to say
 
 
 def run(command: str, arguments: list[str]) -> int:
@@ -80,7 +75,7 @@ def _load(name: str) -> ModuleType:
 
 
 def help_text() -> str:
-    """What `dataflex-cli help` prints."""
+    """The text of `dataflex-cli help`: one line per command."""
     lines = [f"  {module.SUMMARY}" for _, module in load_commands() if module.SUMMARY]
     return "\n".join([BEFORE, *lines, AFTER])
 

@@ -50,7 +50,7 @@ class Ability:
 
 @dataclass(frozen=True)
 class Report:
-    """What `main` prints."""
+    """The findings of all checks, as `main` prints them."""
 
     findings: list[Finding]
     abilities: list[Ability]

@@ -9,7 +9,7 @@ from dataflex_mega.log import ALL_RANKS, get_logger
 
 
 def exit_status(action: Callable[[], int], interrupted: str = "") -> int:
-    """What `action` returns; 2 for a user's mistake, 1 when it could not go on, 130 when it was interrupted.
+    """What `action` returns; 2 for a user's mistake, 1 for a fault in training, 130 when it was interrupted.
 
     `interrupted` is logged then, where there is something to say.
     """

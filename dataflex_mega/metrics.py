@@ -62,7 +62,8 @@ class Metrics:
     folder: Path
     domains: tuple[str, ...]
     max_steps: int
-    is_writer: bool  # whether this is the main rank's
+    is_writer: bool  # whether this is the main rank's, and files are wanted
+    keep_history: bool = False  # whether rows are kept in memory, on every rank
     mixer_name: str | None = None  # None without a mixer
     selection_folder: Path | None = None  # where the ids and scores of each selection go
     scoreboard_folder: Path | None = None  # where the known losses of each plan's samples go
@@ -72,15 +73,18 @@ class Metrics:
     last_stats: StepStats | None = field(default=None, init=False)
     learning_rate: float = field(default=0.0, init=False)
     plan_digest: str = field(default="", init=False)
+    history: list[dict[str, Any]] = field(default_factory=list, init=False)  # a row per step, as in metrics.jsonl
+    evaluations: list[dict[str, float]] = field(default_factory=list, init=False)  # one per evaluation, with its step
 
     # -- events --------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, state: TrainState) -> None:
         """Before the first step; drops what an earlier run logged or selected beyond `state.step`."""
         self.log_window = LogWindow()
+        if self.is_writer or self.keep_history:
+            self.plan_digest = state.plan.digest()[:16]
         if not self.is_writer:
             return
-        self.plan_digest = state.plan.digest()[:16]
         truncate_log(self.folder / STEPS_FILE, state.step)
         for path in [self.folder / ORDERS_FILE, *self.folder.glob("*_weights.jsonl")]:
             # Its line "step" s is written before step s + 1, so an interrupted run may have left the one of state.step.
@@ -97,9 +101,10 @@ class Metrics:
 
     def on_plan(self, state: TrainState, report: PlanReport) -> None:
         """After a new plan, `state.plan`; `report` says what the roles did for it."""
+        if self.is_writer or self.keep_history:
+            self.plan_digest = state.plan.digest()[:16]
         if not self.is_writer:
             return
-        self.plan_digest = state.plan.digest()[:16]
         if self.mixer_name is not None and state.plan.phase == "train":
             row = {
                 "step": state.step,
@@ -120,9 +125,14 @@ class Metrics:
         """After every optimizer step; `lr` is the learning rate it was done with."""
         self.log_window.add(stats, phase_seconds)
         self.last_stats, self.learning_rate = stats, lr
+        if not self.is_writer and not self.keep_history:
+            return
+        row = {**step_row(state, stats, lr, self.domains), "plan": self.plan_digest}
+        if self.keep_history:
+            self.history.append(row)
         if not self.is_writer:
             return
-        self._append(STEPS_FILE, {**step_row(state, stats, lr, self.domains), "plan": self.plan_digest})
+        self._append(STEPS_FILE, row)
         if self.progress_bar is not None:
             self.progress_bar.update(state.step, self._progress_fields(state.plan))
 
@@ -150,6 +160,8 @@ class Metrics:
 
     def on_evaluate(self, state: TrainState, metrics: dict[str, float]) -> None:
         """After an evaluation; `metrics` are named as Trainer names them, `eval_loss`."""
+        if self.keep_history:
+            self.evaluations.append({"step": float(state.step), **metrics})
         if not self.is_writer:
             return
         self._scalars(state.step, {f"eval/{name.removeprefix('eval_')}": value for name, value in metrics.items()})

@@ -45,6 +45,14 @@ def register(kind: str, name: str) -> Callable[[ClassType], ClassType]:
     return decorate
 
 
+def register_class(kind: str, cls: type) -> str:
+    """Register a class of this program -> its name in specifications. A class that is defined again replaces the former
+    one of its name, as notebooks do."""
+    name = f"python_{cls.__name__.lower()}"
+    _registered[kind, name] = cls
+    return name
+
+
 def register_selector(name: str) -> Callable[[ClassType], ClassType]:
     """`@register_selector("mine")`: the class is `selector: mine`."""
     return register("selector", name)

@@ -201,11 +201,32 @@ def _load_plug_in_class(kind: str, name: str) -> type:
     return cls
 
 
+# What classes of earlier versions define -> what has its place; by kind of algorithm, "" for all kinds.
+FORMER_METHODS = {
+    "": {"needs": "requests", "signals": "requests", "state": "state_dict", "restore": "load_state_dict"},
+    "selector": {"choose": "select", "accumulate": "combine_updates"},
+    "reorder": {"ranks": "rank_order", "reads_scores": "uses_scores"},
+}
+
+
+def _refuse_former_contract(kind: str, name: str, cls: type[Algorithm]) -> None:
+    """Raises ConfigError for a class with methods of the former contract, which nobody would call. A parameter may have any
+    name."""
+    former = {**FORMER_METHODS[""], **FORMER_METHODS.get(kind, {})}
+    parameters = {field.name for field in dataclasses.fields(cls)}
+    own_classes = [c for c in cls.__mro__ if c not in CONTRACTS[kind].__mro__]
+    defined = [old for old in former if old not in parameters and any(old in vars(c) for c in own_classes)]
+    if defined:
+        pairs = ", ".join(f"{old} is now {former[old]}" for old in defined)
+        raise ConfigError(f"{kind}: {name} is written for an earlier version: {pairs}; see docs/add-an-algorithm.md")
+
+
 def _check_class(kind: str, name: str, cls: type) -> type[Algorithm]:
     contract = CONTRACTS[kind]
     if not issubclass(cls, contract):
         moved = "; docs/coming-from.md shows how a class written for DataFlex is moved over"
         raise ConfigError(f"{kind}: {name} must be a subclass of {contract.__module__}.{contract.__name__}{moved}")
+    _refuse_former_contract(kind, name, cls)
     if "__dataclass_fields__" not in vars(cls):
         raise ConfigError(f"{kind}: {name} must be decorated with @dataclass; its fields are its parameters")
     if inspect.isabstract(cls):

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataflex_mega.exit_status import exit_status
 from dataflex_mega.config.checks import check_dynamic, split_names
 from dataflex_mega.config.load import load
 from dataflex_mega.config.megatron import engine_of_environment
 from dataflex_mega.config.megatron_checks import check_megatron
 from dataflex_mega.config.parse import RunConfig, parse_config
+from dataflex_mega.exit_status import exit_status
 from dataflex_mega.llamafactory import predict
 from dataflex_mega.log import get_logger
 
@@ -31,11 +31,11 @@ run is plain LLaMA-Factory training. key=value changes a key for this run: mixer
 A run that was interrupted continues from its last checkpoint when the same command is given again.
 `dataflex-cli components` lists the algorithms and their parameters."""
 
-INTERRUPTED = "interrupted; a run with a role goes on from its last checkpoint when the same command is given again"
+INTERRUPTED = "interrupted; a run with a role continues from its last checkpoint when the same command is given again"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 when trained, 2 for a user's mistake, 1 when training could not go on, 130 when interrupted."""
+    """Exit status: 0 when trained, 2 for a user's mistake, 1 when training failed, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)

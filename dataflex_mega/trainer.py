@@ -21,7 +21,7 @@ MAX_NAMED_SAMPLES = 8  # in the message about a loss that is not finite
 
 
 class TrainerHooks(Protocol):
-    """When to log, evaluate, save and stop: llamafactory.callbacks.Hooks, which needs transformers.
+    """When to log, evaluate, save and stop: llamafactory.callbacks.CallbackHooks, which needs transformers.
 
     What `on_step_end` and `on_evaluate` return has the flags of transformers' TrainerControl.
     """

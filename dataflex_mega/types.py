@@ -52,7 +52,7 @@ class SampleStats:
     num_tokens: Tensor  # [n] int64, number of target tokens
     excess_loss_sum: Tensor | None = None  # [n] float32, sum over target tokens of max(loss - reference loss, 0)
     step_denominators: Tensor | None = None  # [k] float64, each domain's part of the loss denominator of the whole step
-    # [n, h] float32, see EmbeddingSpec; for `Weighter.weights`, [n, m] what `Weighter.reduce` made of them
+    # [n, h] float32, see EmbeddingSpec; for `Weighter.weights`, [n, m] the result of `Weighter.reduce`
     embeddings: Tensor | None = None
 
     def gathered_fields(self) -> dict[str, Tensor]:
@@ -146,7 +146,7 @@ class Clusters:
 class BatchGradients:
     """How the gradients of a global batch lie to those of targets and to each other; float32."""
 
-    ids: Tensor  # [G] int64
+    sample_ids: Tensor  # [G] int64
     dot: Tensor  # [G] inner products with the targets' mean gradient
     gram: Tensor  # [G, G] inner products with each other
 
@@ -256,13 +256,13 @@ class UpdateContext:
     total_steps: int
     update_index: int  # 0 for the first update
     seed: int
-    total_updates: int = 0  # updates of the whole run; 0 when they go on until its end
+    total_updates: int = 0  # updates of the whole run; 0 when they continue until its end
     learning_rate: float = 0.0  # of the next step
 
 
 @dataclass
 class TrainState:
-    """The loop's own variables."""
+    """Step, plan and counters of the training loop; saved in checkpoints."""
 
     step: int
     plan: SamplingPlan

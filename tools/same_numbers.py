@@ -2,30 +2,33 @@
 
     python tools/same_numbers.py [BASE] [--this DIR] [--only PATTERN] [--processes 1 2] [--keep]
 
-BASE is a folder or a git revision. Every YAML below BASE's examples/ is cut to a few steps of a tiny model and trained with
-the package of BASE and with that of DIR, from the same data, on CPU. Compared are logs of steps, orders, weights of domains,
+BASE and DIR are folders or git revisions. Every YAML below BASE's examples/ is cut to a few steps of a tiny model and
+trained with the package of either side, from the same data, on CPU. Compared are logs of steps, orders, weights of domains,
 selections, scoreboards, evaluations, TensorBoard's scalars and exported tensors; fields that hold wall-clock time are not.
-What each run reads and writes is listed in tools/side_by_side. Status 1: a run differs, or fails on one side only.
+tools/side_by_side says what is run and what is compared. Status 1: a run differs, or fails on one side only.
 
 Runs of BASE are kept in .same_numbers/ (by the content of BASE, the inputs and the command lines), so later calls train DIR
-only. Both sides are copied before they run, so they may be edited meanwhile.
+only. Both sides are copied before they run, so they may be edited meanwhile. At most two processes run at a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import fnmatch
 import hashlib
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -148,8 +151,9 @@ def run_side(checkout: Path, jobs: list[Job], runs: Path, work: Path) -> Iterato
                 status = {**found, "job": job.as_dict()}
                 (runs / job.folder_name / STATUS_FILE).write_text(json.dumps(status))
                 yield job, status
+            process.wait()
         finally:
-            process.terminate()
+            process.terminate()  # nothing, when it has ended by itself
     if process.returncode:
         raise SystemExit(f"same_numbers: the runs of {checkout} ended early:\n{errors.read_text()[-3000:]}")
 
@@ -170,14 +174,14 @@ def judge(job: Job, first: dict[str, Any], second: dict[str, Any], folders: tupl
         return f"differs: statuses of the tasks: {mine} | {other}: {last_words(failing)}"
     if mine[-1] not in (0, 2):
         return f"not compared: ends with status {mine[-1]} on both sides: {last_words(place[0])}"
+    if mine[-1] == 2:
+        return f"not compared: refused by both: {last_words(place[1])}"
     outcome = compare_folders(*(folder / "out" for folder in place))
     for pattern, count in outcome.left_out.items():
         table.left_out[pattern] = table.left_out.get(pattern, 0) + count
     table.files += outcome.compared
     if outcome.difference:
         return f"differs: {outcome.difference}"
-    if mine[-1] == 2:
-        return f"equal: refused by both: {last_words(place[1])[:90]}"
     return f"equal: {outcome.compared} files" if outcome.compared else "not compared: writes no file"
 
 
@@ -200,24 +204,42 @@ def print_summary(table: Table, jobs: list[Job], inputs: Inputs, this: Path) -> 
         print(f"  examples/{name}: only in {'BASE' if name in examples else 'this checkout'}")
 
 
-def compare(options: argparse.Namespace, work: Path) -> int:
-    """Run what is missing of BASE, all of the other side, and print the table. Returns the exit status."""
-    base, this = work / "base", work / "this"
+@contextmanager
+def locked() -> Iterator[None]:
+    """Only one call at a time makes inputs and runs of BASE; another one waits and finds them made."""
+    with (CACHE / "lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def prepare_base(options: argparse.Namespace, work: Path) -> tuple[Inputs, list[Job], Path]:
+    """Run what is missing of BASE -> (inputs, the jobs that are asked for, the folder of BASE's runs)."""
+    base = work / "base"
     copy_checkout(options.base, base)
-    copy_checkout(str(options.this), this)
     key = content_hash(base)
     inputs = ensure_inputs(base, key, work)
     every = all_jobs(inputs, options.processes)
     jobs = [job for job in every if fnmatch.fnmatchcase(job.name, f"*{options.only}*")]
     if not jobs:
         raise SystemExit(f"same_numbers: no run has {options.only!r} in its name; {', '.join(j.name for j in every)}")
-    of_base, of_this = CACHE / "runs" / key, work / "runs"
+    of_base, began = CACHE / "runs" / key, time.monotonic()
     missing = [job for job in jobs if ended(job, of_base) is None]
-    began = time.monotonic()
     for number, (job, found) in enumerate(run_side(base, missing, of_base, work) if missing else (), 1):
         line = f"base: {number}/{len(missing)} {job.name} {job.processes} {found['statuses']} {found['seconds']} s"
         print(line, file=sys.stderr, flush=True)
-    print(f"base {options.base} ({key}): {len(missing)} of {len(jobs)} run in {time.monotonic() - began:.0f} s")
+    print(
+        f"base {options.base} ({key}): {len(missing)} of {len(jobs)} run in {time.monotonic() - began:.0f} s",
+        flush=True,
+    )
+    return inputs, jobs, of_base
+
+
+def compare(options: argparse.Namespace, work: Path) -> int:
+    """Run both sides, compare, and print the table. Returns the exit status."""
+    this, of_this = work / "this", work / "runs"
+    copy_checkout(options.this, this)
+    with locked():
+        inputs, jobs, of_base = prepare_base(options, work)
     table, began = Table(), time.monotonic()
     for job, found in run_side(this, jobs, of_this, work):
         expected = ended(job, of_base)
@@ -232,21 +254,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", nargs="?", default=BASE, help=f"a folder or a git revision ({BASE})")
-    parser.add_argument("--this", type=Path, default=ROOT, help="the other checkout (the one of this file)")
+    parser.add_argument("--this", default=str(ROOT), metavar="DIR", help="the other checkout (the one of this file)")
     parser.add_argument("--only", default="", metavar="PATTERN", help="runs with this in their name, * for anything")
     parser.add_argument(
         "--processes", type=int, nargs="+", default=[1, 2], choices=(1, 2, 4), help="of a run (1 2); 4 for one example"
     )
     parser.add_argument("--keep", action="store_true", help="leave the files of this side's runs, and say where")
-    options = parser.parse_args(argv)
-    if not options.this.is_dir():
-        parser.error(f"--this {options.this}: no such folder")
-    return options
+    return parser.parse_args(argv)
+
+
+def leave(_signal: int, _frame: object) -> None:
+    """End through `finally`, which ends the runs too."""
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line. Returns the exit status: 1 when a run differs."""
     options = parse(argv)
+    signal.signal(signal.SIGTERM, leave)
     CACHE.mkdir(exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="this-", dir=CACHE))
     try:

@@ -1,7 +1,7 @@
 """What an algorithm asks a run to compute for it, as frozen values.
 
 `Algorithm.requests` returns them; a provider (one class in one file of `dataflex_mega.providers`, or of a plug-in) serves
-each kind of request. Equal values are one request, so two roles that ask for the same are served once.
+each kind of request. Requests are compared by value.
 
 A request that its provider serves for candidates fills columns of the table that `Selector.score` gets; its `name` is how
 the log calls it. The value of any other request is handed to `Algorithm.receive`. Fields that hold functions or texts do
@@ -134,8 +134,8 @@ class PolicyGradientSignal(Request):
 
 @dataclass(frozen=True)
 class ClusterSignal(Request):
-    """Columns "cluster" and "turn" [n] int64, "density" and "transfer" [n]: groups of samples with similar hidden states;
-    see signals.clusters. `layer_parameter`: the algorithm's parameter that names the layers, for messages."""
+    """Columns "cluster" and "order" [n] int64, "density" and "transferability" [n]: groups of samples with similar hidden
+    states; see signals.clusters. `layer_parameter`: the algorithm's parameter that names the layers, for messages."""
 
     spec: ClusterSpec
     layer_parameter: str = field(default="embedding_layers", compare=False)

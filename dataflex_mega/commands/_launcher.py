@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 from dataflex_mega.errors import UserError
+from dataflex_mega.log import get_logger
 
 
 def is_needed() -> bool:
@@ -17,10 +18,10 @@ def is_needed() -> bool:
 
 
 def launch(module: str, arguments: list[str], announce: bool = False) -> int:
-    """Run `python -m module` in all processes and wait. `announce`: print the command first. Returns the exit status."""
+    """Run `python -m module` in all processes and wait. `announce`: log the command first. Returns the exit status."""
     command = torchrun_command(os.environ, arguments, device_count, module)
     if announce:
-        print(f"starting: {' '.join(command[1:])}", file=sys.stderr, flush=True)
+        get_logger().info("starting: %s", " ".join(command[1:]))
     return subprocess.run(command).returncode
 
 

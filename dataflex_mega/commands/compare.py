@@ -9,7 +9,7 @@ HELP_ORDER = 60
 
 
 def main(argv: Sequence[str]) -> int:
-    """See compare.command.main."""
+    """Forward to compare.command.main -> the exit status."""
     from dataflex_mega.compare import command
 
     return command.main(list(argv))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-SUMMARY = "corpus INPUT ... --output DIR  text files into Megatron .bin/.idx files, one pair a domain"
+SUMMARY = "corpus INPUT ... --output DIR  text files into Megatron .bin/.idx files, one pair per domain"
 HELP_ORDER = 100
 
 
 def main(argv: Sequence[str]) -> int:
-    """See corpus.command.main."""
+    """Forward to corpus.command.main -> the exit status."""
     from dataflex_mega.corpus import command
 
     return command.main(list(argv))

@@ -17,6 +17,7 @@ from dataflex_mega.commands import _launcher
 from dataflex_mega.commands.train import MODULE as TRAIN_MODULE
 from dataflex_mega.config.load import load
 from dataflex_mega.errors import ConfigError, did_you_mean
+from dataflex_mega.log import get_logger
 
 STEPS = ("step1", "step2", "step3")
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -64,11 +65,12 @@ def run_steps(arguments: Sequence[str], start: Callable[[list[str]], int]) -> in
         [f"reference_model={outputs[0]}"],
         [f"init_mixture_proportions_file={outputs[1] / AVERAGES}"],
     ]
+    logger = get_logger()
     for step, file, step_keys in zip(STEPS, files, keys_of_steps, strict=True):
-        print(f"doremi: {step}: {file} {' '.join(step_keys)}".rstrip(), file=sys.stderr, flush=True)
+        logger.info(f"doremi: {step}: {file} {' '.join(step_keys)}".rstrip())
         status = start([str(file), *overrides, *step_keys])
         if status != 0:
-            print(f"doremi: {step} ended with status {status}", file=sys.stderr, flush=True)
+            logger.error("doremi: %s ended with status %d", step, status)
             return status
     return 0
 

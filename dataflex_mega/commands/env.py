@@ -9,7 +9,7 @@ HELP_ORDER = 110
 
 
 def main(argv: Sequence[str]) -> int:
-    """See doctor.main."""
+    """Forward to doctor.main -> the exit status."""
     from dataflex_mega import doctor
 
     return doctor.main(list(argv))

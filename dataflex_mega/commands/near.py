@@ -13,5 +13,5 @@ HELP_ORDER = 90
 
 
 def main(argv: Sequence[str]) -> int:
-    """See offline.command."""
+    """Run offline.command, here or under torchrun -> the exit status."""
     return _offline.main("near", argv)

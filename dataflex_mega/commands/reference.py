@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from dataflex_mega.commands import _launcher
-from dataflex_mega.exit_status import exit_status
 from dataflex_mega.errors import ConfigError
+from dataflex_mega.exit_status import exit_status
 
 HELP = """usage: dataflex-cli reference CONFIG.yaml [key=value ...]
 
 Writes the token losses of `reference_model` (a Hugging Face folder) on every sample of the configuration's `dataset` into
 `reference_cache` (default: output_dir/reference), for doremi, rho_loss and rho1. Training does the same by itself when they
-are not there. A build that was killed goes on where it stopped. Start it under torchrun, or with NPROC_PER_NODE, to
+are not there. A build that was killed continues where it stopped. Start it under torchrun, or with NPROC_PER_NODE, to
 divide the work."""
 
 

@@ -9,7 +9,7 @@ HELP_ORDER = 70
 
 
 def main(argv: Sequence[str]) -> int:
-    """See compare.study.main."""
+    """Forward to compare.study.main -> the exit status."""
     from dataflex_mega.compare import study
 
     return study.main(list(argv))

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataflex_mega.commands import _launcher
-from dataflex_mega.exit_status import exit_status
 from dataflex_mega.errors import CheckpointError, ConfigError
+from dataflex_mega.exit_status import exit_status
 
 if TYPE_CHECKING:  # imported where it is used: the help is printed without torch
     from torch import Tensor
@@ -40,7 +40,7 @@ many target sets as you like. Training with `selector: {name: less, mode: store}
 looking at one, for auditing it, and for scoring outside a run.
 
   build    compute the rows of all samples of `dataset`. CONFIG is a training YAML with that selector; its parameters
-           (side, gradient_type, ...) say what is stored. A build that was killed goes on after its last whole block.
+           (side, gradient_type, ...) say what is stored. A build that was killed continues after its last complete block.
   score    compare every sample with the samples of `eval_dataset`: LESS's score, the largest over the evaluation sets of the
            mean cosine. Prints the best, and with --output writes all of them, [N] float32 in the order of the pool.
   info     what a store is of, and how large. Reads the manifest only.
@@ -98,7 +98,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def paths(text: str) -> list[Path]:
-    """Of a list with commas."""
+    """The paths of a comma-separated list."""
     return [Path(part) for part in text.split(",") if part]
 
 
@@ -203,12 +203,12 @@ class StoreRun:
 
     @property
     def context(self) -> SignalContext:
-        """Pool, evaluation sets, processes."""
+        """The signal context of `features`: pool, evaluation sets, processes."""
         return self.features.context
 
     @property
     def engine(self) -> Any:
-        """The engine with the model."""
+        """The engine of `context`, with the model."""
         return self.context.engine
 
     def folder(self, folder: Path | None, identity: dict[str, Any]) -> Path:
@@ -248,7 +248,7 @@ def open_store_run(config: RunConfig, several: bool = False) -> StoreRun:
 
     Raises ConfigError for a selector without a store.
     """
-    from dataflex_mega.algorithms.requests import StoredGradientSignal
+    from dataflex_mega.algorithms.requests import StoredGradientSignal, requests_of
     from dataflex_mega.providers.gradient_features import GradientFeatures
     from dataflex_mega.run.data import RunData
     from dataflex_mega.run.roles import RunRoles
@@ -258,7 +258,7 @@ def open_store_run(config: RunConfig, several: bool = False) -> StoreRun:
     session = Session.start(config)
     data = RunData.load(session, roles)
     selector = roles.algorithms.selector
-    requests = [r for r in selector.requests() if isinstance(r, StoredGradientSignal)] if selector is not None else []
+    requests = requests_of(selector, StoredGradientSignal)
     if not requests:
         name = roles.specs["selector"]["name"] if "selector" in roles.specs else "none"
         raise ConfigError(f"store: selector {name} uses no store here; less does, with selector.mode: store")

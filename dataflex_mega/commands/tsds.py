@@ -11,5 +11,5 @@ HELP_ORDER = 91
 
 
 def main(argv: Sequence[str]) -> int:
-    """See offline.command."""
+    """Run offline.command, here or under torchrun -> the exit status."""
     return _offline.main("tsds", argv)

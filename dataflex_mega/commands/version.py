@@ -1,4 +1,4 @@
-"""`dataflex-cli version`."""
+"""`dataflex-cli version`: the version of the installed package."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ HELP_ORDER = 120
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the version."""
+    """Print name and version, from the metadata of the installed package. Returns 0."""
     print(f"dataflex_mega {metadata.version('dataflex_mega')}")
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from dataflex_mega.config.load import resolve
 from dataflex_mega.config.parse import parse_config
 from dataflex_mega.errors import ConfigError, UserError, did_you_mean
 from dataflex_mega.files import atomic_write
+from dataflex_mega.llamafactory.args import argument_types
+from dataflex_mega.log import get_logger
 
 HELP = """usage: dataflex-cli compare SUITE.yaml [--collect] [--rerun NAME ...] [key=value ...]
 
@@ -97,8 +98,6 @@ def main(arguments: Sequence[str]) -> int:
 
 def check_runs(plan: Suite) -> dict[str, str]:
     """Check every run's configuration before the first is trained -> LLaMA-Factory's keys. Raises ConfigError."""
-    from dataflex_mega.llamafactory.args import argument_types
-
     known = argument_types()
     for run in plan.runs:
         if run.seed != plan.seeds[0] or run.needs_earlier_phase:  # it may name files that do not exist yet
@@ -118,7 +117,7 @@ def print_launch_lines(plan: Suite, missing: Sequence[TrainingRun]) -> int:
     atomic_write(plan.output_dir / "launch.sh", "".join(line + "\n" for line in ["set -e", *lines]))
     print("\n".join(lines))
     rest = f"{len(lines)} of {len(plan.runs)} runs are missing; {plan.output_dir / 'launch.sh'} has these lines"
-    print(f"{rest}. Phases of a method must run in this order. Then: compare --collect", file=sys.stderr)
+    get_logger().info("%s. Phases of a method must run in this order. Then: compare --collect", rest)
     return 0
 
 

@@ -18,8 +18,15 @@ from typing import Any
 import torch
 
 from dataflex_mega import objective
+from dataflex_mega.data import manifest
+from dataflex_mega.data.collate import collate
+from dataflex_mega.data.fixed_length import fixed_length_domain
 from dataflex_mega.data.pool import Domain, SamplePool
 from dataflex_mega.errors import ConfigError
+from dataflex_mega.llamafactory import args as lf_args
+from dataflex_mega.llamafactory.data import load_data
+from dataflex_mega.llamafactory.model import build_model, load_tokenizer
+from dataflex_mega.signals import pool_share
 from dataflex_mega.types import Batch, SampleStats
 
 ADAPTER = "adapter_config.json"
@@ -103,10 +110,6 @@ def evaluate(
     Raises:
         ConfigError, DataError: with the name of the wrong key or data set.
     """
-    from dataflex_mega.llamafactory import args as lf_args
-    from dataflex_mega.llamafactory.data import load_data
-    from dataflex_mega.llamafactory.model import build_model, load_tokenizer
-
     if batch_size < 1:
         raise ConfigError(f"batch size: must be at least 1, found {batch_size}")
     parsed = lf_args.parse_arguments(lf_args.prepare_arguments(dict(keys)))
@@ -129,9 +132,6 @@ def evaluate(
 
 def corpus_domains(folder: str, tokenizer: Any, names: Sequence[str], length: int) -> list[Domain]:
     """The domains `names` of a corpus (all of them without names) as rows of `length` tokens. Raises DataError."""
-    from dataflex_mega.data import manifest
-    from dataflex_mega.data.fixed_length import fixed_length_domain
-
     corpus = manifest.read(folder, CORPUS)
     manifest.check_tokenizer(corpus, tokenizer, CORPUS)
     return [fixed_length_domain(corpus, domain, length, CORPUS) for domain in corpus.pick(names, "eval_dataset")]
@@ -147,9 +147,6 @@ def domain_sums(
 
     `batching`: (padding token, rows of a batch, autocast precision or None).
     """
-    from dataflex_mega.data.collate import collate
-    from dataflex_mega.signals.pool_share import PoolShare, evaluate
-
     pad, size, precision = batching
     batches, done = -(-len(pool) // size), 0
 
@@ -161,7 +158,9 @@ def domain_sums(
             progress(done, batches)
         return observed
 
-    return evaluate(PoolShare(pool, size, dp_rank=0, dp_size=1), partial(collate, pad_id=pad), forward)
+    return pool_share.evaluate(
+        pool_share.PoolShare(pool, size, dp_rank=0, dp_size=1), partial(collate, pad_id=pad), forward
+    )
 
 
 @torch.inference_mode()

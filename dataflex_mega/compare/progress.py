@@ -15,7 +15,7 @@ from dataflex_mega.compare.suite import TrainingRun
 
 
 class ComparisonProgress:
-    """Implements runner.RunListener for people."""
+    """A runner.RunListener that shows a progress bar and one line per finished run."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)

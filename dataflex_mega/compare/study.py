@@ -17,8 +17,12 @@ from dataflex_mega.compare.progress import ComparisonProgress
 from dataflex_mega.compare.results import MACRO, OVERALL, Comparison
 from dataflex_mega.compare.suite import Suite
 from dataflex_mega.config.load import resolve
+from dataflex_mega.config.parse import parse_config
 from dataflex_mega.errors import ConfigError, did_you_mean
 from dataflex_mega.files import atomic_write
+from dataflex_mega.llamafactory import args as lf_args
+from dataflex_mega.llamafactory.data import load_data
+from dataflex_mega.llamafactory.model import load_tokenizer
 
 HELP = """usage: dataflex-cli regmix STUDY.yaml [--collect] [--rerun NAME ...] [key=value ...]
 
@@ -148,11 +152,6 @@ def natural_proportions(study: RegMixStudy) -> np.ndarray:
 
 def count_samples(study: RegMixStudy) -> list[int]:
     """[k] number of samples of each domain, read in this process as training reads them."""
-    from dataflex_mega.config.parse import parse_config
-    from dataflex_mega.llamafactory import args as lf_args
-    from dataflex_mega.llamafactory.data import load_data
-    from dataflex_mega.llamafactory.model import load_tokenizer
-
     config = {**resolve(dict(study.base), "base"), "mixer": "static", "output_dir": str(study.output_dir / "natural")}
     lf = parse_config(config, lf_args.argument_types()).llamafactory
     for key in ("eval_dataset", "eval_strategy", "eval_steps", "val_size"):

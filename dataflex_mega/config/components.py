@@ -1,4 +1,4 @@
-"""Which algorithms are on: from `train_type` and a components file as in DataFlex, from our own keys, or from both.
+"""Which algorithms are active: from `train_type` and a components file as in DataFlex, from our own keys, or from both.
 
 The functions return a specification as a flat mapping, `{"name": "odm", "alpha": 0.8}`, however it was written.
 """
@@ -78,7 +78,7 @@ def entries(path: str | None, role: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Component:
-    """What an entry of a components file comes to."""
+    """An entry of a components file, resolved."""
 
     spec: Spec
     run_keys: dict[str, Any]  # keys of the run that the entry carries as parameters
@@ -129,7 +129,7 @@ def flatten_spec(role: str, spec: str | Mapping[str, Any]) -> Spec:
 def merge_spec(
     role: str, own: str | Mapping[str, Any] | None, component: Spec | None, entry: str | None
 ) -> Spec | None:
-    """What our key for a role and the picked component come to.
+    """Merge our key for a role with the picked component.
 
     A mapping without `name` in our key changes parameters of the component, so `mixer.alpha=0.8` on a command line
     works there too. Raises ConfigError when the two name different things, or nothing is named.

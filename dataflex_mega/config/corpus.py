@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from dataflex_mega.config.dataflex_arguments import RunArguments
-from dataflex_mega.config.megatron import Engine
 from dataflex_mega.data import manifest
 from dataflex_mega.data.manifest import CorpusDomain
 from dataflex_mega.errors import ConfigError
@@ -23,7 +22,7 @@ UNUSED_WITH_CORPUS = {
 }
 
 
-def check_engine(arguments: RunArguments, engine: Engine) -> None:
+def check_engine(arguments: RunArguments, engine: str) -> None:
     """Raises ConfigError for a corpus in a run that LLaMA-Factory itself would do: it cannot read one."""
     for key in KEYS:
         if getattr(arguments, key) is not None and arguments.train_type == "static" and engine == "fsdp":

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from dataflex_mega.config.components import SECTIONS
+from dataflex_mega.config.engine_names import EngineName
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.schema.constraints import Range, RelativeWeights, check_fields
 
@@ -49,7 +50,7 @@ class RunArguments:
     )
     train_step: Annotated[int, Range(ge=0)] = field(
         default=0,
-        metadata={"help": "optimizer steps of the run; 0: `max_steps`, else what the schedule comes to, else epochs"},
+        metadata={"help": "optimizer steps of the run; 0: `max_steps`, else the length of the schedule, else epochs"},
     )
     freeze_gate: bool = field(default=False, metadata={"help": "do not train the routers of mixture-of-experts layers"})
     early_stopping_min_delta: Annotated[float, Range(ge=0)] = field(
@@ -88,7 +89,7 @@ class RunArguments:
     eval_corpus_dir: str | None = field(
         default=None, metadata={"help": "one whose domains are evaluation sets; `eval_dataset` names some, all without"}
     )
-    engine: Literal["auto", "fsdp", "megatron"] = field(
+    engine: Annotated[str, EngineName()] = field(
         default="auto",
         metadata={
             "help": (

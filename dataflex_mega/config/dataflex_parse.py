@@ -1,4 +1,4 @@
-"""What the keys of config.dataflex_arguments come to: typed, checked against each other, turned into roles."""
+"""The keys of config.dataflex_arguments, parsed: typed, checked against each other, turned into roles."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ SIMILAR_KEYS = {"warmup_step": "; the learning rate's warm-up is warmup_steps", 
 
 @dataclass(frozen=True)
 class ParsedKeys:
-    """Our keys of a configuration."""
+    """The package's own keys of a configuration, typed and checked."""
 
     arguments: RunArguments
     roles: ResolvedRoles
-    notes: tuple[str, ...]  # what the user should know, a line each
+    notes: tuple[str, ...]  # messages for the user, one line each
 
 
 def parse(values: Mapping[str, Any], uses_own_loop: bool = False) -> ParsedKeys:
@@ -228,7 +228,7 @@ def _check_limits(arguments: RunArguments, specs: Mapping[str, Spec]) -> None:
             raise ConfigError(f"{key}: expected a number, or one for each dataset, found []")
         if getattr(arguments, key) is not None and "mixer" not in specs:
             raise ConfigError(f"{key}: has no effect without a mixer; mixer: static draws in fixed proportions")
-    for role, why in (("selector", "draws its choice once each"), ("reorder", "serves each sample once a pass")):
+    for role, why in (("selector", "draws its choice once each"), ("reorder", "serves each sample once per pass")):
         if arguments.max_epochs is not None and role in specs:
             raise ConfigError(f"max_epochs: does not go with a {role}, which {why}; drop one")
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
+from dataflex_mega.config.engine_names import AUTO
 from dataflex_mega.errors import ConfigError, did_you_mean
 from dataflex_mega.schema.coercion import coerce
 from dataflex_mega.schema.constraints import Range, field_hints
 
-Engine = Literal["fsdp", "megatron"]
 ENGINE_VARIABLES = ("USE_MCA", "USE_MEGATRON_BRIDGE")
 Positive = Range(ge=1)
 ENGINE_KEY = "use_mca"  # LLaMA-Factory's, in some of its published YAMLs
@@ -22,7 +22,7 @@ ENGINE_KEY = "use_mca"  # LLaMA-Factory's, in some of its published YAMLs
 
 @dataclass(frozen=True)
 class MegatronArguments:
-    """Keys of the Megatron engine."""
+    """The keys of the Megatron engine: parallel layout, precision, optimizer, and options of megatron-core."""
 
     tensor_model_parallel_size: Annotated[int, Positive] = field(
         default=1, metadata={"help": "ranks that share each layer's matrices"}
@@ -199,18 +199,18 @@ def keys_that_select_megatron(arguments: MegatronArguments) -> list[str]:
 
 
 def engine_of_environment(environment: Mapping[str, str]) -> str | None:
-    """USE_MCA or USE_MEGATRON_BRIDGE when it is on, as LLaMA-Factory reads it (1, y, true)."""
+    """USE_MCA or USE_MEGATRON_BRIDGE where it is set, as LLaMA-Factory reads it (1, y, true)."""
     for variable in ENGINE_VARIABLES:
         if environment.get(variable, "0").lower() in ("1", "y", "true"):
             return variable
     return None
 
 
-def resolve_engine(engine: str, keys: Sequence[str], variable: str | None) -> Engine:
+def resolve_engine(engine: str, keys: Sequence[str], variable: str | None) -> str:
     """Which engine a run has.
 
     Args:
-        engine: `auto`, `fsdp` or `megatron`.
+        engine: `auto` or the name of an engine.
         keys: what `keys_that_select_megatron` returned.
         variable: what `engine_of_environment` returned, or ENGINE_KEY.
 
@@ -220,7 +220,9 @@ def resolve_engine(engine: str, keys: Sequence[str], variable: str | None) -> En
     if engine == "fsdp" and (keys or variable):
         asks = f"{keys[0]} is a key" if keys else f"{variable}=1 asks"
         raise ConfigError(f"engine: fsdp, but {asks} {'of' if keys else 'for'} the Megatron engine; drop one of them")
-    return "megatron" if engine == "megatron" or keys or variable else "fsdp"
+    if engine != AUTO:
+        return engine
+    return "megatron" if keys or variable else "fsdp"
 
 
 def implied_lf_keys(arguments: MegatronArguments, lf: Mapping[str, Any]) -> dict[str, Any]:

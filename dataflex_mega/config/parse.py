@@ -1,4 +1,4 @@
-"""One configuration, three owners: LLaMA-Factory's keys, ours, Megatron's. A key that nobody knows is an error."""
+"""One configuration, three owners: LLaMA-Factory's keys, ours, Megatron's. An unknown key is an error."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ MEGATRON_KEYS = frozenset(f.name for f in fields(MegatronArguments))
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A checked configuration."""
+    """A checked configuration, sorted by the owner of each key."""
 
     llamafactory: dict[str, Any]  # what goes to LLaMA-Factory, nothing of ours in it
     dataflex: RunArguments
     megatron: MegatronArguments
-    engine: megatron.Engine
-    roles: dict[str, Spec]  # selector, mixer, reorder, weighter -> flat specification, of those that are on
+    engine: str  # of engines.capabilities.engine_names
+    roles: dict[str, Spec]  # selector, mixer, reorder, weighter -> flat specification, of the active ones
     reorder: ReorderArguments | None  # how samples are scored and ordered; the pattern is in `roles`
     pipeline: Pipeline | None  # of `dynamic_lego`
     all_keys: dict[str, Any]  # old names replaced, LLaMA-Factory's values as in `llamafactory`
-    notes: list[str]  # what the user should be told, a line each
+    notes: list[str]  # messages for the user, one line each
 
     def initial_proportions(self, sizes: Sequence[int], names: Sequence[str]) -> tuple[float, ...]:
-        """See proportions.initial_proportions."""
+        """[k] proportions before the first update, from the configuration or from `sizes`, [k] numbers of samples."""
         return initial_proportions(self.dataflex, self.roles.get("mixer"), sizes, names)
 
 

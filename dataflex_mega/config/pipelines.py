@@ -34,7 +34,7 @@ UNUSED = {
 
 @dataclass(frozen=True)
 class StageArguments:
-    """One stage."""
+    """The keys of one stage of a preset."""
 
     family: Literal["selector", "mixer", "reorder", "weighter"] = field(metadata={"help": "its role"})
     component: str | dict[str, Any] = field(
@@ -67,7 +67,7 @@ class StageArguments:
 
 @dataclass(frozen=True)
 class PipelineArguments:
-    """A preset's parameters."""
+    """The parameters of a pipeline preset in a components file."""
 
     stages: list[Any] = field(default_factory=list, metadata={"help": "the stages, in any order"})
     cache_dir: str | None = field(
@@ -85,10 +85,10 @@ class PipelineArguments:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What a preset comes to."""
+    """The stages of a preset, by role, parsed and checked."""
 
     arguments: PipelineArguments
-    role_stages: dict[str, StageArguments]  # by family, those of ACTING_ROLES that are on
+    role_stages: dict[str, StageArguments]  # by family, the active ones of ACTING_ROLES
     weighter_stages: tuple[StageArguments, ...]
     specs: dict[str, Spec]  # by family, of role_stages; that of a reorder is its pattern's alone
     reorder: ReorderArguments | None

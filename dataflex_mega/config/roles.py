@@ -16,10 +16,10 @@ from dataflex_mega.errors import ConfigError
 
 @dataclass(frozen=True)
 class ResolvedRoles:
-    """The specifications of the roles that are on."""
+    """The specifications of the active roles."""
 
     specs: dict[str, Spec] = field(default_factory=dict)  # role -> flat specification; of a reorder only its pattern's
-    reorder: ReorderArguments | None = None  # how samples are scored and ordered when `reorder` is on
+    reorder: ReorderArguments | None = None  # how samples are scored and ordered when there is a reorder
     pipeline: Pipeline | None = None  # of `dynamic_lego`
     notes: tuple[str, ...] = ()  # on parameters without an effect
 
@@ -56,15 +56,15 @@ def _specs(arguments: RunArguments) -> tuple[dict[str, Spec], list[str]]:
     specs: dict[str, Spec] = {}
     notes: list[str] = []
     for role in ROLES:
-        component, own, name = None, getattr(arguments, role), arguments.component_name
+        component, role_key, name = None, getattr(arguments, role), arguments.component_name
         if role == picked and name is not None and not (role == "mixer" and arguments.static_mix):
             component = components.read_component(arguments.components_cfg_file, role, name).spec
-        if own is not None:
-            named = components.flatten_spec(role, own)
-            own, more = drop_unused(role, {"name": (component or {}).get("name"), **named}, role)
-            own = {key: value for key, value in own.items() if key in named}
+        if role_key is not None:
+            named = components.flatten_spec(role, role_key)
+            role_key, more = drop_unused(role, {"name": (component or {}).get("name"), **named}, role)
+            role_key = {key: value for key, value in role_key.items() if key in named}
             notes += more
-        spec = components.merge_spec(role, own, component, name)
+        spec = components.merge_spec(role, role_key, component, name)
         if spec is not None:
             specs[role] = spec
     if arguments.static_mix:

@@ -37,7 +37,7 @@ OWN_STATE = {"previous_selection", "exhausted_domains", "candidates", "stages"} 
 
 @dataclass(frozen=True)
 class RoleSet:
-    """The algorithms that are on. Any combination."""
+    """The active algorithms, in any combination; None for a role without one."""
 
     selector: Selector | None = None
     mixer: Mixer | None = None
@@ -143,8 +143,8 @@ class DataController:
         """Domains that the coming step would draw more often than max_epochs allows."""
         if self.limits is None or not self.limits.has_epoch_limit:
             return frozenset()
-        drawn = self.sampler.plan_from(state.plan, state.step).cursors
-        return self.limits.exhausted(drawn, self.sampler.counts_at(state.plan, state.step).tolist())
+        cursors = self.sampler.plan_from(state.plan, state.step).cursors
+        return self.limits.exhausted(cursors, self.sampler.counts_at(state.plan, state.step).tolist())
 
     def _apply_limits(self, proportions: tuple[float, ...], step: int) -> tuple[float, ...]:
         return proportions if self.limits is None else self.limits.apply(proportions, self._exhausted, step)
@@ -230,8 +230,8 @@ class DataController:
             proportions = proportions or self.domains.initial_proportions
             return self.sampler.next_plan(old, step, proportions, domain_loss_weights=loss_weights)
         # A draw beside the mixer's update has samples of every domain that its window draws.
-        drawn_for = self.stages.mode == "draw" and {"selector", "mixer"} <= due
-        if proportions is not None and not drawn_for:
+        covers_domains = self.stages.mode == "draw" and {"selector", "mixer"} <= due
+        if proportions is not None and not covers_domains:
             proportions = drop_empty_domains(proportions, count_domains(self.selected_ids, self.domains).tolist())
         if "selector" in due:
             return self.sampler.next_plan(

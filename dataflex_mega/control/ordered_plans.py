@@ -105,6 +105,7 @@ class OrderedPlanner:
         if passes.scores is not None and not (is_due and self.stages.rescore):
             return 0
         assert source.selector is not None
+        self.loss_cache.signals.before_update(source.selector, context.step)
         ids = passes.upcoming_ids(counts)
         scored = self._subsample(ids, source, context.step)
         scores = torch.full((len(ids),), torch.nan)

@@ -1,7 +1,7 @@
 """When to re-plan, and how many steps a run has: DataFlex's keys as arithmetic.
 
 A cycle is `warmup_steps` steps, then `num_updates` windows of `update_every` steps. Selections repeat cycles, each of which
-begins with a warm-up on random samples. With `num_updates` below 0 (or 0 when selecting) windows go on until the end.
+begins with a warm-up on random samples. With `num_updates` below 0 (or 0 when selecting) windows continue until the end.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class UpdateSchedule:
-    """DataFlex's warmup_step, update_step and update_times."""
+    """When updates happen, from DataFlex's keys warmup_step, update_step and update_times."""
 
     warmup_steps: int
     update_every: int
@@ -45,8 +45,8 @@ class UpdateSchedule:
         return self.warmup_steps > 0 and self.steps_in_cycle(step) == 0
 
     def total_updates(self, steps: int) -> int:
-        """Updates in a run of `steps` steps, 0 when windows have no end."""
-        if self.num_updates <= 0:
+        """Updates in a run of `steps` steps, 0 when windows have no end or there are none."""
+        if self.num_updates <= 0 or self.update_every <= 0:
             return 0
         return self.num_updates * (math.ceil(steps / self.cycle_steps) if self.repeat_cycles else 1)
 

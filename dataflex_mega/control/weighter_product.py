@@ -72,7 +72,7 @@ def combine_weighters(members: Sequence[tuple[Weighter, UpdateSchedule]]) -> Wei
         reason = "chooses tokens" if weighter.token_selection() is not None else next(filter(None, reasons), "")
         if reason:
             raise ConfigError(f"pipeline.stages: weighter {_name(weighter)} {reason} and cannot be one of several")
-        for kind in {type(request) for request in weighter.requests()}:
+        for kind in dict.fromkeys(type(request) for request in weighter.requests()):
             other = askers.setdefault(kind, weighter)
             if other is not weighter:
                 names = f"{_name(other)} and {_name(weighter)}"

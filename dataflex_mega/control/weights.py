@@ -47,7 +47,7 @@ class CombinedWeights:
     """A WeightFn: gathers the samples of all ranks, weighs them alike everywhere, and returns this rank's rows."""
 
     weighter: Weighter | None
-    domain_factors: Tensor | WeightFn | None  # [k] factors, or a function of samples
+    domain_loss_factors: Tensor | WeightFn | None  # [k] factors, or a function of samples
     step: int
     total_steps: int
     collectives: Collectives
@@ -58,11 +58,11 @@ class CombinedWeights:
         rows = {name: self.collectives.all_gather(local) for name, local in samples.gathered_fields().items()}
         gathered = SampleStats(**rows)
         weights = torch.ones_like(gathered.loss_sum)
-        if isinstance(self.domain_factors, Tensor):
-            weights = self.domain_factors.to(weights)[gathered.domain_ids]
-        elif self.domain_factors is not None:
-            weights = self.domain_factors(replace(gathered, step_denominators=samples.step_denominators))
+        if isinstance(self.domain_loss_factors, Tensor):
+            weights = self.domain_loss_factors.to(weights)[gathered.domain_ids]
+        elif self.domain_loss_factors is not None:
+            weights = self.domain_loss_factors(replace(gathered, step_denominators=samples.step_denominators))
         if self.weighter is not None:
             of_weighter = self.weighter.weights(gathered, self.step, self.total_steps).to(weights)
-            weights = of_weighter if self.domain_factors is None else scale_keeping_sum(of_weighter, weights)
+            weights = of_weighter if self.domain_loss_factors is None else scale_keeping_sum(of_weighter, weights)
         return self.collectives.local_rows(weights, len(samples.sample_ids))

@@ -15,32 +15,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
-
-from dataflex_mega.corpus.encoded_units import EncodedUnit
 from dataflex_mega.corpus.input_files import KINDS, FieldRule, InputFile, open_input
 from dataflex_mega.corpus.prepare import BAD_ROWS, PrepareJob, PrepareResult, prepare
-from dataflex_mega.errors import ConfigError, DataError, UserError, did_you_mean
-
-SECONDS_BETWEEN_LINES = 10.0  # where standard error is not a terminal
+from dataflex_mega.corpus.progress import ProgressDisplay
+from dataflex_mega.errors import ConfigError, DataError, did_you_mean
+from dataflex_mega.exit_status import exit_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0; 2 after one line for a user's mistake; 130 when interrupted."""
-    try:
-        return run(list(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from here", file=sys.stderr, flush=True)
-        return 130
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return exit_status(lambda: run(arguments), "interrupted; the same command continues from here")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -175,52 +163,6 @@ def _files_of_datasets(options: argparse.Namespace) -> list[InputFile]:
 
 
 # -- output -----------------------------------------------------------------------------------------------------
-
-
-class ProgressDisplay:
-    """A progress bar on a terminal, a line every few seconds elsewhere; both on standard error."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._bar: RichProgress | None = None
-        self._task = TaskID(0)
-        self._total = self._done = self._tokens = self._bad = 0
-        self._start = self._last_line = 0.0
-
-    def on_begin(self, total: int, done: int) -> None:
-        """Start at `done` of `total` bytes."""
-        self._total, self._done, self._start = total, done, time.monotonic()
-        self._last_line = self._start
-        if done:
-            self._console.print(f"continuing: {done / (total or 1):.1%} was done before", highlight=False)
-        if sys.stderr.isatty():
-            columns = (BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-            self._bar = RichProgress(*columns, TextColumn("{task.fields[text]}"), console=self._console)
-            self._task = self._bar.add_task("read", total=total, completed=done, text="")
-            self._bar.start()
-
-    def on_unit(self, size: int, encoded: EncodedUnit) -> None:
-        """Add a unit of `size` bytes."""
-        self._done, self._tokens = self._done + size, self._tokens + encoded.num_tokens
-        self._bad += encoded.num_bad_rows
-        now = time.monotonic()
-        text = f"{self._tokens:,} tokens, {self._tokens / max(now - self._start, 1e-9):,.0f} a second, {self._bad} bad rows"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, text=text)
-        elif now - self._last_line >= SECONDS_BETWEEN_LINES or self._done == self._total:
-            self._last_line = now
-            self._console.print(f"{self._done / (self._total or 1):.1%}  {text}", highlight=False, soft_wrap=True)
-
-    def on_merge(self, num_domains: int) -> None:
-        """Close the bar and print that domains are merged."""
-        self.close()
-        self._console.print(f"merging {num_domains} domain{'s' if num_domains > 1 else ''}", highlight=False)
-
-    def close(self) -> None:
-        """Stop updating the bar; it stays on the screen."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
 
 def summary(result: PrepareResult, output: Path) -> str:

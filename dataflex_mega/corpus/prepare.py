@@ -21,12 +21,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dataflex_mega.corpus.document_tokenizer import document_tokenizer
 from dataflex_mega.corpus.encoded_units import EncodedUnit, WorkUnit, encode_unit, read_encoded_unit
 from dataflex_mega.corpus.input_files import FileSlice, InputFile, open_parquet
 from dataflex_mega.corpus.merge import MergedFiles, merge_domain, row_location, write_bad_rows
+from dataflex_mega.corpus.progress import ProgressDisplay
 from dataflex_mega.data import manifest
 from dataflex_mega.data.manifest import Corpus, CorpusDomain
 from dataflex_mega.errors import DataError
@@ -35,22 +36,6 @@ from dataflex_mega.files import atomic_write
 WORK_FOLDER, BAD_ROWS = ".unfinished", "bad_rows.jsonl"
 PRELOAD = ("dataflex_mega.corpus.encoded_units", "transformers.models.auto.tokenization_auto")
 MIN_ROWS_TO_JUDGE = 1000  # before the fraction of bad rows may stop the work early
-
-
-class PrepareProgress(Protocol):
-    """Callbacks of `prepare`."""
-
-    def on_begin(self, total: int, done: int) -> None:
-        """`done` of `total` bytes were read by a former run."""
-        ...
-
-    def on_unit(self, size: int, encoded: EncodedUnit) -> None:
-        """A unit of `size` bytes is finished."""
-        ...
-
-    def on_merge(self, num_domains: int) -> None:
-        """All units are finished."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -80,14 +65,14 @@ class PrepareJob:
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """A finished corpus."""
+    """A finished corpus and the problems of its bad rows."""
 
     corpus: Corpus
     problems: dict[str, tuple[int, dict[str, Any]]]  # of bad rows: problem -> (count, location of the first)
     is_new: bool  # False when the folder held this corpus already
 
 
-def prepare(job: PrepareJob, progress: PrepareProgress) -> PrepareResult:
+def prepare(job: PrepareJob, progress: ProgressDisplay) -> PrepareResult:
     """Write the corpus, or continue where a killed run stopped.
 
     Raises:
@@ -215,7 +200,7 @@ def _row_group_slices(number: int, file: InputFile, unit_bytes: int) -> Iterator
 # -- work --------------------------------------------------------------------------------------------------------------
 
 
-def _encode_units(job: PrepareJob, units: list[WorkUnit], work: Path, progress: PrepareProgress) -> list[EncodedUnit]:
+def _encode_units(job: PrepareJob, units: list[WorkUnit], work: Path, progress: ProgressDisplay) -> list[EncodedUnit]:
     """Encode the units that no former run has finished -> all of them in order."""
     encoded: dict[int, EncodedUnit] = {}
     for unit in units:
@@ -334,7 +319,7 @@ def _results_as_completed(
 
 
 def _exit_with_parent() -> None:
-    """End a worker with the process that started it, even when that was killed: otherwise it would go on to write into a
+    """End a worker with the process that started it, even when that was killed: otherwise it would continue to write into a
     folder where a new run has begun."""
     parent = multiprocessing.parent_process()
     assert parent is not None

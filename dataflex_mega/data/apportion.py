@@ -6,8 +6,8 @@ every step draws exactly G samples so that |C_d - T_d| < 1 at every step for pla
 Why that is possible: call the i-th sample of domain d a unit job that may run from the first step with T_d > i - 1 and
 must be done by the first step with T_d >= i. Serving every domain exactly G p_d a step is a fractional schedule that
 keeps all these windows, and the assignment of jobs to steps is a flow problem, so a whole-numbered schedule exists too.
-Earliest deadline first finds one whenever one exists (unit jobs, whole-numbered windows, G jobs a step; Jackson 1955).
-It never hands out fewer than G: sum ceil(T_d) - C_d >= G. Done in time, a job keeps C_d >= floor(T_d); not started
+Earliest deadline first finds one whenever one exists (unit jobs, whole-numbered windows, G jobs per step; Jackson 1955).
+It never draws fewer than G: sum ceil(T_d) - C_d >= G. Done in time, a job keeps C_d >= floor(T_d); not started
 early, it keeps C_d <= ceil(T_d). A step needs no queue of jobs: those due now are floor(T_d) - C_d, and beyond them a
 domain has at most one job open.
 

@@ -83,9 +83,9 @@ class ProportionLimits:
             raise DataError(f"max_epochs: at step {step + 1} {names} had been drawn that often, and {why}")
         return project_to_bounds(proportions, minimum, maximum)
 
-    def exhausted(self, drawn: Sequence[int], next_counts: Sequence[int]) -> frozenset[int]:
+    def exhausted(self, cursors: Sequence[int], next_counts: Sequence[int]) -> frozenset[int]:
         """Domains that would exceed their limit when `next_counts` samples of each are drawn after `drawn`."""
-        counts = enumerate(zip(drawn, next_counts, self.max_samples, strict=True))
+        counts = enumerate(zip(cursors, next_counts, self.max_samples, strict=True))
         return frozenset(d for d, (before, added, limit) in counts if before + added > limit)
 
     @property

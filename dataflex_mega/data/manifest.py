@@ -45,7 +45,7 @@ class CorpusTokenizer:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A manifest and its folder."""
+    """The manifest of a corpus, parsed, and its folder."""
 
     folder: Path
     dtype: str

@@ -34,16 +34,16 @@ def read_cached_selection(path: str, metric_key: str, fill_value: float, size: i
     content = _json(file.read_text("utf-8"), str(file))
     indices, metrics = (content.get(key) if isinstance(content, dict) else None for key in ("indices", "metric"))
     if not isinstance(indices, list) or not isinstance(metrics, dict) or metric_key not in metrics:
-        there = f"; it has {', '.join(metrics)}" if isinstance(metrics, dict) else ""
-        raise DataError(f"{file}: expected indices and metric.{metric_key}{there}")
+        available = f"; it has {', '.join(metrics)}" if isinstance(metrics, dict) else ""
+        raise DataError(f"{file}: expected indices and metric.{metric_key}{available}")
     values = _finite_array(metrics[metric_key], f"{file}: metric.{metric_key}")
-    places = np.asarray(indices)
-    if places.dtype.kind != "i" or len(places) != len(values) or places.min(initial=0) < 0:
-        raise DataError(f"{file}: expected as many sample numbers as values, found {len(places)} and {len(values)}")
-    if places.max(initial=0) >= size:
-        raise DataError(f"{file}: sample {places.max()} of a pool of {size}; it belongs to other data")
+    positions = np.asarray(indices)
+    if positions.dtype.kind != "i" or len(positions) != len(values) or positions.min(initial=0) < 0:
+        raise DataError(f"{file}: expected as many sample numbers as values, found {len(positions)} and {len(values)}")
+    if positions.max(initial=0) >= size:
+        raise DataError(f"{file}: sample {positions.max()} of a pool of {size}; it belongs to other data")
     dense = np.full(size, fill_value)
-    dense[places] = values
+    dense[positions] = values
     return dense
 
 

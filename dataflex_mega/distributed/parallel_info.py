@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -62,3 +65,21 @@ def shutdown_distributed(orderly: bool) -> None:
         if orderly:
             dist.barrier()
         dist.destroy_process_group()
+
+
+@contextmanager
+def process_group_scope() -> Iterator[None]:
+    """For calls from Python, inside which processes may be joined.
+
+    A group of one process that did not exist before ends with the block. That of torchrun stays until the program ends,
+    since a process cannot leave a gloo group and safely join another.
+    """
+    existed = dist.is_initialized()
+    try:
+        yield
+    finally:
+        if not existed and dist.is_initialized():
+            if dist.get_world_size() == 1:
+                shutdown_distributed(orderly=True)
+            else:
+                atexit.register(shutdown_distributed, orderly=True)

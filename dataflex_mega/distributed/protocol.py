@@ -10,7 +10,7 @@ from dataflex_mega.distributed.parallel_info import ParallelInfo
 
 
 class Collectives(Protocol):
-    """See distributed.collectives.TorchCollectives."""
+    """Collective operations among the data-parallel ranks; distributed.collectives.TorchCollectives documents each."""
 
     parallel_info: ParallelInfo
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from dataflex_mega.distributed.parallel_info import init_distributed, shutdown_distributed
+
 
 def free_port() -> int:
     """A TCP port on which nothing listens at the moment."""
@@ -37,8 +39,6 @@ def run_distributed_test(
 def _entry(
     rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    from dataflex_mega.distributed.parallel_info import init_distributed, shutdown_distributed
-
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

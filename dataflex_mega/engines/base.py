@@ -70,7 +70,7 @@ class Engine(Protocol):
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """See engines.capabilities."""
+        """Which of engines.capabilities.Capability this engine has."""
         ...
 
     @property
@@ -80,7 +80,7 @@ class Engine(Protocol):
 
     @property
     def collectives(self) -> Collectives:
-        """Among the processes of `parallel_info`."""
+        """Collective operations among the processes of `parallel_info`."""
         ...
 
     @property

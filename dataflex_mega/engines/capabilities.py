@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from functools import cache
+
 
 class Capability:
     """Names of capabilities. A layout may still refuse one, with a ConfigError."""
@@ -18,7 +22,7 @@ class Capability:
 
     @classmethod
     def all(cls) -> frozenset[str]:
-        """Every capability."""
+        """The names of all capabilities of this class."""
         return frozenset(value for name, value in vars(cls).items() if name.isupper())
 
 
@@ -34,23 +38,27 @@ DESCRIPTIONS = {
     Capability.GENERATION: "generation",
 }
 
-ENGINES: dict[str, frozenset[str]] = {
-    "fsdp": Capability.all(),
-    "megatron": frozenset(
-        {
-            Capability.GRADIENT_SCORES,
-            Capability.DOMAIN_GRADIENTS,
-            Capability.ROUTER_LOADS,
-            Capability.LAST_HIDDEN_STATE,
-            Capability.PER_SAMPLE,
-        }
-    ),
-}
+
+@cache
+def engine_names() -> tuple[str, ...]:
+    """The engines that the package has: its folders in `engines`, each with a module `capabilities`."""
+    package = importlib.import_module("dataflex_mega.engines")
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.ispkg))
+
+
+def capabilities_of(engine: str) -> frozenset[str]:
+    """What an engine can do, as its module `capabilities` says."""
+    return importlib.import_module(f"dataflex_mega.engines.{engine}.capabilities").CAPABILITIES
+
+
+def check_available(engine: str) -> None:
+    """Raises UserError when a package that an engine needs is missing or too old."""
+    importlib.import_module(f"dataflex_mega.engines.{engine}.capabilities").check_available()
 
 
 def describe_missing(missing: frozenset[str], engine: str) -> str:
     """`projected gradients, not supported by engine: megatron; use engine: fsdp`, for a message."""
     name = min(missing)
-    others = [other for other, capabilities in ENGINES.items() if missing <= capabilities]
+    others = [other for other in engine_names() if missing <= capabilities_of(other)]
     remedy = f"; use engine: {' or '.join(others)}" if others else ""
     return f"{DESCRIPTIONS.get(name, name)}, not supported by engine: {engine}{remedy}"

@@ -1,7 +1,7 @@
 """Names and shapes of the tensors of a Hugging Face checkpoint, without loading one.
 
 transformers 5 keeps all experts of a layer in one tensor (`experts.gate_up_proj` [E, 2I, H]) but saves one tensor for each
-expert, under the names that the model was published with. Here a tensor goes by its name in such a checkpoint.
+expert, under the names that the model was published with. Here a tensor is identified by its name in such a checkpoint.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from typing import Any
 
 import torch
 
+# Model types whose checkpoint names are known and which megatron-core can build.
+DENSE_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MOE_MODEL_TYPES = ("mixtral", "qwen3_moe")
+SUPPORTED_MODEL_TYPES = DENSE_MODEL_TYPES + MOE_MODEL_TYPES
 GATE_UP, DOWN = "gate_up_proj", "down_proj"  # all experts of a layer, in memory
 # Model type -> name of the block that holds router and experts, then of an expert's gate, up and down projections.
 EXPERTS: dict[str, tuple[str, str, str, str]] = {

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataflex_mega.engines.hf_names import checkpoint_shapes, checkpoint_slices
-from dataflex_mega.engines.megatron.decoder_config import SUPPORTED
+from dataflex_mega.engines.hf_names import SUPPORTED_MODEL_TYPES, checkpoint_shapes, checkpoint_slices
 from dataflex_mega.errors import ConfigError, did_you_mean
 
 
@@ -26,10 +25,10 @@ class NamedInit:
 
     def __init__(self, hf_config: Any, seed: int) -> None:
         kind = str(hf_config.model_type)
-        if kind not in SUPPORTED:
+        if kind not in SUPPORTED_MODEL_TYPES:
             raise ConfigError(
-                f"train_from_scratch: no weights by name for a {kind!r} model{did_you_mean(kind, SUPPORTED)}; "
-                f"supported are {', '.join(SUPPORTED)}"
+                f"train_from_scratch: no weights by name for a {kind!r} model{did_you_mean(kind, SUPPORTED_MODEL_TYPES)}; "
+                f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}"
             )
         self.seed = seed
         self.std = float(hf_config.initializer_range)

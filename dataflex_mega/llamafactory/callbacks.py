@@ -33,7 +33,7 @@ def load_callbacks(names: list[str]) -> list[Any]:
     return instances
 
 
-class Hooks:
+class CallbackHooks:
     """What the loop asks at every step, answered by Hugging Face callbacks."""
 
     def __init__(
@@ -104,7 +104,7 @@ class Hooks:
             self.state.best_metric = value
 
     def on_save(self) -> None:
-        """After a checkpoint."""
+        """Call the callbacks' on_save, after a checkpoint was written."""
         self.control = self.handler.on_save(self.args, self.state, self.control)
 
     def on_train_end(self) -> None:

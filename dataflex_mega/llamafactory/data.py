@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dataflex_mega.data.pool import Domain, RowSource
+from dataflex_mega.data.row_validation import first_bad_row
 from dataflex_mega.errors import DataError, did_you_mean
 from dataflex_mega.llamafactory.args import LFArgs, first_line
 
@@ -165,10 +166,8 @@ class _Loader:
 
 
 def diagnose(name: str, dataset_dir: Any, error: BaseException) -> str:
-    """What is wrong with a dataset that could not be read: the file and row where that can be told, else the error."""
+    """What is wrong with a dataset that could not be read: the file and row where they are known, else the error."""
     from llamafactory.data.parser import get_dataset_list
-
-    from dataflex_mega.data.row_validation import first_bad_row
 
     try:
         attributes = get_dataset_list([name], dataset_dir)[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from dataflex_mega.distributed.collectives import TorchCollectives
 from dataflex_mega.distributed.parallel_info import ParallelInfo, init_distributed, shutdown_distributed
 from dataflex_mega.errors import ConfigError, UserError
 from dataflex_mega.files import atomic_write
+from dataflex_mega.log import get_logger
 from dataflex_mega.offline import encoders, transport
 from dataflex_mega.offline.embed import embed
 from dataflex_mega.offline.embeddings import open_embeddings
@@ -140,9 +140,8 @@ def main(argv: Sequence[str], open_run: OpenRun) -> int:
         finally:
             progress.close()
         finished = True
-    except UserError as error:  # every rank raises it, so one prints it
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+    except UserError as error:  # every rank raises it; the logger drops it on all but one
+        get_logger().error("error: %s", error)
         return 2
     finally:
         shutdown_distributed(orderly=finished)
@@ -272,7 +271,7 @@ class CommandProgress:
         if not sys.stderr.isatty():
             tenth = 10 * done // max(1, total)
             if tenth > self.tenth:
-                print(f"{self.label}: {done}/{total}", file=sys.stderr, flush=True)
+                get_logger().info("%s: %d/%d", self.label, done, total)
             self.tenth = tenth if done < total else -1
             return
         from rich.console import Console
@@ -288,7 +287,7 @@ class CommandProgress:
     def print_line(self, text: str) -> None:
         """Print a line on standard error."""
         if self.is_shown:
-            print(text, file=sys.stderr, flush=True)
+            get_logger().info("%s", text)
 
     def close(self) -> None:
         """Stop updating the bar; it stays on the screen."""

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from dataflex_mega.errors import ConfigError, UserError
 
-Kind = Literal["auto", "sentence-transformers", "encoder", "model"]
-KINDS: tuple[Kind, ...] = ("auto", "sentence-transformers", "encoder", "model")
+EncoderKind = Literal["auto", "sentence-transformers", "encoder", "model"]
+KINDS: tuple[EncoderKind, ...] = ("auto", "sentence-transformers", "encoder", "model")
 SENTENCE_FILE = "modules.json"  # marks a folder of sentence-transformers
 
 
 @dataclass(frozen=True)
 class EmbedInput:
-    """A sample to be embedded."""
+    """A sample to be embedded, as text and, where known, as tokens."""
 
     text: str
     tokens: np.ndarray | None = None  # [length] int64, as the model being trained sees it
@@ -47,7 +47,7 @@ class EncoderSettings:
     """The options of the command line that decide an encoder."""
 
     model: str  # a folder, or a name on the hub
-    kind: Kind = "auto"
+    kind: EncoderKind = "auto"
     max_length: int = 512  # tokens; longer samples are truncated
     batch_size: int = 32
     normalize: bool = True

@@ -35,9 +35,9 @@ class BatchGradientProvider(Provider):
         features.maker.refresh()
         samples = draw_targets(list(c.evaluation.values()), request.num_targets, c.seed, scope.step)
         target = mean_features(features, samples)
-        share = len(ids) // c.parallel_info.dp_size  # the batch divides evenly, or no run would have begun
-        own_ids = ids[c.parallel_info.dp_rank * share : (c.parallel_info.dp_rank + 1) * share]
-        rows = c.collectives.all_gather(features.rows(own_ids, -(-share // features.batch_size)).float())
+        per_rank = len(ids) // c.parallel_info.dp_size  # the batch divides evenly, or no run would have begun
+        local_ids = ids[c.parallel_info.dp_rank * per_rank : (c.parallel_info.dp_rank + 1) * per_rank]
+        rows = c.collectives.all_gather(features.rows(local_ids, -(-per_rank // features.batch_size)).float())
         return BatchGradients(torch.from_numpy(ids), rows @ target, rows @ rows.t())
 
 
@@ -61,9 +61,9 @@ def mean_features(features: GradientFeatures, samples: list[Sample]) -> Tensor:
     """[width] the mean of the samples' plain features over all ranks, each sample on one of them."""
     c = features.context
     per_rank = -(-len(samples) // c.parallel_info.dp_size)
-    own = np.arange(len(samples))[c.parallel_info.dp_rank * per_rank : (c.parallel_info.dp_rank + 1) * per_rank]
+    local_rows = np.arange(len(samples))[c.parallel_info.dp_rank * per_rank : (c.parallel_info.dp_rank + 1) * per_rank]
     total = torch.zeros(features.maker.width)
-    for rows, count in lockstep_batches(own, features.batch_size, -(-per_rank // features.batch_size)):
+    for rows, count in lockstep_batches(local_rows, features.batch_size, -(-per_rank // features.batch_size)):
         batch = c.collate_unpacked([samples[row] for row in rows])
         total += features.maker.features(batch, plain=True).cpu().float()[:count].sum(0)
     return c.collectives.all_reduce_sum(total) / len(samples)

@@ -15,7 +15,7 @@ from dataflex_mega.algorithms.requests import ClusterGradientSignal, PoolCluster
 from dataflex_mega.data.lockstep import lockstep_batches
 from dataflex_mega.engines.capabilities import Capability
 from dataflex_mega.progress import ProgressCounter
-from dataflex_mega.providers.context import Candidates, PlanScope, SignalContext
+from dataflex_mega.providers.context import CandidateScope, PlanScope, SignalContext
 from dataflex_mega.providers.gradient_features import GradientFeatures
 from dataflex_mega.providers.gradients import gradient_scorer
 from dataflex_mega.providers.registry import Provider, provides
@@ -66,26 +66,26 @@ class ClusterGradientProvider(Provider):
         super().__init__(context)
         self.reported: set[str] = set()
 
-    def compute(self, request: ClusterGradientSignal, scope: Candidates) -> dict[str, Tensor]:
+    def compute(self, request: ClusterGradientSignal, scope: CandidateScope) -> dict[str, Tensor]:
         clusters = request.clusters()
         assert clusters is not None, "PoolClusterRequest is served before"
         words = np.random.SeedSequence([request.seed, scope.step]).generate_state(1, np.uint64)
         rng = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
-        chosen = choose_representatives(
+        representatives = choose_representatives(
             clusters.cluster_ids, clusters.squared_distances, request.samples_per_cluster, request.strategy, rng
         )
         by = self._directions if request.combine == "direction" else self._cosines
-        dot, norm2 = self._score_clusters(request, clusters, chosen, by(request))
+        dot, norm2 = self._score_clusters(request, clusters, representatives, by(request))
         of_candidate = clusters.cluster_ids[torch.from_numpy(scope.ids)]
         return {"dot": dot[of_candidate], "norm2": norm2[of_candidate]}
 
     def _score_clusters(
-        self, request: ClusterGradientSignal, clusters: Clusters, chosen: Tensor, by: ClusterScore
+        self, request: ClusterGradientSignal, clusters: Clusters, representatives: Tensor, by: ClusterScore
     ) -> tuple[Tensor, Tensor]:
         """[m] representatives -> ([k, S], [k]) of all clusters, on every rank. A rank scores a contiguous range of the
         clusters, a few at a time."""
         parallel, k, size = self.context.parallel_info, request.num_clusters, self.context.batch_size
-        cluster_of = clusters.cluster_ids[chosen]
+        cluster_of = clusters.cluster_ids[representatives]
         ends = [k * (rank + 1) // parallel.dp_size for rank in range(parallel.dp_size)]
         counts = [end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
         begin, end = ends[parallel.dp_rank] - counts[parallel.dp_rank], ends[parallel.dp_rank]
@@ -98,7 +98,7 @@ class ClusterGradientProvider(Provider):
             low = min(begin + turn * per_turn, end)
             high = min(low + per_turn, end)
             inside = (cluster_of >= low) & (cluster_of < high)
-            rows = by.rows(chosen[inside].numpy(), num_batches).float()
+            rows = by.rows(representatives[inside].numpy(), num_batches).float()
             sums = torch.zeros(high - low, rows.shape[1]).index_add_(0, cluster_of[inside] - low, rows)
             members = torch.bincount(cluster_of[inside] - low, minlength=high - low).clamp(min=1)
             scored.append(by.finish(sums / members.unsqueeze(1)))

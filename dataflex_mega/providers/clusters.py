@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dataflex_mega.algorithms.requests import ClusterSignal
 from dataflex_mega.engines.capabilities import Capability
-from dataflex_mega.providers.context import Candidates
+from dataflex_mega.providers.context import CandidateScope
 from dataflex_mega.providers.embeddings import check_layers
 from dataflex_mega.providers.registry import EngineInfo, Provider, provides
 from dataflex_mega.signals.clusters import cluster_signals
@@ -19,14 +19,16 @@ from dataflex_mega.types import EmbeddingSpec
 class ClusterProvider(Provider):
     """Features from the hidden states of the current model, k-means over all ranks."""
 
-    def compute(self, request: ClusterSignal, scope: Candidates) -> dict[str, Tensor]:
+    def compute(self, request: ClusterSignal, scope: CandidateScope) -> dict[str, Tensor]:
         c, spec = self.context, request.spec
         layers = spec.layers if spec.layers is not None else evenly_spaced_layers(c.engine.num_layers)
         specs = [EmbeddingSpec("mean", layer, tanh=True) for layer in layers]
         rows = [c.engine.embed(c.collate(samples), *specs).cpu() for samples, _ in scope.batches()]
         features = l2_normalize(torch.cat(rows)[: len(scope.ids)])
-        share = scope.share
-        return cluster_signals(features, share.first_position(), sum(share.rank_counts()), spec, c.collectives)
+        pool_share = scope.pool_share
+        return cluster_signals(
+            features, pool_share.first_position(), sum(pool_share.rank_counts()), spec, c.collectives
+        )
 
     @classmethod
     def check(cls, request: ClusterSignal, engine: EngineInfo, who: str) -> None:

@@ -68,17 +68,17 @@ def split_targets(sets: list[SamplePool], boundaries: Sequence[int] | None) -> l
 
 
 @dataclass(frozen=True)
-class Candidates:
+class CandidateScope:
     """Scope "candidates": the samples of this rank that a selector is about to score."""
 
     context: SignalContext
-    share: PoolShare
+    pool_share: PoolShare
     ids: np.ndarray  # [n] global ids, ascending
     step: int  # optimizer steps done
 
     def batches(self) -> Iterator[tuple[list[Sample], int]]:
         """(samples of a batch, how many of them count), equally many batches on every rank; see PoolShare.batches."""
-        return self.share.batches()
+        return self.pool_share.batches()
 
     def per_sample(self, fn: PerSampleFn) -> Tensor:
         """A function of each candidate's logits and labels -> [n] where it returns a number, else [n, m]; on the CPU.

@@ -50,7 +50,7 @@ class GradientFeatures:
 
     def directions(self, groups: Sequence[Sequence[Batch]]) -> Tensor:
         """Groups of this rank's target batches -> [S, width]: the mean over all ranks of the targets' features, each with
-        length 1. Rows without a target token count for nothing."""
+        length 1. Rows without a target token do not count."""
         collectives, means = self.context.collectives, []
         for batches in groups:
             total, count = torch.zeros(self.maker.width), torch.zeros(())

@@ -1,4 +1,4 @@
-"""Gradient scores of candidates with the evaluation sets, streamed: exact, nothing is stored; see signals.per_sample_gradients."""
+"""Gradient scores of candidates with the evaluation sets, exact and not stored; see signals.per_sample_gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from dataflex_mega.algorithms.requests import GradientSignal
 from dataflex_mega.engines.base import GradientScorer
 from dataflex_mega.engines.capabilities import Capability
-from dataflex_mega.providers.context import Candidates, SignalContext
+from dataflex_mega.providers.context import CandidateScope, SignalContext
 from dataflex_mega.providers.registry import Provider, provides
 
 
@@ -19,7 +19,7 @@ class GradientProvider(Provider):
         super().__init__(context)
         self.reported: set[str] = set()
 
-    def compute(self, request: GradientSignal, scope: Candidates) -> dict[str, Tensor]:
+    def compute(self, request: GradientSignal, scope: CandidateScope) -> dict[str, Tensor]:
         scorer = gradient_scorer(self.context, request.adam, self.reported)
         groups = self.context.target_groups(request.task_boundaries)
         directions = scorer.directions(self.context.target_batches(groups))

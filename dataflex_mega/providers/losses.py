@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.requests import LossSignal, ReferenceLossSignal
-from dataflex_mega.providers.context import Candidates
+from dataflex_mega.providers.context import CandidateScope
 from dataflex_mega.providers.registry import Provider, provides
 from dataflex_mega.types import IGNORE_INDEX
 
@@ -16,7 +16,7 @@ from dataflex_mega.types import IGNORE_INDEX
 class LossProvider(Provider):
     """One forward pass over the candidates."""
 
-    def compute(self, request: LossSignal, scope: Candidates) -> dict[str, Tensor]:
+    def compute(self, request: LossSignal, scope: CandidateScope) -> dict[str, Tensor]:
         engine, collate = self.context.engine, self.context.collate
         losses = [engine.sample_losses(collate(samples)).loss.float().cpu() for samples, _ in scope.batches()]
         return {"loss": torch.cat(losses)[: len(scope.ids)]}
@@ -26,7 +26,7 @@ class LossProvider(Provider):
 class ReferenceLossProvider(Provider):
     """Means over the token losses that lie beside the samples; no forward pass."""
 
-    def compute(self, request: ReferenceLossSignal, scope: Candidates) -> dict[str, Tensor]:
+    def compute(self, request: ReferenceLossSignal, scope: CandidateScope) -> dict[str, Tensor]:
         means = np.zeros(len(scope.ids), dtype=np.float32)
         size = self.context.batch_size
         for start in range(0, len(scope.ids), size):

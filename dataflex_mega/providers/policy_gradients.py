@@ -17,7 +17,7 @@ from dataflex_mega.data.pool import Sample, SamplePool
 from dataflex_mega.engines.capabilities import Capability
 from dataflex_mega.errors import DataError
 from dataflex_mega.progress import ProgressCounter
-from dataflex_mega.providers.context import Candidates, SignalContext
+from dataflex_mega.providers.context import CandidateScope, SignalContext
 from dataflex_mega.providers.gradients import gradient_scorer
 from dataflex_mega.providers.registry import EngineInfo, Provider, provides
 from dataflex_mega.signals import rewards
@@ -38,7 +38,7 @@ class PolicyGradientProvider(Provider):
         super().__init__(context)
         self.reported: set[str] = set()
 
-    def compute(self, request: PolicyGradientSignal, scope: Candidates) -> dict[str, Tensor]:
+    def compute(self, request: PolicyGradientSignal, scope: CandidateScope) -> dict[str, Tensor]:
         scorer = gradient_scorer(self.context, request.adam, self.reported)
         reward = rewards.load_reward(request.reward)
         groups = self.context.target_groups()
@@ -85,10 +85,10 @@ class TargetRollouts:
         for first in range(0, len(self.group), prompts_per_batch):
             prompts = np.arange(first, min(first + prompts_per_batch, len(self.group)))
             targets = self.group.fetch(prompts)
-            answered = self._answer(prompts, targets, rows_per_prompt, columns)
-            own_rewards = self._rewards(targets, answered, len(columns))
-            all_rewards[prompts[:, None], columns] = torch.tensor(own_rewards, dtype=torch.float64)
-            samples += [answered[n * rows_per_prompt : (n + 1) * rows_per_prompt] for n in range(len(prompts))]
+            rollouts = self._answer(prompts, targets, rows_per_prompt, columns)
+            local_rewards = self._rewards(targets, rollouts, len(columns))
+            all_rewards[prompts[:, None], columns] = torch.tensor(local_rewards, dtype=torch.float64)
+            samples += [rollouts[n * rows_per_prompt : (n + 1) * rows_per_prompt] for n in range(len(prompts))]
             if progress is not None:
                 progress(int(prompts[-1]) + 1)
         weights = self.request.answer_weights(self.context.collectives.all_reduce_sum(all_rewards))
@@ -116,14 +116,14 @@ class TargetRollouts:
         answers = self.context.engine.generate(prompt_ids, np.stack(uniforms), request.generation, stop_ids, pad_id)
         return [_sample(targets[n // rows], p, a) for n, (p, a) in enumerate(zip(prompt_ids, answers, strict=True))]
 
-    def _rewards(self, targets: list[Sample], answered: list[Sample], count: int) -> list[list[float]]:
+    def _rewards(self, targets: list[Sample], rollouts: list[Sample], count: int) -> list[list[float]]:
         """[P][count] rewards of this rank's answers."""
         tokenizer = self.context.tokenizer
-        rows = len(answered) // len(targets)
+        rows = len(rollouts) // len(targets)
         texts: list[tuple[str, str, str]] = []
         for number, target in enumerate(targets):
             reference = split_prompt_answer(target, self.request.max_prompt_length)[1]
-            for sample in answered[number * rows : number * rows + count]:
+            for sample in rollouts[number * rows : number * rows + count]:
                 answer = sample.labels[sample.labels != IGNORE_INDEX]
                 prompt = sample.input_ids[: len(sample.input_ids) - len(answer)]
                 decoded = (tokenizer.decode(t, skip_special_tokens=True) for t in (prompt, answer, reference))

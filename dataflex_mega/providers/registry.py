@@ -39,7 +39,7 @@ class Provider:
 
         Args:
             request: of the class that `provides` names.
-            scope: `context.Candidates`, `PlanScope` or `BatchScope`, by the scope of the provider.
+            scope: `context.CandidateScope`, `PlanScope` or `BatchScope`, by the scope of the provider.
 
         Returns:
             Scope "candidates": columns by name, n rows each, on the CPU. Otherwise what `Algorithm.receive` gets.
@@ -67,7 +67,7 @@ class EngineInfo:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ProviderSpec:
     """One provider and what it needs."""
 
     request: type[Request]
@@ -80,7 +80,7 @@ class Entry:
     whole_pool: bool  # whether a row depends on the other candidates
 
 
-_entries: dict[type[Request], Entry] = {}  # decorators fill it while modules are imported
+_specs: dict[type[Request], ProviderSpec] = {}  # decorators fill it while modules are imported
 
 
 def provides(
@@ -96,13 +96,14 @@ def provides(
     """Enter a provider for a request. Raises ConfigError when another class serves the same request."""
 
     def decorate(cls: T) -> T:
-        other = _entries.get(request)
-        if other is not None and other.provider.__qualname__ != cls.__qualname__:
-            raise ConfigError(f"request {request.__name__} is provided by {other.provider} and by {cls}; keep one")
+        other = _specs.get(request)
+        if other is not None and _full_name(other.provider) != _full_name(cls):
+            names = f"{_full_name(other.provider)} and by {_full_name(cls)}"
+            raise ConfigError(f"request {request.__name__} is provided by {names}; keep one")
         if scope not in SCOPES:
             raise ConfigError(f"provider {cls.__name__}: scope must be one of {', '.join(SCOPES)}, found {scope!r}")
         targets = needs_targets if callable(needs_targets) else (lambda _request, value=needs_targets: value)
-        _entries[request] = Entry(
+        _specs[request] = ProviderSpec(
             request, cls, scope, frozenset(map(str, requires)), targets, needs_reference, stages, whole_pool
         )
         return cls
@@ -110,39 +111,43 @@ def provides(
     return decorate
 
 
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 @cache
-def _load_own() -> None:
+def _load_built_in() -> None:
     package = importlib.import_module("dataflex_mega.providers")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
 
 
-def entry_of(request: Request, who: str) -> Entry:
+def find_provider(request: Request, who: str) -> ProviderSpec:
     """The entry of a request, or of the nearest class that it derives from. `who`: see Provider.check.
 
     Raises ConfigError for a request that no provider serves.
     """
-    _load_own()
+    _load_built_in()
     for kind in type(request).__mro__:
-        if kind in _entries:
-            return _entries[kind]
-    names = sorted(kind.__name__ for kind in _entries)
+        if kind in _specs:
+            return _specs[kind]
+    names = sorted(kind.__name__ for kind in _specs)
     hint = did_you_mean(type(request).__name__, names) or f"; available requests: {', '.join(names)}"
     raise ConfigError(f"{who} makes the request {type(request).__name__}, which no provider serves{hint}")
 
 
-def requests_at(algorithm: Algorithm, scope: Scope) -> tuple[tuple[Request, Entry], ...]:
+def requests_at(algorithm: Algorithm, scope: Scope) -> tuple[tuple[Request, ProviderSpec], ...]:
     """The requests of an algorithm that are served at a scope, with their entries."""
     who = display_name(algorithm)
-    pairs = ((request, entry_of(request, who)) for request in algorithm.requests())
+    pairs = ((request, find_provider(request, who)) for request in algorithm.requests())
     return tuple((request, entry) for request, entry in pairs if entry.scope == scope)
 
 
 def display_name(algorithm: Any) -> str:
     """The name that an algorithm has in a configuration; of one that is not of this package, its class."""
     module = type(algorithm).__module__
-    own = module.startswith("dataflex_mega.algorithms.")
-    return module.rpartition(".")[2] if own else type(algorithm).__name__
+    is_built_in = module.startswith("dataflex_mega.algorithms.")
+    return module.rpartition(".")[2] if is_built_in else type(algorithm).__name__
 
 
 def check_requests(role: str, algorithm: Algorithm, engine: EngineInfo) -> None:
@@ -152,7 +157,7 @@ def check_requests(role: str, algorithm: Algorithm, engine: EngineInfo) -> None:
     """
     who = f"{role} {display_name(algorithm)}"
     for request in algorithm.requests():
-        entry = entry_of(request, who)
+        entry = find_provider(request, who)
         missing = entry.requires - engine.capabilities
         if missing:
             raise ConfigError(f"{who} needs {describe_missing(missing, engine.name)}")
@@ -164,14 +169,14 @@ def check_requests(role: str, algorithm: Algorithm, engine: EngineInfo) -> None:
 
 def needs_targets(algorithm: Any) -> bool:
     """Whether some request of an algorithm compares with target samples."""
-    return any(entry_of(r, display_name(algorithm)).needs_targets(r) for r in algorithm.requests())
+    return any(find_provider(r, display_name(algorithm)).needs_targets(r) for r in algorithm.requests())
 
 
 def needs_reference(algorithm: Any) -> bool:
     """Whether some request of an algorithm reads losses of a reference model."""
-    return any(entry_of(r, display_name(algorithm)).needs_reference for r in algorithm.requests())
+    return any(find_provider(r, display_name(algorithm)).needs_reference for r in algorithm.requests())
 
 
 def needs_whole_pool(algorithm: Any) -> bool:
     """Whether a candidate's signals depend on the other candidates, so that old ones cannot be reused."""
-    return any(entry_of(r, display_name(algorithm)).whole_pool for r in algorithm.requests())
+    return any(find_provider(r, display_name(algorithm)).whole_pool for r in algorithm.requests())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import Algorithm, Selector
-from dataflex_mega.providers.context import BatchScope, Candidates, PlanScope, SignalContext
+from dataflex_mega.providers.context import BatchScope, CandidateScope, PlanScope, SignalContext
 from dataflex_mega.providers.registry import Provider, Scope, requests_at
 from dataflex_mega.signals.pool_share import PoolShare
 from dataflex_mega.types import SignalTable
@@ -22,7 +22,7 @@ class SignalServer:
     """Implements control.signal_source.SignalSource. Every rank calls each method at the same time."""
 
     context: SignalContext
-    share: PoolShare  # of the whole pool
+    pool_share: PoolShare  # of the whole pool
     _providers: dict[type[Provider], Provider] = field(default_factory=dict, init=False)
 
     def _provider(self, kind: type[Provider]) -> Provider:
@@ -34,13 +34,13 @@ class SignalServer:
         return sorted(request.name for request, _ in requests_at(selector, "candidates"))
 
     def table(self, selector: Selector, ids: np.ndarray | None, step: int) -> tuple[SignalTable, list[int]]:
-        share = self.share if ids is None else self.share.subset(ids)
-        scope = Candidates(self.context, share, share.local_ids(), step)
+        pool_share = self.pool_share if ids is None else self.pool_share.subset(ids)
+        scope = CandidateScope(self.context, pool_share, pool_share.local_ids(), step)
         columns: dict[str, Tensor] = {}
         for request, entry in requests_at(selector, "candidates"):
             columns.update(self._provider(entry.provider).compute(request, scope))
         own_ids = torch.from_numpy(scope.ids)
-        return SignalTable(own_ids, self.domain_ids(own_ids), columns), share.rank_counts()
+        return SignalTable(own_ids, self.domain_ids(own_ids), columns), pool_share.rank_counts()
 
     def domain_ids(self, ids: Tensor) -> Tensor:
         return torch.from_numpy(self.context.pool.locate(ids.numpy())[0].astype(np.int64))

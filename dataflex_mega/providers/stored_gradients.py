@@ -16,7 +16,7 @@ from dataflex_mega.data.lockstep import lockstep_batches
 from dataflex_mega.distributed.agreement import run_and_agree, run_on_main
 from dataflex_mega.engines.capabilities import Capability
 from dataflex_mega.progress import ProgressCounter
-from dataflex_mega.providers.context import Candidates, SignalContext
+from dataflex_mega.providers.context import CandidateScope, SignalContext
 from dataflex_mega.providers.gradient_features import GradientFeatures
 from dataflex_mega.providers.registry import Provider, provides
 from dataflex_mega.store import build, search
@@ -31,7 +31,7 @@ FOLDER = "gradient_store"  # in output_dir, when the selector names none
 class StoredGradientProvider(Provider):
     """`dot` and `norm2` of candidates from a store of the current model."""
 
-    def compute(self, request: StoredGradientSignal, scope: Candidates) -> dict[str, Tensor]:
+    def compute(self, request: StoredGradientSignal, scope: CandidateScope) -> dict[str, Tensor]:
         context = self.context
         features = GradientFeatures(context, request.projection, request.adam)
         identity = features.identity()
@@ -68,8 +68,8 @@ def build_missing_blocks(
     layout: StoreLayout = run_on_main(
         collectives, partial(build.create_or_resume, folder, identity, features.layout(block_size))
     )
-    own_shards = range(parallel.dp_rank, layout.num_shards, parallel.dp_size)
-    writers = run_and_agree(collectives, lambda: [build.ShardWriter(folder, layout, shard) for shard in own_shards])
+    local_shards = range(parallel.dp_rank, layout.num_shards, parallel.dp_size)
+    writers = run_and_agree(collectives, lambda: [build.ShardWriter(folder, layout, shard) for shard in local_shards])
     todo = [(writer, block) for writer in writers for block in writer.missing_blocks]
     counts = collectives.all_gather_objects(len(todo))
     num_batches = -(-min(layout.block_size, layout.num_samples) // features.batch_size)

@@ -9,7 +9,7 @@ from typing import Any
 from dataflex_mega.control.controller import DataController
 from dataflex_mega.data.loader import Loader
 from dataflex_mega.engines.base import Engine
-from dataflex_mega.llamafactory.callbacks import Hooks
+from dataflex_mega.llamafactory.callbacks import CallbackHooks
 from dataflex_mega.metrics import Metrics
 from dataflex_mega.progress import TrainingProgressBar
 from dataflex_mega.providers.server import SignalServer
@@ -55,7 +55,7 @@ def assemble(
         controller=_controller(session, roles, data, schedule, engine, bar),
         loader=Loader(data.pool, schedule.sampler, schedule.partition, data.collate, prefetch, workers),
         checkpointer=resume.checkpointer,
-        hooks=Hooks(session.args, parts, schedule.max_steps, session.callbacks, min_delta),
+        hooks=CallbackHooks(session.args, parts, schedule.max_steps, session.callbacks, min_delta),
         metrics=_metrics(session, roles, data, schedule, resume, options, bar),
         max_steps=schedule.max_steps,
         global_batch_size=schedule.partition.global_batch_size,
@@ -120,6 +120,7 @@ def _metrics(
         scoreboard_folder=scoreboard_folder(session, roles),
         tensorboard=writer,
         progress_bar=bar,
+        keep_history=options.history,
     )
 
 

@@ -18,6 +18,7 @@ from dataflex_mega.run.roles import RunRoles
 from dataflex_mega.run.schedule import RunSchedule
 from dataflex_mega.run.session import Session
 from dataflex_mega.trainer import Trainer
+from dataflex_mega.types import TrainState
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def prepare(config: RunConfig, instances: Mapping[str, Algorithm] | None = None)
 def build_engine(run: PreparedRun) -> Engine:
     """Build the model with what the algorithms ask of the training forward pass."""
     options: dict[str, object] = {}
-    for _, algorithm in run.roles.all():
+    for _, algorithm in run.roles.active_algorithms():
         for request, entry in requests_at(algorithm, "forward"):
             options.update(entry.provider.step_options(request))
     tokenizer, num_domains = run.session.tokenizer, len(run.data.pool.sizes)
@@ -68,12 +69,12 @@ def run_training(
     config: RunConfig,
     instances: Mapping[str, Algorithm] | None = None,
     options: OutputOptions | None = None,
-) -> tuple[PreparedRun, Trainer]:
-    """Build, train, and write what the run gives."""
+) -> tuple[PreparedRun, Trainer, TrainState]:
+    """Build, train, and write what the run gives -> its stages, its loop, and the state after the last step."""
     run, trainer = build(config, instances, options)
     try:
-        trainer.fit(run.resume.path)
+        state = trainer.fit(run.resume.path)
     finally:
         trainer.loader.close()
     outputs.write_results(run.session, run.roles, run.data, run.schedule, trainer, options or OutputOptions())
-    return run, trainer
+    return run, trainer, state

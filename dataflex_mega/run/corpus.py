@@ -38,14 +38,16 @@ def load(config: RunConfig, args: LFArgs, tokenizer: Any) -> tuple[DataBundle, l
     return DataBundle(train, evaluation), notes
 
 
-def _domains(config: RunConfig, args: LFArgs, tokenizer: Any, key: str, chosen: str) -> tuple[list[Domain], list[str]]:
-    """The domains of the corpus that `key` names, those of the key `chosen`, and what to say of them."""
+def _domains(
+    config: RunConfig, args: LFArgs, tokenizer: Any, key: str, names_key: str
+) -> tuple[list[Domain], list[str]]:
+    """The domains of the corpus that `key` names, those of the key `names_key`, and what to say of them."""
     corpus = manifest.read(getattr(config.dataflex, key), key)
     manifest.check_tokenizer(corpus, tokenizer, key)
     length = int(args.data.cutoff_len)
     found = [
         fixed_length_domain(corpus, entry, length, key)
-        for entry in corpus.pick(split_names(config.llamafactory.get(chosen)), chosen)
+        for entry in corpus.pick(split_names(config.llamafactory.get(names_key)), names_key)
     ]
     rows = [domain.rows for domain in found if isinstance(domain.rows, FixedLengthRows)]
     num_rows, tokens, dropped = (sum(part) for part in zip(*((len(r), r.tokens, r.dropped) for r in rows), strict=True))

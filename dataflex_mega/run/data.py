@@ -72,7 +72,7 @@ class RunData:
 def check_targets(roles: RunRoles, evaluation: Mapping[str, SamplePool]) -> None:
     """Raises UserError when an algorithm compares with target samples and there are none, ConfigError for tasks that do not
     fit the evaluation sets."""
-    for role, algorithm in roles.all():
+    for role, algorithm in roles.active_algorithms():
         if needs_targets(algorithm) and not evaluation:
             raise UserError(
                 f"eval_dataset: {role} {_name(roles, role, algorithm)} needs target samples there (or val_size)"

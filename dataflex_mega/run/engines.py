@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.distributed.parallel_info import ParallelInfo
 from dataflex_mega.engines.base import Engine
-from dataflex_mega.engines.megatron import version
-from dataflex_mega.run.fsdp_factory import FSDPFactory
+from dataflex_mega.engines.capabilities import check_available
 
 
 class EngineBuilder(Protocol):
@@ -17,12 +17,12 @@ class EngineBuilder(Protocol):
 
     @property
     def parallel_info(self) -> ParallelInfo:
-        """Which process this is."""
+        """Rank, device and process groups of this process."""
         ...
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should be told."""
+        """Messages for the user, one line each."""
         ...
 
     def build_engine(self, tokenizer: Any, num_domains: int, num_steps: int, options: Mapping[str, Any]) -> Engine:
@@ -44,10 +44,10 @@ class EngineFactory(Protocol):
 
 
 def engine_factory(config: RunConfig) -> EngineFactory:
-    """The factory of the run's engine. Raises ConfigError for a layout that cannot be, before any process is joined."""
-    if config.engine == "megatron":
-        version.check()
-        from dataflex_mega.run.megatron_factory import MegatronFactory  # needs megatron-core, an optional dependency
+    """The factory of the run's engine: `make_factory` of the module `run.<engine>_factory`.
 
-        return MegatronFactory(config)
-    return FSDPFactory(config)
+    Raises UserError without the packages that the engine needs, and ConfigError for a layout that cannot be; both before any
+    process is joined.
+    """
+    check_available(config.engine)
+    return importlib.import_module(f"dataflex_mega.run.{config.engine}_factory").make_factory(config)

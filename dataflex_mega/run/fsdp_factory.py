@@ -18,7 +18,7 @@ from dataflex_mega.run.step_options import build_step_options
 
 @dataclass(frozen=True)
 class FSDPFactory:
-    """Implements run.engines.EngineFactory."""
+    """run.engines.EngineFactory for engine: fsdp."""
 
     config: RunConfig
 
@@ -30,7 +30,7 @@ class FSDPFactory:
 
 @dataclass(frozen=True)
 class FSDPBuilder:
-    """Implements run.engines.EngineBuilder."""
+    """run.engines.EngineBuilder for engine: fsdp, on joined processes and a layout."""
 
     config: RunConfig
     args: Any
@@ -56,3 +56,8 @@ class FSDPBuilder:
             build_scheduler(self.args, optimizer, num_steps),
             build_step_options(self.config, self.args, num_domains, options),
         )
+
+
+def make_factory(config: RunConfig) -> FSDPFactory:
+    """What run.engines.engine_factory calls."""
+    return FSDPFactory(config)

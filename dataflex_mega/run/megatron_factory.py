@@ -41,8 +41,8 @@ class MegatronFactory:
         layout = read_layout(keys, int(os.environ.get("WORLD_SIZE", "1")))
         hf_config = _hf_config(lf_keys)
         decoder = DecoderConfig.from_hf_config(hf_config, math.lcm(VOCAB_MULTIPLE, layout.tensor))
-        accumulation = int(lf_keys.get("gradient_accumulation_steps") or 1)
-        check_layout(layout, decoder, keys, accumulation, int(lf_keys.get("cutoff_len") or 0))
+        grad_accumulation = int(lf_keys.get("gradient_accumulation_steps") or 1)
+        check_layout(layout, decoder, keys, grad_accumulation, int(lf_keys.get("cutoff_len") or 0))
         object.__setattr__(self, "layout", layout)
         object.__setattr__(self, "decoder", decoder)
         plain = TrainingSettings("adam", 0.0, 0.0, (0.9, 0.999), 1e-8, 0.0, _precision(lf_keys))
@@ -81,7 +81,7 @@ class MegatronFactory:
 
 @dataclass(frozen=True)
 class MegatronBuilder:
-    """Implements run.engines.EngineBuilder."""
+    """run.engines.EngineBuilder for engine: megatron, on joined processes and a layout."""
 
     config: RunConfig
     args: Any
@@ -163,9 +163,9 @@ def _hf_config(keys: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     name = str(keys["model_name_or_path"])
-    places = {"revision": keys.get("model_revision") or "main", "cache_dir": keys.get("cache_dir")}
+    hub_options = {"revision": keys.get("model_revision") or "main", "cache_dir": keys.get("cache_dir")}
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=bool(keys.get("trust_remote_code")), **places)
+        return AutoConfig.from_pretrained(name, trust_remote_code=bool(keys.get("trust_remote_code")), **hub_options)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model_name_or_path {name!r}: {str(error).strip().splitlines()[0]}") from error
 
@@ -179,3 +179,8 @@ def _folder(keys: dict[str, Any]) -> Path:
 
     revision, cache = keys.get("model_revision") or "main", keys.get("cache_dir")
     return Path(snapshot_download(str(keys["model_name_or_path"]), revision=revision, cache_dir=cache))
+
+
+def make_factory(config: RunConfig) -> MegatronFactory:
+    """What run.engines.engine_factory calls."""
+    return MegatronFactory(config)

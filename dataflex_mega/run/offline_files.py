@@ -13,7 +13,7 @@ PATHS = ("indices_path", "probs_path")  # parameters of selectors that name a fi
 
 
 def check_files(roles: RunRoles, pool: SamplePool) -> None:
-    """Raises DataError when a selector reads a file of an offline tool that was made of other data than the run's.
+    """Raises DataError when a selector reads a file of an offline tool that was computed from other data than the run's.
 
     What DataFlex wrote has no note beside it, and is taken as it is.
     """
@@ -32,4 +32,4 @@ def check_files(roles: RunRoles, pool: SamplePool) -> None:
             names = [name for name in {**recorded, **present} if recorded.get(name) != present.get(name)]
             found = ", ".join(f"{n} ({recorded.get(n)} there, {present.get(n)} here)" for n in names or ["their order"])
             name = roles.specs["selector"]["name"]
-            raise DataError(f"selector.{name}.{key}: {given} was made of other data: {found}")
+            raise DataError(f"selector.{name}.{key}: {given} was computed from other data: {found}")

@@ -21,6 +21,7 @@ class OutputOptions:
     logs: bool = True  # metrics.jsonl, TensorBoard and the other logs of the run
     export: bool = True  # the model
     plots: bool = True
+    history: bool = False  # rows of metrics in memory, for Python
 
 
 def write_results(

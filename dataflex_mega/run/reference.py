@@ -16,6 +16,8 @@ from torch import Tensor
 from dataflex_mega.data.lockstep import lockstep_batches
 from dataflex_mega.data.pool import SamplePool
 from dataflex_mega.distributed.agreement import run_on_main
+from dataflex_mega.engines.fsdp.parallel import parallelize, read_layout
+from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
 from dataflex_mega.errors import CheckpointError, ConfigError
 from dataflex_mega.run.data import RunData
 from dataflex_mega.run.roles import RunRoles
@@ -124,7 +126,7 @@ def _compute_blocks(
     blocks: list[int],
     losses: Callable[[Batch], Tensor],
 ) -> None:
-    """One block per rank. A rank without one computes the first once more and drops it: sharded layers are called together."""
+    """One block per rank. A rank without one repeats the first and drops it: sharded layers are called together."""
     rank, size = session.parallel_info.rank, session.score_batch_size
     has_block = rank < len(blocks)
     ids = cache.ids_of_block(blocks[rank if has_block else 0])
@@ -144,9 +146,6 @@ def reference_losses(session: Session, source: Path) -> Callable[[Batch], Tensor
 
     It is laid out as the training model is where that is sharded, and whole on every process otherwise.
     """
-    from dataflex_mega.engines.fsdp.parallel import parallelize, read_layout
-    from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
-
     layout = read_layout(session.config.llamafactory, session.parallel_info)
     if layout.mode == "ddp":
         layout = replace(layout, mode="single")  # nothing is trained, so nothing is reduced

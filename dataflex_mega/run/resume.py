@@ -1,4 +1,4 @@
-"""The fifth stage of a run: what it is known by, and the checkpoint that it goes on from."""
+"""The fifth stage of a run: its identity, and the checkpoint from which it continues."""
 
 from __future__ import annotations
 
@@ -80,16 +80,16 @@ def _checkpointer(
     session: Session, roles: RunRoles, data: RunData, schedule: RunSchedule, reference: ReferenceLossCache | None
 ) -> Checkpointer:
     config = session.config
-    known_by: dict[str, Any] = identity(
+    run_identity: dict[str, Any] = identity(
         config, schedule.partition.global_batch_size, data.pool.fingerprint(), dict(roles.specs)
     )
-    known_by.update(ordering.fingerprint(schedule.score_source))
+    run_identity.update(ordering.fingerprint(schedule.score_source))
     if reference is not None:
-        known_by["reference"] = reference.identity["model"]
+        run_identity["reference"] = reference.identity["model"]
     if config.dataflex.init_mixture_proportions_file is not None:
-        known_by["init_mixture_proportions"] = list(schedule.domains.initial_proportions)
+        run_identity["init_mixture_proportions"] = list(schedule.domains.initial_proportions)
     limit, ignored = session.args.training.save_total_limit, tuple(config.dataflex.resume_ignore)
-    return Checkpointer(session.output_dir, session.collectives, known_by, limit, ignored)
+    return Checkpointer(session.output_dir, session.collectives, run_identity, limit, ignored)
 
 
 def _prepare_folder(session: Session, overwrite: bool) -> None:

@@ -1,4 +1,4 @@
-"""The first stage of a run: its algorithms, made from their specifications and checked against the engine."""
+"""The first stage of a run: its algorithms, built from their specifications and checked against the engine."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dataflex_mega.config.pipelines import Pipeline
 from dataflex_mega.config.reorder_arguments import ReorderArguments
 from dataflex_mega.control.controller import RoleSet
 from dataflex_mega.control.schedule import UpdateSchedule
-from dataflex_mega.control.weighter_product import combine_weighters
-from dataflex_mega.engines.capabilities import ENGINES
+from dataflex_mega.control.weighter_product import ProductWeighter, combine_weighters
+from dataflex_mega.engines.capabilities import capabilities_of
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.providers.registry import EngineInfo, check_requests, needs_reference
 from dataflex_mega.registry import build
@@ -37,28 +37,30 @@ class RunRoles:
         Raises ConfigError for wrong parameters, and for what the engine does not support.
         """
         reorder, pipeline = config.reorder, config.pipeline
-        made: dict[str, Any] = {}
+        algorithms: dict[str, Any] = {}
         specs: dict[str, dict[str, Any]] = {}
         for role, spec in config.roles.items():
-            made[role] = (instances or {}).get(role) or build(role, spec)
+            algorithms[role] = (instances or {}).get(role) or build(role, spec)
             # With all defaults filled in, so that a run is the same however its YAML was written.
-            specs[role] = {"name": spec["name"], **parameters_of(made[role])}
+            specs[role] = {"name": spec["name"], **parameters_of(algorithms[role])}
         if reorder is not None:
             specs["reorder"].update(order=reorder.identity())
         if pipeline is not None:
             specs["pipeline"] = {"name": "pipeline", "stages": pipeline.identity()}
-            if "weighter" in made:
+            if "weighter" in algorithms:
                 specs["weighter"]["others"] = list(pipeline.weighter_specs[1:])
-                made["weighter"] = build_weighter(pipeline, made["weighter"])
-        roles = cls(RoleSet(**made), specs, reorder, pipeline, build_score_selector(reorder))
+                algorithms["weighter"] = build_weighter(pipeline, algorithms["weighter"])
+        roles = cls(RoleSet(**algorithms), specs, reorder, pipeline, build_score_selector(reorder))
         stage = str(config.llamafactory.get("stage", "sft"))
-        engine = EngineInfo(config.engine, ENGINES[config.engine], stage)
-        for role, algorithm in roles.all():
-            check_requests(role, algorithm, engine)
+        engine = EngineInfo(config.engine, capabilities_of(config.engine), stage)
+        for role, algorithm in roles.active_algorithms():
+            is_product = isinstance(algorithm, ProductWeighter)
+            for member in [weighter for weighter, _ in algorithm.members] if is_product else [algorithm]:
+                check_requests(role, member, engine)
         return roles
 
-    def all(self) -> list[tuple[str, Algorithm]]:
-        """(role, algorithm) of each one that is on; the score selector of a reorder is a selector."""
+    def active_algorithms(self) -> list[tuple[str, Algorithm]]:
+        """(role, algorithm) of each active one; the score selector of a reorder is a selector."""
         selectors = [("selector", one) for one in (self.algorithms.selector, self.score_selector) if one is not None]
         others = [(role, getattr(self.algorithms, role)) for role in ("mixer", "reorder", "weighter")]
         return [*selectors, *((role, one) for role, one in others if one is not None)]
@@ -66,7 +68,7 @@ class RunRoles:
     @property
     def needs_reference(self) -> bool:
         """Whether some algorithm reads losses of a reference model."""
-        return any(needs_reference(algorithm) for _, algorithm in self.all())
+        return any(needs_reference(algorithm) for _, algorithm in self.active_algorithms())
 
 
 def parameters_of(algorithm: Any) -> dict[str, Any]:

@@ -24,8 +24,8 @@ def make_candidates(session: Session, roles: RunRoles, pool: SamplePool, batch_s
     num_selected = batch_size * steps
     if num_selected > len(pool):
         raise UserError(
-            f"{key}: {steps} steps of {batch_size} samples need {num_selected} chosen samples, the datasets have {len(pool)}; "
-            f"at most {len(pool) // batch_size} steps are possible"
+            f"{key}: {steps} steps of {batch_size} samples need {num_selected} chosen samples, the datasets have "
+            f"{len(pool)}; at most {len(pool) // batch_size} steps are possible"
         )
     if fraction == 1:
         return None
@@ -56,9 +56,9 @@ def _selection_length(session: Session, roles: RunRoles) -> tuple[str, int]:
 
 def selection_folder(session: Session, roles: RunRoles) -> Path:
     """The folder of a selection's files."""
-    own = getattr(roles.algorithms.selector, "cache_dir", None)
-    if own:
-        return Path(own)
+    cache_dir = getattr(roles.algorithms.selector, "cache_dir", None)
+    if cache_dir:
+        return Path(cache_dir)
     shared = None if roles.pipeline is None else roles.pipeline.arguments.cache_dir
     if shared is None or roles.algorithms.selector is None:
         return session.output_dir / "selections"

@@ -19,7 +19,7 @@ from dataflex_mega.run.engines import EngineBuilder, engine_factory
 
 @dataclass(frozen=True)
 class Session:
-    """What a process knows before it has data."""
+    """The configuration, the joined processes and the tokenizer, before any data is read."""
 
     config: RunConfig
     args: lf_args.LFArgs
@@ -46,12 +46,12 @@ class Session:
 
     @property
     def parallel_info(self) -> ParallelInfo:
-        """Which process this is."""
+        """Rank, device and process groups of this process."""
         return self.engine_builder.parallel_info
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer of the model."""
+        """The tokenizer of model_name_or_path, as LLaMA-Factory loads it."""
         return self.tokenizer_module["tokenizer"]
 
     @property

@@ -95,7 +95,7 @@ def _coerce(value: Any, hint: Any, lenient: bool) -> Any:
 
 
 def _coerce_to(value: Any, hint: Any, lenient: bool) -> Any:
-    """The value as one alternative."""
+    """The value as one alternative of a union. Raises MismatchError."""
     origin, arguments = _origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType, Annotated):
         return _coerce(value, hint, lenient)
@@ -161,7 +161,7 @@ def _coerce_mapping(value: Any, hints: tuple[Any, ...], lenient: bool) -> dict[A
 # -- words -------------------------------------------------------------------------------------------------------------
 
 
-def describe(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """`a number, or nothing`."""
     return ", or ".join(_describe_one(member) for member in alternatives(hint))
 
@@ -173,8 +173,8 @@ def _describe_one(hint: Any) -> str:
     if origin in (list, tuple):
         item = arguments[0] if arguments else Any
         if origin is tuple and arguments and arguments[-1] is not Ellipsis:
-            return "a list of " + " and ".join(map(describe, arguments))
-        return "a list" if item is Any else f"a list of {PLURALS.get(item, describe(item))}"
+            return "a list of " + " and ".join(map(describe_type, arguments))
+        return "a list" if item is Any else f"a list of {PLURALS.get(item, describe_type(item))}"
     return WORDS.get(origin, f"a {getattr(origin, '__name__', origin)}")
 
 
@@ -184,7 +184,7 @@ def mismatch_message(value: Any, hint: Any) -> str:
     literals = [member for member in alternatives(hint) if _origin(member) is Literal]
     choices = [choice for member in literals for choice in typing.get_args(member) if isinstance(choice, str)]
     near = did_you_mean(value, choices) if isinstance(value, str) else ""
-    return f"expected {describe(hint)}, found {found}{near}"
+    return f"expected {describe_type(hint)}, found {found}{near}"
 
 
 def type_text(hint: Any) -> str:
@@ -192,7 +192,7 @@ def type_text(hint: Any) -> str:
     members = alternatives(hint)
     if len(members) > 1:
         return " | ".join(map(type_text, members))
-    (member,) = members
+    member: Any = next(iter(members))
     origin, arguments = _origin(member), typing.get_args(member)
     if origin is Literal:
         return " | ".join(repr(choice) for choice in arguments)

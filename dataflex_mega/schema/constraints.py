@@ -53,7 +53,7 @@ class Range:
         return above and (self.lt is None or number < self.lt) and (self.le is None or number <= self.le)
 
     def error(self, value: Any) -> str | None:
-        """See Constraint. What is no number is left to the type."""
+        """What is no number is left to the type."""
         for number in _numbers(value):
             if number not in self:
                 open_ended = (self.gt is None and self.ge is None) or (self.lt is None and self.le is None)
@@ -70,7 +70,6 @@ class RelativeWeights:
         return "finite, >= 0 and not all 0"
 
     def error(self, value: Any) -> str | None:
-        """See Constraint."""
         if value is None:
             return None
         numbers = list(_numbers(value))
@@ -87,7 +86,6 @@ class NotEmpty:
         return "at least one"
 
     def error(self, value: Any) -> str | None:
-        """See Constraint."""
         return None if value is None or len(value) > 0 else f"must have {self}, found {value}"
 
 
@@ -99,7 +97,6 @@ class Distinct:
         return "at least one, none twice"
 
     def error(self, value: Any) -> str | None:
-        """See Constraint."""
         if value is None or (len(value) > 0 and len(set(value)) == len(value)):
             return None
         return f"must be {self}, found {value}"

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from dataflex_mega.signals.per_sample_gradients import DotAndNormSums, LayerOperands, SampleSpan, matmul_fp32, row_spans
 
-PIECE = 512 << 20  # bytes of gradients that are formed at once
-SAMPLES = 16  # at most, in a piece
+TILE_BYTES = 512 << 20  # bytes of gradients that are formed at once
+SAMPLES = 16  # at most, in a tile
 SLOTS = 1 << 16  # partial sums per sample in memory before they are added up
 
 
@@ -93,7 +93,7 @@ class TritonAccumulator:
         directions = layer.directions().contiguous() if layer.directions is not None and num_directions else None
         moments = None if adam is None else (adam.first.contiguous(), adam.second.contiguous())
         constants = (0.0,) * 5 if adam is None else adam.constants()
-        for start, stop, rows in pieces(len(spans), grads.shape[-1], inputs.shape[-1], gradient_bytes(inputs)):
+        for start, stop, rows in weight_tiles(len(spans), grads.shape[-1], inputs.shape[-1], gradient_bytes(inputs)):
             gradients = form_gradients(inputs, grads, spans[start:stop], rows)
             self._reduce(gradients, start, rows.start * inputs.shape[-1], moments, directions, constants)
 
@@ -148,13 +148,13 @@ def gradient_bytes(inputs: Tensor) -> int:
     return 2 if inputs.dtype == torch.bfloat16 else 4
 
 
-def pieces(num_samples: int, d_out: int, d_in: int, element_bytes: int) -> Iterator[tuple[int, int, slice]]:
-    """(first sample, last + 1, rows of the weight) of pieces of at most PIECE bytes, but of 128 rows at least."""
-    per_piece = min(num_samples, SAMPLES)
-    rows = max(128, min(PIECE // (per_piece * d_in * element_bytes), SLOTS * 512 // d_in) // 128 * 128)
+def weight_tiles(num_samples: int, d_out: int, d_in: int, element_bytes: int) -> Iterator[tuple[int, int, slice]]:
+    """(first sample, last + 1, rows of the weight) of tiles of at most TILE_BYTES bytes, but of 128 rows at least."""
+    samples_per_tile = min(num_samples, SAMPLES)
+    rows = max(128, min(TILE_BYTES // (samples_per_tile * d_in * element_bytes), SLOTS * 512 // d_in) // 128 * 128)
     for first in range(0, d_out, rows):
-        for start in range(0, num_samples, per_piece):
-            yield start, min(start + per_piece, num_samples), slice(first, min(first + rows, d_out))
+        for start in range(0, num_samples, samples_per_tile):
+            yield start, min(start + samples_per_tile, num_samples), slice(first, min(first + rows, d_out))
 
 
 def form_gradients(inputs: Tensor, grads: Tensor, spans: Sequence[SampleSpan], rows: slice) -> Tensor:

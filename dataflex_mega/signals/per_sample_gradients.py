@@ -181,7 +181,6 @@ class TorchAccumulator:
         self.sums, self.spans = sums, spans
 
     def add(self, layer: LayerOperands, inputs: Tensor, grads: Tensor) -> None:
-        """See `accumulate_layer`."""
         accumulate_layer(self.sums, layer, inputs, grads, self.spans)
 
     def finish(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import DomainInfo, Mixer, Range, RelativeWeights, Selector, Weighter
+from dataflex_mega.algorithms.requests import LossSignal, Request
 from dataflex_mega.errors import ConfigError, DataError
 from dataflex_mega.types import SampleStats, SignalTable, StepStats, UpdateContext
 
@@ -65,9 +66,8 @@ class MiddleLoss(Selector):
 
     quantile: Annotated[float, Range(ge=0, le=1)] = 0.5
 
-    @property
-    def signals(self) -> frozenset[str]:
-        return frozenset({"loss"})
+    def requests(self) -> tuple[Request, ...]:
+        return (LossSignal(),)
 
     def score(self, table: SignalTable) -> Tensor:
         """[n] float32 losses. `select` gets those of all ranks, so it can compute the median."""

@@ -95,12 +95,12 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def no_model(monkeypatch):
     """Building a model fails the test."""
-    from dataflex_mega.llamafactory import model
+    from dataflex_mega.run import fsdp_factory
 
     def built(*_):
         raise AssertionError("the model was built before the mistake was found")
 
-    monkeypatch.setattr(model, "build_model", built)
+    monkeypatch.setattr(fsdp_factory, "build_model", built)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from dataflex_mega.algorithms.weighters.greats import greedy_select
+from dataflex_mega.providers.batch_gradients import BatchGradientProvider
+from dataflex_mega.providers.context import BatchScope
 from dataflex_mega.types import TrainState
 from tests.support import corpus, runs
 from tests.support.built_run import Trial, build_run
@@ -62,13 +64,15 @@ def test_every_number_of_processes_trains_the_same(folder, alone, world, sharded
 
 
 def test_products_are_those_of_autograds_gradients(folder):
-    from dataflex_mega.providers.batch_gradients import batch_gradients
-
     run, trainer = build_run(config_of(folder, "here"))
     engine = trainer.engine
-    ids = run.sampler.global_batch(trainer.controller.initial_plan(), 0)
+    ids = run.schedule.sampler.global_batch(trainer.controller.initial_plan(), 0)
     before = copy.deepcopy(engine.model.state_dict())
-    dot, gram = batch_gradients(run, engine)(ids, 0)
+    (request,) = run.roles.algorithms.weighter.requests()
+    provider = BatchGradientProvider(run.data.signal_context(run.session, engine))
+    gradients = provider.compute(request, BatchScope(0, lambda: ids))
+    dot, gram = gradients.dot, gradients.gram
+    assert gradients.sample_ids.tolist() == ids.tolist()
     assert all(torch.equal(before[name], value) for name, value in engine.model.state_dict().items())
     assert all(p.grad is None for p in engine.model.parameters())
     weights = [m.weight for m in engine.model.modules() if isinstance(m, torch.nn.Linear) and m.weight.requires_grad]
@@ -78,8 +82,8 @@ def test_products_are_those_of_autograds_gradients(folder):
         loss = F.cross_entropy(logits, torch.from_numpy(sample.labels)[1:], ignore_index=-100)
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]).double()
 
-    rows = torch.stack([gradient(sample) for sample in run.pool.fetch(ids)])
-    (group,) = run.evaluation.values()
+    rows = torch.stack([gradient(sample) for sample in run.data.pool.fetch(ids)])
+    (group,) = run.data.evaluation.values()
     target = torch.stack([gradient(sample) for sample in group.fetch(np.arange(len(group)))]).mean(0)
     torch.testing.assert_close(dot.double(), rows @ target, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(gram.double(), rows @ rows.t(), rtol=1e-3, atol=1e-6)

@@ -81,7 +81,7 @@ def test_what_cannot_be_is_one_line_before_the_model_is_built(folder):
         ({"stage": "pt", "dataset": "prose", "eval_dataset": "tables"}, "needs stage: sft"),
         ({"selector": {**NICE, "reward": "overlop"}}, "did you mean 'overlap'"),
         ({"eval_dataset": None}, "eval_dataset: selector nice needs target samples"),
-        ({"engine": "megatron"}, "engine: megatron does not have"),
+        ({"engine": "megatron"}, "selector nice needs generation, not supported by engine: megatron"),
     ]
     configs = [config_of(folder, f"refused-{n}", **keys) for n, (keys, _) in enumerate(cases)]
     for (_, message), (status, stderr) in zip(cases, runs.train_many(1, configs), strict=True):
@@ -100,10 +100,10 @@ def test_a_step_on_the_best_raises_the_expected_reward_more_than_one_on_the_wors
         "top_p": 1.0, "generation_temperature": 1.0, "baseline": "mean",
     }  # fmt: skip
     run, trainer = build_run(config_of(folder, "effect", selector=selector, lr_scheduler_type="constant"))
-    engine, tokenizer = trainer.engine, run.tokenizer_module["tokenizer"]
+    engine, tokenizer = trainer.engine, run.session.tokenizer
     tokens = [tokenizer.decode([token], skip_special_tokens=True) for token in range(512)]
     rewards = torch.tensor(often(tokens, tokens, tokens)).double()
-    (group,) = run.evaluation.values()
+    (group,) = run.data.evaluation.values()
     prompts = [split_prompt_answer(sample, 4096)[0] for sample in group.fetch(np.arange(len(group)))]
 
     def expected():
@@ -111,11 +111,13 @@ def test_a_step_on_the_best_raises_the_expected_reward_more_than_one_on_the_wors
             rows = [engine.model(input_ids=torch.from_numpy(p).unsqueeze(0)).logits[0, -1, :512] for p in prompts]
         return float((torch.softmax(torch.stack(rows).double(), 1) @ rewards).mean())
 
-    scores = run.roles.selector.score(trainer.controller.signal_source.table(run.roles.selector.signals))
-    order = run.roles.selector.select(scores, len(scores), None, None).numpy()
+    selector = run.roles.algorithms.selector
+    table, _ = trainer.controller.signals.table(selector, None, 0)
+    scores = selector.score(table)
+    order = selector.select(scores, len(scores), None, None).numpy()
     trial, expectations = Trial(engine), [expected()]
     for ids in (order[:8], order[-8:]):
-        engine.train_step([run.collate(run.pool.fetch(np.sort(ids)))], None)
+        engine.train_step([run.data.collate(run.data.pool.fetch(np.sort(ids)))], None)
         expectations.append(expected())
         trial.undo()
     trainer.loader.close()

@@ -93,7 +93,7 @@ def test_every_job_ends_as_it_should(finished):
     for world, results in finished[1].items():
         assert [status for status, _ in results] == [0] * 6 + [2, 2], (world, results)
         other, folder = results[6][1], results[7][1]
-        assert "selector.near.indices_path" in other and "was made of other data: their order" in other
+        assert "selector.near.indices_path" in other and "was computed from other data: their order" in other
         assert "belongs to something else (encoder: model there, encoder here)" in folder
 
 

@@ -27,13 +27,15 @@ METHODS = '''
 from dataclasses import dataclass
 import torch
 from dataflex_mega.algorithms.base import Mixer, Selector, Weighter
+from dataflex_mega.algorithms.requests import LossSignal
 from dataflex_mega.plugins import register_mixer, register_selector, register_weighter
 
 
 @register_selector("shortest_ids")
 @dataclass
 class ShortestIds(Selector):
-    signals = frozenset({"loss"})
+    def requests(self):
+        return (LossSignal(),)
 
     def score(self, table):
         return -table.sample_ids.float()

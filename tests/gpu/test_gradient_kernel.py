@@ -138,7 +138,7 @@ def test_more_samples_than_a_piece_has_and_gradients_that_are_views(monkeypatch)
     from dataflex_mega.signals import kernels
     from dataflex_mega.signals.kernels import SAMPLES, TritonAccumulator
 
-    monkeypatch.setattr(kernels, "PIECE", 1)  # so that rows are cut too
+    monkeypatch.setattr(kernels, "TILE_BYTES", 1)  # so that rows are cut too
     count = 2 * SAMPLES + 3
     make = torch.Generator().manual_seed(1)
     inputs = torch.randn(count, 20, 64, generator=make).to(DEVICE)

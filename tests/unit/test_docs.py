@@ -36,7 +36,7 @@ PAGES = sorted(
 PLUGINS = "examples.plugins.my_algorithms"
 CURRICULUM, MIDDLE, CLIPPED = (f"{PLUGINS}:{name}" for name in ("Curriculum", "MiddleLoss", "Clipped"))
 WHOLE_RUN = {"model_name_or_path", "output_dir"}  # a YAML that has these is a complete configuration
-READERS_OWN = re.compile(r"my_package\.|loss_share")  # a module or an algorithm that the reader writes
+READERS_OWN = re.compile(r"my_package\.|loss_share|uncertain")  # a module or an algorithm that the reader writes
 markdown_tables = tool("markdown_tables")
 MADE = re.compile(r"\.demo/|docs/_build")  # paths that exist only after a command
 

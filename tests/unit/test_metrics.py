@@ -54,7 +54,9 @@ def test_another_rank_leaves_files_alone(tmp_path):
 def test_what_the_roles_did_for_a_plan_is_written_under_the_names_that_users_read(tmp_path):
     plan = SamplingPlan(4, (0.25, 0.75), (0, 0), (0.0, 0.0), selected_ids=torch.tensor([0, 2]))
     state, folders = TrainState(4, plan), (tmp_path / "chosen", tmp_path / "losses")
-    metrics = Metrics(tmp_path, ("a", "b"), 8, True, "odm", selection_folder=folders[0], scoreboard_folder=folders[1])
+    metrics = Metrics(
+        tmp_path, ("a", "b"), 8, True, mixer_name="odm", selection_folder=folders[0], scoreboard_folder=folders[1]
+    )
     scores = torch.tensor([0.5, 0.25])
     report = PlanReport(
         mixer={"alpha": 0.5},

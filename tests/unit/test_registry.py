@@ -195,6 +195,75 @@ def test_mistakes_of_plug_ins_are_named(plug_in: str) -> None:
     assert message == f"mixer.{plug_in}:Evenly: sharpness must not be negative"
 
 
+OLD_CONTRACT = """
+from dataclasses import dataclass
+from typing import ClassVar
+from dataflex_mega.algorithms.base import Mixer, Reorder, Selector
+
+class OldBase(Selector):
+    needs: ClassVar[frozenset] = frozenset({"loss"})
+
+@dataclass
+class Old(OldBase):
+    def score(self, table):
+        return table["loss"]
+
+    def choose(self, scores, count, clock, rng):
+        return scores.topk(count).indices
+
+    def accumulate(self, ids, scores, clock):
+        return scores
+
+@dataclass
+class Halfway(Mixer):
+    @property
+    def signals(self):
+        return frozenset({"loss"})
+
+    def state(self):
+        return {}
+
+    def restore(self, state):
+        pass
+
+    def proportions(self, context, rng):
+        return None
+
+@dataclass
+class OldOrder(Reorder):
+    reads_scores: ClassVar[bool] = False
+
+    def ranks(self, count, seed):
+        return None
+
+@dataclass
+class Named(Mixer):
+    state: int = 3
+    choose: float = 0.5
+
+    def proportions(self, context, rng):
+        return None
+"""
+
+
+def test_a_class_of_the_former_contract_is_refused_with_what_replaces_it(plug_in: str, tmp_path: Path) -> None:
+    (tmp_path / "my_plug_in.py").write_text(OLD_CONTRACT)
+    end = "; see docs/add-an-algorithm.md"
+    assert failure("selector", f"{plug_in}:Old") == (
+        f"selector: {plug_in}:Old is written for an earlier version: needs is now requests, choose is now select, "
+        f"accumulate is now combine_updates{end}"
+    )
+    assert failure("mixer", f"{plug_in}:Halfway") == (
+        f"mixer: {plug_in}:Halfway is written for an earlier version: signals is now requests, state is now state_dict, "
+        f"restore is now load_state_dict{end}"
+    )
+    assert failure("reorder", f"{plug_in}:OldOrder") == (
+        f"reorder: {plug_in}:OldOrder is written for an earlier version: ranks is now rank_order, "
+        f"reads_scores is now uses_scores{end}"
+    )
+    assert set(get_parameters("mixer", f"{plug_in}:Named")) == {"state", "choose"}, "a parameter may have any name"
+
+
 def test_a_former_name_is_read_with_a_note() -> None:
     spec = {"name": "rho1", "keep": 0.5}
     assert validate("weighter", spec) == ["weighter.rho1.keep is now keep_ratio: 0.5"]

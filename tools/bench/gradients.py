@@ -123,7 +123,9 @@ def measure(options: argparse.Namespace, lora: bool) -> Iterator[tuple[str, list
     step = peak_gib(lambda: engine.train_step([batches[2]], None))
     base = statistics.median([time_call(lambda: plain_pass(engine, batches[0])) for _ in range(5)])
     size = sum(p.numel() for p in engine.model.parameters())
-    print(f"# {size / 1e6:.0f}M parameters, {base * 1000:.1f} ms a pass, {step:.1f} GiB a training step", flush=True)
+    print(
+        f"# {size / 1e6:.0f}M parameters, {base * 1000:.1f} ms per pass, {step:.1f} GiB per training step", flush=True
+    )
     for kernel in options.kernels.split(","):
         for groups in (int(s) for s in options.directions.split(",")):
             os.environ["DATAFLEX_GRADIENT_KERNEL"] = kernel

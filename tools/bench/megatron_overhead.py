@@ -212,7 +212,7 @@ def show(options: argparse.Namespace, spent: dict[str, list[float]], pairs: Sequ
 def throughput(options: argparse.Namespace, seconds: float, engine: Any) -> None:
     """Print the tokens per second without a role, and on one process the model-FLOPs utilisation if the peak is given."""
     tokens = options.micro * options.accumulation * options.length * engine.parallel_info.dp_size
-    print(f"\nnone: {seconds * 1000:.1f} ms a step of {tokens} tokens, {tokens / seconds:,.0f} tokens/s")
+    print(f"\nnone: {seconds * 1000:.1f} ms per step of {tokens} tokens, {tokens / seconds:,.0f} tokens/s")
     if engine.parallel_info.world_size > 1:
         return
     # 6 operations per parameter and token, and attention's two products: 12 x layers x hidden x length a token, halved by

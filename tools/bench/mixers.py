@@ -148,7 +148,7 @@ def compare_rounds(trainers: dict[str, Any], count: int, title: str) -> float:
             values.append(spent[name] / spent["static"])
     overhead.show(f"a step / a step of static, {title}, {count} rounds", ratios, 1.01)
     step, plain = statistics.median(static_seconds), statistics.median(around["static"])
-    print(f"static: {step * 1e3:.1f} ms a step, {plain * 1e3:.2f} ms of it around the engine: planning, data, log")
+    print(f"static: {step * 1e3:.1f} ms per step, {plain * 1e3:.2f} ms of it around the engine: planning, data, log")
     for name in ratios:
         print(f"{name:22}{(statistics.median(around[name]) - plain) / step:9.2%} of a step more around the engine")
     print(flush=True)

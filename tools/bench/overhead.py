@@ -120,7 +120,7 @@ def compare_roles(options: argparse.Namespace, folder: Path) -> None:
             values.append(spent[name] / spent["none"])
     tokens = options.batch * options.length
     print(
-        f"no role: {statistics.median(seconds) * 1000:.1f} ms a step, {tokens / statistics.median(seconds):,.0f} tokens/s"
+        f"no role: {statistics.median(seconds) * 1000:.1f} ms per step, {tokens / statistics.median(seconds):,.0f} tokens/s"
     )
     show(f"a step with the role / a step without, {options.rounds} rounds", ratios, 1.01)
 

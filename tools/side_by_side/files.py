@@ -18,7 +18,7 @@ from typing import Any
 
 # Fields that hold wall-clock time or machine load, in any file.
 CLOCKED = (
-    "timestamp", "seconds", "extra_seconds", "overhead", "elapsed_time", "remaining_time", "*_runtime", "*_per_second",
+    "timestamp", "seconds", "extra_seconds", "overhead", "*_time", "*_runtime", "*_per_second",
     "throughput", "seconds/*", "train/*per_second*", "*seconds*",
 )  # fmt: skip
 # Files without numbers of a run, with pictures of numbers that are elsewhere, or of another layout on each side.
@@ -31,7 +31,7 @@ LEFT_OUT = {
     "*.yaml": "configurations that the run was given",
     "*.sh": "command lines",
     "*.lock": "locks",
-    "times.jsonl": "seconds a step",
+    "times.jsonl": "seconds per step",
     "training_args.bin": "a pickled object, from the configuration",
     "checkpoint-*": "checkpoints; their keys are internal, the runs `resumed` continue from one",
 }
@@ -93,7 +93,7 @@ def json_difference(first: bytes, second: bytes) -> str | None:
 
 
 def lines_difference(first: bytes, second: bytes, read: Callable[[str], Any] = str) -> str | None:
-    """Of two files with a value a line."""
+    """Of two files with one value per line."""
     mine, other = first.decode().splitlines(), second.decode().splitlines()
     for number, (a, b) in enumerate(zip(mine, other, strict=False), 1):
         difference = value_difference(read(a), read(b))

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 NUM_TRAIN, NUM_VALIDATION, LENGTH = 24, 6, 500  # documents of a domain, characters of a document
+SCALE = 6.0
 NUM_COMPONENT_ROWS = 24  # rows that files of neighbours and chances are written for
 DOMAINS = ("demo_c4", "demo_wiki", "demo_alpaca_text", "demo_python")
 SLIMPAJAMA = ("CommonCrawl", "C4", "Github", "Book", "ArXiv", "Wikipedia", "StackExchange")
@@ -85,7 +86,11 @@ def require(status: int, what: str) -> None:
 
 
 def write_models(folder: Path, tool: ModuleType) -> None:
-    """`model`, `moe`, and `reference`: the first with noise on it, so that losses of the two differ."""
+    """`model`, `moe`, and `reference`: the first with noise on it, so that losses of the two differ.
+
+    A new model has nearly the same loss on all text, where weights and choices by loss would be nearly the same too. Its
+    matrices are multiplied by SCALE, which spreads the losses.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -94,9 +99,12 @@ def write_models(folder: Path, tool: ModuleType) -> None:
     require(tool.main([*data, "--output", str(folder / "moe"), "--experts", "4"]), "tiny_model --experts")
     shutil.copytree(folder / "model", folder / "reference")
     noise = torch.Generator().manual_seed(7)
-    weights = load_file(folder / "model" / "model.safetensors")
-    moved = {name: value + 0.02 * torch.randn(value.shape, generator=noise) for name, value in weights.items()}
-    save_file(moved, folder / "reference" / "model.safetensors", metadata={"format": "pt"})
+    for name in ("model", "moe", "reference"):
+        file = folder / name / "model.safetensors"
+        weights = {key: value * (SCALE if value.ndim > 1 else 1) for key, value in load_file(file).items()}
+        if name == "reference":
+            weights = {key: value + 0.1 * torch.randn(value.shape, generator=noise) for key, value in weights.items()}
+        save_file(weights, file, metadata={"format": "pt"})
 
 
 def write_corpora(folder: Path) -> None:

@@ -17,16 +17,17 @@ from typing import Any
 import yaml
 
 TRAIN, CLI = "dataflex_mega.train", "dataflex_mega.cli"
-LENGTH, OUT = 32, "out"
+OUT = "out"
+LENGTH, BATCH, EVAL_BATCH = 30, 3, 5  # sums and means of powers of two would hide another order of operations
 STEPS, SELECTION_STEPS, PIPELINE_STEPS = 8, 4, 24  # fewer where every update scores the whole pool
 ORDERED_STEPS = 3  # between updates of an order
 NUM_COMPONENT_ROWS = 24
 # Key of an example -> its value here. A key that an example does not have stays away.
 SIZES: dict[str, Any] = {
     "warmup_step": 1, "update_step": 1, "eval_steps": 2, "warmup_steps": 1, "save_total_limit": None,
-    "per_device_eval_batch_size": 4, "plot_loss": False,
+    "per_device_eval_batch_size": EVAL_BATCH, "plot_loss": False,
 }  # fmt: skip
-SMALL_COMPONENT = {"cutoff_len": LENGTH, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+SMALL_COMPONENT = {"cutoff_len": LENGTH, "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1}
 TENSOR_PARALLEL = {"engine": "megatron", "tensor_model_parallel_size": 2, "sequence_parallel": True}
 ADO = {"name": "ado", "start_step": 2, "refit_every": 1, "ignore_steps": 0}
 PLUGINS = "examples.plugins.my_algorithms"
@@ -155,10 +156,12 @@ def cut(inputs: Inputs, example: str, output: str = OUT) -> dict[str, Any]:
     model = "moe" if str(config["model_name_or_path"]).endswith("moe") else "model"
     keys.update(
         model_name_or_path=inputs.path(model), output_dir=output, cutoff_len=LENGTH, max_steps=steps_of(config),
-        logging_steps=1, per_device_train_batch_size=2, save_strategy="no",
+        logging_steps=1, per_device_train_batch_size=BATCH, save_strategy="no",
     )  # fmt: skip
     if config.get("train_type") == "dynamic_reorder":
         keys["update_step"] = ORDERED_STEPS
+    if int(config.get("update_times", -1)) > 0:
+        keys["update_times"] = (keys["max_steps"] - 1) // keys["update_step"]
     if "train_step" in config:
         keys["train_step"] = keys["max_steps"]
     if "dataset_dir" in config:
@@ -282,7 +285,7 @@ def compare_jobs(inputs: Inputs) -> Iterator[Job]:
         sizes = {key: value for key, value in SIZES.items() if key in base}
         more = {
             "model_name_or_path": inputs.path("model"), "cutoff_len": LENGTH, "max_steps": STEPS, "logging_steps": 1,
-            "per_device_train_batch_size": 2, "save_strategy": '"no"',
+            "per_device_train_batch_size": BATCH, "save_strategy": '"no"',
         }  # fmt: skip
         if "dataset_dir" in base:
             more.update(dataset_dir=inputs.path("data"), max_samples=12)
@@ -309,11 +312,8 @@ def component_jobs(inputs: Inputs, processes: int) -> Iterator[Job]:
     }
     present = inputs.examples()
     for example, name in [(e, name) for e, names in COMPONENTS.items() if e in present for name in names.split()]:
-        config = inputs.config(example)
         keys = {**cut(inputs, example), **SMALL_COMPONENT, "component_name": name, "max_samples": NUM_COMPONENT_ROWS}
         keys = {key: value for key, value in keys.items() if key != "max_steps"}
-        if "update_step" in config:
-            keys["update_times"] = (steps_of(config) - 1) // keys["update_step"]
         keys["num_train_epochs"] = 1.0
         if processes == 2:
             keys.update(TENSOR_PARALLEL)

@@ -43,6 +43,7 @@ MIN_START_ALPHA = 0.1  # the smallest initial alpha: a flat law does not determi
 FIRST_DAMPING, SMALLEST_DAMPING, LARGEST_DAMPING = 1e-3, 1e-12, 1e8
 MAX_LM_STEPS = 2000  # of a fit
 CONVERGED, PATIENCE = 1e-12, 12  # a fit ends after PATIENCE steps that gain a smaller fraction than CONVERGED
+STATE_TENSORS = ("mean_share", "mean_policy", "policy", "seen")  # of length k, in `state_dict`
 EPS = 1e-18  # keeps the equations of a step solvable
 MIN_POINTS = 16  # a domain with fewer is not fitted: three parameters would follow the noise, to the last bit of it
 MAX_POINTS = 256
@@ -174,9 +175,9 @@ def speeds(laws: Tensor, n: Tensor) -> Tensor:
     return torch.nan_to_num(speed, nan=0.0)
 
 
-def preference(speed: Tensor, prior: Tensor, drawn: Tensor, credit: Credit, min_share: float) -> Tensor:
+def preference(speed: Tensor, prior: Tensor, mean_share: Tensor, credit: Credit, min_share: float) -> Tensor:
     """[k] rho: at least min_share, then divided by its sum. The prior where no domain has a speed."""
-    credited = drawn if credit == "share" else drawn * (1 - drawn)
+    credited = mean_share if credit == "share" else mean_share * (1 - mean_share)
     raw = speed * prior * credited.sqrt()
     rho = raw / raw.sum() if float(raw.sum()) > 0 else prior
     rho = rho.clamp(min=min_share)
@@ -244,7 +245,7 @@ class Ado(Mixer):
     count: Literal["all", "own"] = "all"
     min_irreducible: Annotated[float, Range()] = 0.5
     _prior: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64), init=False, repr=False)
-    _drawn: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64), init=False, repr=False)
+    _mean_share: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64), init=False, repr=False)
     _mean_policy: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64), init=False, repr=False)
     _policy: Tensor = field(default_factory=lambda: torch.ones(1, dtype=torch.float64), init=False, repr=False)
     _seen: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64), init=False, repr=False)
@@ -264,7 +265,7 @@ class Ado(Mixer):
             raise ConfigError(f"mixer.ado.min_share: must be at most 1/K = {1 / len(domains):g}, {found}")
         self._prior = torch.tensor(domains.initial_proportions, dtype=torch.float64)
         self._prior /= self._prior.sum()
-        self._drawn, self._mean_policy, self._policy = self._prior.clone(), self._prior.clone(), self._prior.clone()
+        self._mean_share, self._mean_policy, self._policy = (self._prior.clone() for _ in range(3))
         self._seen = torch.zeros(len(domains), dtype=torch.float64)
         self._laws, self._history = [None] * len(domains), LossHistory(len(domains))
 
@@ -272,7 +273,7 @@ class Ado(Mixer):
         """Record the step, refit when due, update the policy. A loss that is not finite counts as not drawn."""
         samples = stats.domain_samples.double().cpu()
         if float(samples.sum()) > 0:
-            self._drawn = EMA_SHARE * self._drawn + (1 - EMA_SHARE) * samples / samples.sum()
+            self._mean_share = EMA_SHARE * self._mean_share + (1 - EMA_SHARE) * samples / samples.sum()
         self._seen = self._seen + samples
         if step > self.ignore_steps:
             loss, tokens = stats.domain_loss.double().cpu(), stats.domain_tokens.double().cpu()
@@ -297,19 +298,19 @@ class Ado(Mixer):
 
     def state_dict(self) -> dict[str, Any]:
         """Sample counts, policies, laws, and the points that the laws are fitted to."""
-        tensors = {"drawn": self._drawn, "mean_policy": self._mean_policy, "policy": self._policy, "seen": self._seen}
+        tensors = {name: getattr(self, f"_{name}") for name in STATE_TENSORS}
         lists: dict[str, Any] = {name: value.tolist() for name, value in tensors.items()}
         return {**lists, "laws": list(self._laws), "width": self._history.width, "groups": list(self._history.groups)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises CheckpointError when the state is of another number of domains."""
-        if len(state["drawn"]) != len(self._drawn):
-            found = f"{len(state['drawn'])} domains, this run has {len(self._drawn)}"
+        if len(state["mean_share"]) != len(self._mean_share):
+            found = f"{len(state['mean_share'])} domains, this run has {len(self._mean_share)}"
             raise CheckpointError(f"the checkpoint's ado state is for {found}")
-        named = (torch.tensor(state[name], dtype=torch.float64) for name in ("drawn", "mean_policy", "policy", "seen"))
-        self._drawn, self._mean_policy, self._policy, self._seen = named
+        named = (torch.tensor(state[name], dtype=torch.float64) for name in STATE_TENSORS)
+        self._mean_share, self._mean_policy, self._policy, self._seen = named
         self._laws = [None if law is None else list(law) for law in state["laws"]]
-        self._history = LossHistory(len(self._drawn), int(state["width"]), list(state["groups"]))
+        self._history = LossHistory(len(self._mean_share), int(state["width"]), list(state["groups"]))
 
     def _samples_seen(self) -> Tensor:
         """[k] samples seen, of all domains together or each one's own."""
@@ -330,6 +331,6 @@ class Ado(Mixer):
         """One step of the policy. A domain without a law has no speed: its rho is min_share."""
         laws = torch.tensor([[math.nan] * 3 if law is None else law for law in self._laws], dtype=torch.float64)
         speed = speeds(laws, self._samples_seen().clamp(min=1))
-        rho = preference(speed, self._prior, self._drawn, self.credit, self.min_share)
+        rho = preference(speed, self._prior, self._mean_share, self.credit, self.min_share)
         self._policy = EMA_POLICY * self._mean_policy + (1 - EMA_POLICY) * rho
         self._mean_policy = (1 - 1 / (step + 1)) * self._mean_policy + rho / (step + 1)

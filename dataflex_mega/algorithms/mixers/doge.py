@@ -81,7 +81,7 @@ class Doge(Mixer):
         self._weights_sum, self._updates = self._weights_sum + self._weights, self._updates + 1
 
     def proportions(self, context: UpdateContext, rng: torch.Generator) -> Tensor:
-        """[k] float64: the weights."""
+        """[k] float64, sums to 1: the current domain weights."""
         return self._weights.clone()
 
     def average_weights(self) -> tuple[int, Tensor]:

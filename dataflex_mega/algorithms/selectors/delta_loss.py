@@ -95,7 +95,7 @@ class DeltaLoss(Selector):
         loss the same chance. So does an empty window (no sample so far down has improved).
 
         Raises:
-            ConfigError: the scores are not those of the whole pool, so a mixer of several domains is on.
+            ConfigError: the scores are not those of the whole pool, so the run mixes several domains.
             DataError: count exceeds the number of candidates with a finite loss, both now and at the first update.
         """
         if len(scores) != self._pool_size:

@@ -56,7 +56,7 @@ class Greats(Weighter):
 
     def receive(self, request: Request, value: BatchGradients, step: int) -> None:
         """Select from the batch of the next step."""
-        ids, dot, gram = value.ids, value.dot, value.gram
+        ids, dot, gram = value.sample_ids, value.dot, value.gram
         count = max(1, round(self.keep_ratio * len(ids)))
         weights = torch.zeros(len(ids), dtype=torch.float64)
         weights[greedy_select(dot, gram, count, self.curvature)] = len(ids) / count

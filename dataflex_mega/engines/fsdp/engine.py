@@ -16,8 +16,8 @@ from torch import Tensor
 from dataflex_mega import objective
 from dataflex_mega.distributed.collectives import TorchCollectives
 from dataflex_mega.distributed.parallel_info import ParallelInfo
-from dataflex_mega.engines.capabilities import ENGINES
 from dataflex_mega.engines.fsdp import checkpoint
+from dataflex_mega.engines.fsdp.capabilities import CAPABILITIES
 from dataflex_mega.engines.fsdp.feature_maker import FSDPFeatureMaker
 from dataflex_mega.engines.fsdp.generate import generate_answers
 from dataflex_mega.engines.fsdp.gradient_gram import gradient_gram
@@ -44,7 +44,7 @@ from dataflex_mega.types import Batch, EmbeddingSpec, GenerationSpec, Projection
 
 @dataclass
 class FSDPEngine:
-    """Implements engines.base.Engine."""
+    """A Hugging Face model on one process, under DistributedDataParallel or FSDP2, as engines.base.Engine."""
 
     runner: FSDPModelRunner
     optimizer: torch.optim.Optimizer
@@ -63,7 +63,7 @@ class FSDPEngine:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        return ENGINES[self.name]
+        return CAPABILITIES
 
     @property
     def parallel_info(self) -> ParallelInfo:

@@ -29,7 +29,7 @@ def generate_answers(
     of them is open.
     """
     device = runner.device
-    ids, mask = _padded(prompts, pad_id)
+    ids, mask = _left_pad(prompts, pad_id)
     ids, mask = ids.to(device), mask.to(device)
     answers: list[list[int]] = [[] for _ in prompts]
     is_open = np.ones(len(prompts), dtype=bool)
@@ -59,7 +59,7 @@ def _step(runner: FSDPModelRunner, ids: Tensor, mask: Tensor, positions: Tensor,
     return outputs.logits[:, -1].float().cpu(), outputs.past_key_values
 
 
-def _padded(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
+def _left_pad(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
     """Prompts on the right of their rows: ([n, S] ids, [n, S] mask)."""
     width = max(len(prompt) for prompt in prompts)
     ids = np.full((len(prompts), width), pad_id, dtype=np.int64)

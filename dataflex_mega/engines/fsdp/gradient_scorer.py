@@ -84,7 +84,7 @@ class FSDPGradientScorer:
     def directions(self, groups: Sequence[Sequence[Batch]]) -> FSDPTargetDirections:
         """Groups of this rank's target batches -> the mean over all ranks of the targets' normalised gradients.
 
-        Every rank passes equally many groups and batches; rows without a target token (fillers) count for nothing.
+        Every rank passes equally many groups and batches; rows without a target token (fillers) do not count.
         """
         directions: dict[str, list[Tensor]] = {name: [] for name in self.weights}
         for batches in groups:
@@ -102,7 +102,7 @@ class FSDPGradientScorer:
         """Groups of prompts, each (this rank's answers [n], [n] factors) -> the mean over prompts of the normalised
         gradient of sum over the answers of all ranks of factor * (summed token loss of the answer).
 
-        Every rank passes equally many prompts. A prompt whose gradient is zero counts for nothing.
+        Every rank passes equally many prompts. A prompt whose gradient is zero does not count.
         """
         directions: dict[str, list[Tensor]] = {name: [] for name in self.weights}
         for prompts in groups:
@@ -188,7 +188,7 @@ class FSDPGradientScorer:
 
     @contextmanager
     def _weights_frozen(self) -> Iterator[None]:
-        """Layers do not keep their inputs for a weight gradient that nobody asks for; what the hooks keep is enough.
+        """Layers do not keep their inputs for a weight gradient that is not needed; what the hooks store is enough.
 
         Wrapped models are left alone: FSDP2 makes the gathered parameters itself, DDP has hooks on its parameters.
         """

@@ -24,8 +24,8 @@ class FSDPRouterCounter:
         config = model.config.get_text_config()
         self.modules = find_routers(model)
         self.experts = next((int(n) for key in EXPERTS if (n := getattr(config, key, None))), 0)
-        self.chosen = int(getattr(config, "num_experts_per_tok", 0) or 0)
-        if not self.modules or not self.experts or not self.chosen:
+        self.top_k = int(getattr(config, "num_experts_per_tok", 0) or 0)
+        if not self.modules or not self.experts or not self.top_k:
             raise ConfigError(
                 f"mixer: needs a mixture of experts, and {config.model_type} has no routers that transformers records"
             )
@@ -50,7 +50,7 @@ class FSDPRouterCounter:
 
     def _forward_hook(self, layer: int, domain: Tensor, sums: RouterLoadCounter) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            sums.add(layer, one_hot_experts(output, self.experts, self.chosen), domain)
+            sums.add(layer, one_hot_experts(output, self.experts, self.top_k), domain)
 
         return hook
 
@@ -70,19 +70,19 @@ def find_routers(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def one_hot_experts(output: Any, experts: int, chosen: int) -> Tensor:
+def one_hot_experts(output: Any, experts: int, top_k: int) -> Tensor:
     """[t, E] float: a router's output, 1 where a token goes to an expert.
 
     Where the output has the indices of the chosen experts they are taken; else those of the largest logits.
     """
     outputs = output if isinstance(output, tuple) else (output,)
     expert_ids = next(
-        (p for p in outputs if torch.is_tensor(p) and not p.is_floating_point() and p.shape[-1] == chosen), None
+        (p for p in outputs if torch.is_tensor(p) and not p.is_floating_point() and p.shape[-1] == top_k), None
     )
     if expert_ids is None:
         logits = next((p for p in outputs if torch.is_tensor(p) and p.shape[-1] == experts), None)
         if logits is None:
             raise ConfigError("mixer: the model's routers give neither numbers of experts nor a logit for each")
-        expert_ids = logits.detach().topk(chosen, dim=-1).indices
-    flat = expert_ids.reshape(-1, chosen)
+        expert_ids = logits.detach().topk(top_k, dim=-1).indices
+    flat = expert_ids.reshape(-1, top_k)
     return torch.zeros(len(flat), experts, device=flat.device).scatter_(1, flat, 1.0)

@@ -78,7 +78,7 @@ class FSDPModelRunner:
 
     @contextlib.contextmanager
     def evaluation_mode(self) -> Iterator[None]:
-        """Dropout off inside."""
+        """Inside, modules are in evaluation mode: no dropout."""
         self.module.eval()
         try:
             yield

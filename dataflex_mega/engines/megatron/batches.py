@@ -41,8 +41,8 @@ def split_rows(batch: Batch, rows: int, multiple: int) -> list[Batch]:
     count = -(-count // multiple) * multiple
     padded = _pad_batch(batch, count * rows, batch.input_ids.shape[1])
     grids = ("input_ids", "labels", "segment_ids", "position_ids", "reference_losses")
-    pieces = {name: value.split(rows) for name, value in padded.tensors().items() if name in grids}
-    return [replace(padded, **{name: values[i] for name, values in pieces.items()}) for i in range(count)]
+    splits = {name: value.split(rows) for name, value in padded.tensors().items() if name in grids}
+    return [replace(padded, **{name: values[i] for name, values in splits.items()}) for i in range(count)]
 
 
 def blocked_mask(segment_ids: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -52,7 +52,7 @@ def plan(request: ConversionRequest, config: Any, world: int) -> tuple[MegatronL
     if layout.data > 1 and layout.expert == 1:
         raise ConfigError(f"{world} processes for {layout.describe()}: copies of the model have nothing to do here")
     decoder = DecoderConfig.from_hf_config(config, request.vocab_multiple * layout.tensor)
-    check_layout(layout, decoder, request.keys, accumulation=layout.pipeline, length=1)
+    check_layout(layout, decoder, request.keys, grad_accumulation=layout.pipeline, length=1)
     return layout, decoder
 
 
@@ -129,7 +129,7 @@ def _dtype(weights: HFCheckpointReader) -> torch.dtype:
 
 
 def _build(parallel_info: ParallelInfo, request: ConversionRequest, config: Any, dtype: torch.dtype) -> list[Any]:
-    """This process's chunks, not initialised."""
+    """The model chunks of this process, with parameters that are not initialised."""
     layout, decoder = plan(request, config, parallel_info.world_size)
     training = TrainingSettings("adam", 0.0, 0.0, (0.9, 0.999), 1e-8, 0.0, PRECISION[dtype])
     settings = build_settings(request.keys, layout, decoder, training)

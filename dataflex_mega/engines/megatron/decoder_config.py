@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from dataflex_mega.engines.hf_names import MOE_MODEL_TYPES, SUPPORTED_MODEL_TYPES
 from dataflex_mega.errors import ConfigError, did_you_mean
 
-DENSE = ("llama", "mistral", "qwen2", "qwen3")
-SPARSE = ("mixtral", "qwen3_moe")
-SUPPORTED = DENSE + SPARSE
 ROPE = ("default", "linear", "llama3")  # rotary embeddings that change frequencies only
 
 
@@ -55,10 +53,10 @@ class DecoderConfig:
         """`vocab_multiple`: what the padded vocabulary is a multiple of. Raises ConfigError naming what is not
         supported."""
         kind = str(config.model_type)
-        if kind not in SUPPORTED:
+        if kind not in SUPPORTED_MODEL_TYPES:
             raise ConfigError(
-                f"engine: megatron has no {kind!r} model{did_you_mean(kind, SUPPORTED)}; it has {', '.join(SUPPORTED)}; "
-                "engine: fsdp takes any"
+                f"engine: megatron has no {kind!r} model{did_you_mean(kind, SUPPORTED_MODEL_TYPES)}; "
+                f"it has {', '.join(SUPPORTED_MODEL_TYPES)}; engine: fsdp takes any"
             )
         _refuse(config)
         rope = _rope(config)
@@ -83,7 +81,7 @@ class DecoderConfig:
             rotary_base=float(rope["rope_theta"]),
             rope_type=str(rope.get("rope_type", "default")),
             sliding_window=getattr(config, "sliding_window", None),
-            experts=_experts(config) if kind in SPARSE else None,
+            experts=_experts(config) if kind in MOE_MODEL_TYPES else None,
             hf_config=config,
         )
 

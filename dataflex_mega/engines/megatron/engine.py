@@ -18,8 +18,8 @@ from torch import Tensor
 from dataflex_mega import objective
 from dataflex_mega.distributed.collectives import TorchCollectives
 from dataflex_mega.distributed.parallel_info import ParallelInfo
-from dataflex_mega.engines.capabilities import ENGINES
 from dataflex_mega.engines.megatron import checkpoint, cpu
+from dataflex_mega.engines.megatron.capabilities import CAPABILITIES
 from dataflex_mega.engines.megatron.gradient_gram import gradient_gram
 from dataflex_mega.engines.megatron.gradient_scorer import MegatronGradientScorer
 from dataflex_mega.engines.megatron.lr_adapter import LRSchedulerAdapter
@@ -75,7 +75,7 @@ class MegatronEngine:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        return ENGINES[self.name]
+        return CAPABILITIES
 
     @property
     def parallel_info(self) -> ParallelInfo:

@@ -79,7 +79,7 @@ class MicroBatchSpans:
 
 @dataclass
 class MegatronGradientHooks:
-    """Records inside `with`. A MicroBatchObserver of the forward pass.
+    """Records inside `with`, as the observer of MegatronModelRunner.forward_backward.
 
     Which micro-batch a layer is at is known at its forward pass: the one that `before_micro_batch` named last. Backward
     passes of a pipeline come later and in another order, and a recomputed forward pass runs inside one; so when gradients

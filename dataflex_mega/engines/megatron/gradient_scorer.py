@@ -106,7 +106,7 @@ class MegatronGradientScorer:
     def directions(self, groups: Sequence[Sequence[Batch]]) -> MegatronTargetDirections:
         """Groups of this rank's target batches -> the mean over all ranks of the targets' normalised gradients.
 
-        Every rank passes equally many groups and batches; rows without a target token (fillers) count for nothing.
+        Every rank passes equally many groups and batches; rows without a target token (fillers) do not count.
         """
         norms = {shard.name: LayerOperands(None) for shard in self.shards}
         sums = {shard.name: ShardedSum(shard.weight.shape, _replicas(shard)) for shard in self.shards}

@@ -1,7 +1,8 @@
-"""Which slices of which Hugging Face tensors a Megatron parameter is made of: one description for both directions.
+"""Which slices of which Hugging Face tensors make up a Megatron parameter: one description for both directions.
 
-A parameter goes by its global name: megatron-core's own, with the number of the layer in the whole model and of the expert
-in the whole layer. Along its rows a parameter is one slice of a Hugging Face tensor, or several one after the other:
+A parameter is identified by its global name: megatron-core's own, with the number of the layer in the whole model and of
+the expert in the whole layer. Along its rows a parameter is one slice of a Hugging Face tensor, or several one after the
+other:
 
     linear_qkv   for each key-value group: the query rows of its heads, its key rows, its value rows
     linear_fc1   gate rows, up rows

@@ -39,7 +39,7 @@ class MegatronLayout:
         parts = {"TP": self.tensor, "PP": self.pipeline, "CP": self.context, "EP": self.expert, "DP": self.data}
         named = [f"{name}{size}" for name, size in parts.items() if size > 1 or name == "DP"]
         if self.interleaved > 1:
-            named.append(f"{self.interleaved} chunks a stage")
+            named.append(f"{self.interleaved} chunks per stage")
         return " x ".join(named) + (", sequence parallel" if self.sequence_parallel else "")
 
 
@@ -81,15 +81,17 @@ def read_layout(keys: Any, world: int) -> MegatronLayout:
     )
 
 
-def check_layout(layout: MegatronLayout, decoder: DecoderConfig, keys: Any, accumulation: int, length: int) -> None:
+def check_layout(
+    layout: MegatronLayout, decoder: DecoderConfig, keys: Any, grad_accumulation: int, length: int
+) -> None:
     """Raise ConfigError where the model cannot be sharded like that.
 
     Args:
-        accumulation: micro-batches of a step and data-parallel rank.
+        grad_accumulation: micro-batches of a step and data-parallel rank.
         length: the longest sequence in tokens.
     """
     _check_tensor(layout, decoder)
-    _check_pipeline(layout, decoder, keys, accumulation)
+    _check_pipeline(layout, decoder, keys, grad_accumulation)
     _check_experts(layout, decoder, keys)
     if decoder.sliding_window is not None and length > decoder.sliding_window:
         raise ConfigError(
@@ -109,7 +111,7 @@ def _check_tensor(layout: MegatronLayout, decoder: DecoderConfig) -> None:
             raise ConfigError(f"tensor_model_parallel_size: {layout.tensor} does not divide the model's {size} {what}")
 
 
-def _check_pipeline(layout: MegatronLayout, decoder: DecoderConfig, keys: Any, accumulation: int) -> None:
+def _check_pipeline(layout: MegatronLayout, decoder: DecoderConfig, keys: Any, grad_accumulation: int) -> None:
     if layout.interleaved > 1 and layout.pipeline == 1:
         raise ConfigError("virtual_pipeline_model_parallel_size: needs pipeline_model_parallel_size > 1, found 1")
     counted = (
@@ -121,9 +123,9 @@ def _check_pipeline(layout: MegatronLayout, decoder: DecoderConfig, keys: Any, a
             f"pipeline_model_parallel_size: {layout.pipeline} stages of {layout.interleaved} chunks do not divide the "
             f"model's {counted} layers; pipeline_model_parallel_layout can name the layers of each stage"
         )
-    if layout.interleaved > 1 and accumulation % layout.pipeline:
+    if layout.interleaved > 1 and grad_accumulation % layout.pipeline:
         raise ConfigError(
-            f"gradient_accumulation_steps: {accumulation} is no multiple of pipeline_model_parallel_size "
+            f"gradient_accumulation_steps: {grad_accumulation} is no multiple of pipeline_model_parallel_size "
             f"{layout.pipeline}, as interleaved stages need"
         )
 

@@ -48,7 +48,7 @@ def _dp_pp_group(layout: MegatronLayout) -> dist.ProcessGroup | None:
 
 
 def is_last_pipeline_stage() -> bool:
-    """Whether this rank sees losses."""
+    """Whether this rank is on the last pipeline stage, which computes losses."""
     return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
 
@@ -69,7 +69,7 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def set_rng_state(state: dict[str, Tensor]) -> None:
-    """The inverse of `rng_state`."""
+    """Set all generators to what `rng_state` returned. CUDA's is left alone where this process or `state` has none."""
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from dataflex_mega.distributed.collectives import TorchCollectives
 from dataflex_mega.distributed.parallel_info import ParallelInfo
 from dataflex_mega.engines.megatron import batches, cpu, process_groups
 from dataflex_mega.engines.megatron.context import ContextParallel
+from dataflex_mega.engines.megatron.gradient_hooks import MegatronGradientHooks
 from dataflex_mega.engines.megatron.hidden_states import HiddenStateCapture
 from dataflex_mega.engines.megatron.layout import MegatronLayout
 from dataflex_mega.engines.megatron.routers import MegatronRouterCounter
@@ -31,13 +32,6 @@ ScheduleLoss = tuple[Tensor, Tensor, dict[str, Any]]  # what megatron-core's sch
 LossFn = Callable[[int, Batch, Tensor | None, Tensor], ScheduleLoss]
 """(number of the micro-batch, the micro-batch, [n, h] embeddings or None, [b, S] float32 token losses, 0 where there is no
 target) -> ScheduleLoss. megatron-core divides gradients by the total of the counts at the end of the pass."""
-
-
-class MicroBatchObserver(Protocol):
-    """Is told when a micro-batch enters and leaves a chunk in the forward pass."""
-
-    def before_micro_batch(self, number: int) -> None: ...
-    def after_micro_batch(self, number: int, output: Tensor) -> None: ...
 
 
 @dataclass
@@ -67,7 +61,7 @@ class MegatronModelRunner:
 
     @property
     def model(self) -> Any:
-        """This stage's first chunk."""
+        """The first model chunk of this pipeline stage."""
         return unwrap(self.model_chunks[0])
 
     @property
@@ -117,9 +111,10 @@ class MegatronModelRunner:
         loss_fn: LossFn,
         forward_only: bool,
         spec: EmbeddingSpec | None = None,
-        observer: MicroBatchObserver | None = None,
+        observer: MegatronGradientHooks | None = None,
     ) -> None:
-        """One pass of megatron-core's schedule; the last stage calls `loss_fn`. `spec`: the embeddings it gets."""
+        """One pass of megatron-core's schedule; the last stage calls `loss_fn`. `spec`: the embeddings it gets; `observer`:
+        learns when a micro-batch enters and leaves a chunk."""
 
         def forward(source: Iterator[tuple[int, Batch]], chunk: Any) -> tuple[Tensor, Any]:
             number, batch = next(source)
@@ -236,7 +231,7 @@ class MegatronModelRunner:
                 chunk.enable_forward_pre_hook()
 
     def zero_grad(self, optimizer: Any) -> None:
-        """Clear gradient buffers and what the optimizer made of them."""
+        """Clear the gradient buffers and the optimizer's views of them."""
         for chunk in self.model_chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()  # after a step, a parameter's grad may be its part of the buffer

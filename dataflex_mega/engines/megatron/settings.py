@@ -126,7 +126,7 @@ def _transformer_engine(requested: str | None) -> bool:
 def _fusions(
     keys: Any, transformer_engine: bool, layout: MegatronLayout, decoder: DecoderConfig
 ) -> tuple[dict[str, bool], list[str]]:
-    """(key -> whether it is on, a note for each that was asked for and cannot be)."""
+    """(key -> whether it is enabled, a note for each that was requested and is not possible)."""
     available = {"a CUDA device": torch.cuda.is_available(), "Transformer Engine": transformer_engine}
     on: dict[str, bool] = {}
     notes = []
@@ -248,11 +248,11 @@ def _check_messages(model: Mapping[str, Any], layout: MegatronLayout) -> None:
 
 def _add_further(keys: Any, targets: Mapping[type, dict[str, Any]], decoder: DecoderConfig) -> None:
     """Put additional_configs and extra_config, which come last, where a field has their name."""
-    own_keys, sizes = {f.name for f in fields(keys)}, _sizes(decoder).keys() - FREE
+    key_names, sizes = {f.name for f in fields(keys)}, _sizes(decoder).keys() - FREE
     for source in ("additional_configs", "extra_config"):
         for name, value in _mapping(source, getattr(keys, source)).items():
             plain = str(name).rpartition(".")[2]  # Megatron-Bridge writes model.name
-            if plain in own_keys:
+            if plain in key_names:
                 raise ConfigError(f"{source}: {plain} is a key of its own; write {plain}: {value}")
             if plain in sizes:
                 raise ConfigError(f"{source}: {plain} follows from the model's configuration, which is converted by it")

@@ -1,4 +1,4 @@
-"""The wrappers of precision and data parallelism around a chunk: put on and looked through."""
+"""The wrappers of precision and data parallelism around a chunk: adding and unwrapping them."""
 
 from __future__ import annotations
 

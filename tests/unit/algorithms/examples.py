@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from dataflex_mega.algorithms.base import DomainInfo
+from dataflex_mega.algorithms.base import DomainInfo, Selector
 from dataflex_mega.types import SampleStats, SignalTable, StepStats, UpdateContext
 
 DOMAINS = DomainInfo(names=("web", "wiki", "code"), num_samples=(40, 10, 25), initial_proportions=(0.5, 0.3, 0.2))
@@ -48,8 +48,13 @@ def stats(mean_losses: Mapping[int, float], domains: int = 3, tokens: float = 8.
     )
 
 
+def table_for(selector: Selector, rows: int = 75) -> SignalTable:
+    """Candidates with a random value for every signal that a selector requests."""
+    return table(frozenset(request.name for request in selector.requests()), rows)
+
+
 def table(names: frozenset[str], rows: int = 75) -> SignalTable:
-    """Candidates with a random value for every signal asked for."""
+    """Candidates with a random value for every signal of these names."""
     ids = torch.arange(rows)
     values: dict[str, torch.Tensor] = {}
     for name in sorted(names):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from dataflex_mega.algorithms.base import Algorithm, Mixer, Reorder, Selector, Weighter
+from dataflex_mega.algorithms.requests import TargetEmbeddingSignal, requests_of
+from dataflex_mega.providers.registry import find_provider
 from dataflex_mega.registry import build, list_builtin_names, load_class
-from dataflex_mega.types import NeedsHidden, SampleStats
-from tests.unit.algorithms.examples import DOMAINS, generator, observed, stats, table, update_context
+from dataflex_mega.types import SampleStats
+from tests.unit.algorithms.examples import DOMAINS, generator, observed, stats, table_for, update_context
 
 SPECS: dict[str, dict[str, Any]] = {}  # "kind.name" -> parameters an algorithm cannot do without
 
@@ -24,8 +25,9 @@ SELECTORS, MIXERS, WEIGHTERS = ([n for k, n in ALL if k == kind] for kind in ("s
 def made(kind: str, name: str) -> Any:
     algorithm = build(kind, {"name": name, **SPECS.get(f"{kind}.{name}", {})})
     algorithm.setup(DOMAINS)
-    if isinstance(algorithm, NeedsHidden):
-        algorithm.learn(torch.nn.functional.normalize(torch.randn(5, generator=generator(5)), dim=0).double(), 0)
+    for request in requests_of(algorithm, TargetEmbeddingSignal):
+        target = torch.nn.functional.normalize(torch.randn(5, generator=generator(5)), dim=0).double()
+        algorithm.receive(request, target, 0)
     return algorithm
 
 
@@ -53,10 +55,23 @@ def test_class_says_what_it_is(kind: str, name: str) -> None:
     assert "Args:" in (cls.__doc__ or "")
 
 
+@pytest.mark.parametrize(("kind", "name"), ALL)
+def test_requests_are_equal_values_that_a_provider_serves(kind: str, name: str) -> None:
+    algorithm = made(kind, name)
+    requests = algorithm.requests()
+    assert requests == made(kind, name).requests(), "equal parameters, equal requests"
+    assert len(set(requests)) == len(requests)
+    entries = [find_provider(request, name) for request in requests]
+    # A mixer or a weighter that asks for reference losses reads them beside the samples of a batch.
+    assert kind == "selector" or all(entry.scope != "candidates" or entry.needs_reference for entry in entries)
+    names = [request.name for request in requests]
+    assert len(set(names)) == len(names)
+
+
 @pytest.mark.parametrize("name", SELECTORS)
 def test_selector_chooses_the_count_from_its_candidates(name: str) -> None:
     selector: Selector = made("selector", name)
-    candidates = table(selector.signals)
+    candidates = table_for(selector)
     before = copy.deepcopy(candidates)
     scores = selector.score(candidates)
     assert scores.shape[0] == 75 and scores.dim() in (1, 2) and scores.dtype == torch.float32
@@ -74,7 +89,7 @@ def test_selector_chooses_the_count_from_its_candidates(name: str) -> None:
 @pytest.mark.parametrize("name", SELECTORS)
 def test_scores_of_a_share_are_the_scores_of_the_whole(name: str) -> None:
     selector: Selector = made("selector", name)
-    candidates = table(selector.signals)
+    candidates = table_for(selector)
     parts = []
     for rows in (slice(0, 31), slice(31, 75)):
         signals = {key: value[rows] for key, value in candidates.signals.items()}
@@ -139,13 +154,6 @@ def test_state_through_json_continues_bit_by_bit(kind: str, name: str) -> None:
         assert whole.report() == resumed.report()
 
 
-def compared(weighter: Weighter, samples: SampleStats) -> SampleStats:
-    """What a weighter gets: vectors that it has looked at on each rank before they travelled."""
-    if isinstance(weighter, NeedsHidden) and samples.embeddings is not None:
-        return replace(samples, embeddings=weighter.compare(samples.embeddings))
-    return samples
-
-
 @pytest.mark.parametrize("name", list_builtin_names("reorder"))
 @pytest.mark.parametrize("count", [0, 1, 2, 31, 1000])
 def test_reorder_has_each_rank_once(name: str, count: int) -> None:
@@ -159,7 +167,7 @@ def test_reorder_has_each_rank_once(name: str, count: int) -> None:
 @pytest.mark.parametrize("losses", [[2.0], [1.0, 1.0], [1.0, 2.0, 3.0, 5.0, 0.1], [1e-8, 3e4, 7.0]])
 def test_weighter_gives_weights_with_mean_one(name: str, losses: list[float]) -> None:
     weighter: Weighter = made("weighter", name)
-    samples = compared(weighter, observed(losses))
+    samples = weighter.reduce(observed(losses))
     before = copy.deepcopy(samples)
     weights = weighter.weights(samples, 3, 100)
     assert weights.shape == (len(losses),) and not weights.requires_grad
@@ -177,7 +185,7 @@ def test_weighter_gives_weights_with_mean_one(name: str, losses: list[float]) ->
 @pytest.mark.parametrize("name", WEIGHTERS)
 def test_weights_move_with_their_samples(name: str) -> None:
     weighter: Weighter = made("weighter", name)
-    samples = compared(weighter, observed(torch.rand(20, generator=generator()) * 5))
+    samples = weighter.reduce(observed(torch.rand(20, generator=generator()) * 5))
     order = torch.randperm(20, generator=generator(1))
     moved = SampleStats(**{field: rows[order] for field, rows in samples.gathered_fields().items()})
     expected = weighter.weights(samples, 3, 100)[order]

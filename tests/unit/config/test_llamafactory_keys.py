@@ -9,7 +9,7 @@ from dataflex_mega.config.checks import ALLOWED, LF_MIN_VALUES, REFUSED, REQUIRE
 from dataflex_mega.config.legacy import DROPPED, INTO_FSDP_CONFIG, OUR_RENAMED, RENAMED
 from dataflex_mega.config.parse import MEGATRON_KEYS, OUR_KEYS, parse_config
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.schema.coercion import WORDS, alternatives, coerce_lenient, describe
+from dataflex_mega.schema.coercion import WORDS, alternatives, coerce_lenient, describe_type
 from tests.unit.config.conftest import LF_KEYS, Other
 
 
@@ -40,7 +40,7 @@ def test_the_small_table_of_the_other_tests_says_what_llamafactory_says(keys):
 
 def test_every_annotation_can_be_read(keys):
     for key, annotation in keys.items():
-        assert describe(annotation), key
+        assert describe_type(annotation), key
 
 
 def test_every_default_of_llamafactory_passes_the_check_unchanged(keys):

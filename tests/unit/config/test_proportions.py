@@ -13,7 +13,6 @@ from dataflex_mega.config import proportions
 from dataflex_mega.config.dataflex_parse import parse
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.run.averages import write_averages
-from dataflex_mega.types import Averages
 
 
 def start(keys: dict[str, Any], sizes: tuple[int, ...], names: tuple[str, ...] | None = None) -> tuple[float, ...]:
@@ -24,13 +23,11 @@ def start(keys: dict[str, Any], sizes: tuple[int, ...], names: tuple[str, ...] |
 STATIC = {"mixer": "static"}
 
 
-class Known(Averages):
-    def average_weights(self) -> tuple[int, torch.Tensor]:
-        return 5, torch.tensor([0.1, 0.7, 0.2], dtype=torch.float64)
+KNOWN = (5, torch.tensor([0.1, 0.7, 0.2], dtype=torch.float64))  # as Mixer.average_weights returns them
 
 
 def test_what_a_run_writes_the_next_one_reads(tmp_path: Path) -> None:
-    full, bare = write_averages(tmp_path, "doremi", ("a", "b", "c"), Known())
+    full, bare = write_averages(tmp_path, "doremi", ("a", "b", "c"), KNOWN)
     assert (full.name, bare.name) == ("doremi_average_weights.json", "doremi_step3_proportions.txt")
     content = json.loads(full.read_text())
     assert set(content) == {"description", "update_times", "domain_names", "average_weights"}
@@ -48,7 +45,7 @@ def test_plain_numbers_in_any_form(tmp_path: Path, text: str) -> None:
 
 
 def test_another_order_of_the_domains_is_refused(tmp_path: Path) -> None:
-    full, _ = write_averages(tmp_path, "doremi", ("a", "b", "c"), Known())
+    full, _ = write_averages(tmp_path, "doremi", ("a", "b", "c"), KNOWN)
     keys = {**STATIC, "init_mixture_proportions_file": str(full)}
     with pytest.raises(ConfigError, match="is for a, b, c; dataset is b, a, c"):
         start(keys, (9, 9, 9), ("b", "a", "c"))

@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
 from dataflex_mega.algorithms.base import DomainInfo, Mixer, Selector, Weighter
+from dataflex_mega.algorithms.requests import LossSignal
 from dataflex_mega.control.controller import MAX_PLAN_STEPS, DataController, RoleSet
 from dataflex_mega.control.schedule import UpdateSchedule
+from dataflex_mega.control.stages import StageConfig
 from dataflex_mega.data.candidates import CandidateRotation
 from dataflex_mega.data.sampler import Sampler
 from dataflex_mega.distributed.collectives import TorchCollectives
@@ -28,7 +29,8 @@ ALONE = TorchCollectives(
 class Highest(Selector):
     """The largest scores."""
 
-    signals: ClassVar[frozenset[str]] = frozenset({"loss"})
+    def requests(self):
+        return (LossSignal(),)
 
     def score(self, table):
         return table["loss"]
@@ -69,27 +71,40 @@ class ByLoss(Weighter):
 
 
 class FakeSignals:
-    """Losses that are a fixed permutation of the ids."""
+    """A SignalSource: losses by id, a fixed permutation of the ids; remembers which candidates were asked for."""
 
-    def __init__(self):
-        total = sum(SIZES)
-        self.losses = torch.from_numpy(np.random.default_rng(0).permutation(total).astype(np.float32))
-        self.calls = 0
+    def __init__(self, sizes=SIZES, losses=None):
+        total = sum(sizes)
+        self.ends = torch.tensor(sizes).cumsum(0)
+        shuffled = np.random.default_rng(0).permutation(total).astype(np.float32)
+        self.losses = torch.from_numpy(shuffled) if losses is None else losses
+        self.asked_ids, self.updates, self.steps = [], [], []
 
-    def rank_counts(self):
-        return [sum(SIZES)]
+    def signal_names(self, selector):
+        return sorted(request.name for request in selector.requests())
 
-    def table(self, signals):
-        self.calls += 1
-        ids = torch.arange(sum(SIZES))
-        return SignalTable(ids, torch.bucketize(ids, torch.tensor([39, 56])), {"loss": self.losses})
+    def table(self, selector, ids, step):
+        self.asked_ids.append(ids)
+        ids = torch.arange(len(self.losses)) if ids is None else torch.from_numpy(ids)
+        return SignalTable(ids, self.domain_ids(ids), {"loss": self.losses[ids]}), [len(ids)]
+
+    def domain_ids(self, ids):
+        return torch.searchsorted(self.ends, ids, right=True)
+
+    def before_update(self, algorithm, step):
+        self.updates.append((algorithm, step))
+
+    def before_step(self, algorithm, step, ids):
+        self.steps.append((algorithm, step, ids().tolist()))
 
 
-def controller(schedule, **roles):
+def controller(schedule, candidates=None, limits=None, **roles):
     initial = tuple(s / sum(SIZES) for s in SIZES)
     domains = DomainInfo(("a", "b", "c"), SIZES, initial)
-    sampler = Sampler(SIZES, G, seed=5)
-    return DataController(RoleSet(**roles), domains, schedule, sampler, ALONE, FakeSignals(), G, 100, 5)
+    return DataController(
+        RoleSet(**roles), domains, StageConfig.shared(schedule), Sampler(SIZES, G, seed=5), ALONE, FakeSignals(),
+        total_steps=100, seed=5, limits=limits, candidates=candidates,
+    )  # fmt: skip
 
 
 def drive(made, steps):
@@ -130,13 +145,13 @@ def test_a_plan_ends_where_a_role_is_due_next(roles, schedule, ends):
 def test_a_selection_trains_exactly_the_chosen_ids_once_each():
     made = controller(UpdateSchedule(2, 5, 2, repeat_cycles=True), selector=Highest())
     batches, plans = drive(made, 12)
-    top = made.signal_source.losses.topk(5 * G).indices.sort().values
+    top = made.signals.losses.topk(5 * G).indices.sort().values
     for window in (batches[2:7], batches[7:12]):
         assert sorted(np.concatenate(window)) == top.tolist()
-    assert made.last_selection_record.overlap == 1.0 and made.last_selection_record.step == 7
-    assert made.last_selection_record.quantiles[-1] == sum(SIZES) - 1
+    assert made.selection.last_record.overlap == 1.0 and made.selection.last_record.step == 7
+    assert made.selection.last_record.quantiles[-1] == sum(SIZES) - 1
     warm = np.concatenate(batches[:2])
-    assert len(set(warm)) == 2 * G and plans[0].phase == "warmup" and made.signal_source.calls == 2
+    assert len(set(warm)) == 2 * G and plans[0].phase == "warmup" and len(made.signals.asked_ids) == 2
 
 
 def test_selecting_and_mixing_agree_on_the_counts_and_the_ids():
@@ -151,7 +166,7 @@ def test_selecting_and_mixing_agree_on_the_counts_and_the_ids():
         drawn += counts
         assert np.abs(drawn - target).max() <= 1, "drawn shares follow the changing mixture"
         for d in range(3):
-            here = made.signal_source.losses[offsets[d] : offsets[d + 1]]
+            here = made.signals.losses[offsets[d] : offsets[d + 1]]
             if counts[d] < SIZES[d]:
                 best = (here.topk(int(counts[d])).indices + offsets[d]).sort().values
                 assert sorted(ids[(ids >= offsets[d]) & (ids < offsets[d + 1])]) == best.tolist()
@@ -160,7 +175,7 @@ def test_selecting_and_mixing_agree_on_the_counts_and_the_ids():
 def test_a_warmup_between_cycles_draws_from_the_whole_pool_again():
     made = controller(UpdateSchedule(2, 1, 2, repeat_cycles=True), selector=Highest())
     batches, plans = drive(made, 16)
-    warm = [s for s in range(16) if made.update_schedule.in_warmup(s)]
+    warm = [s for s in range(16) if made.stages.schedules["selector"].in_warmup(s)]
     seen = np.concatenate([batches[s] for s in warm])
     assert len(set(seen)) == len(seen), "the pool's cursors went on where they stood"
     assert [p.phase for p in plans if p.selected_ids is None] == ["warmup"] * 4
@@ -219,40 +234,18 @@ def test_state_goes_round_and_other_roles_are_refused():
         controller(schedule, selector=Highest()).load_state_dict(made.state_dict())
 
 
-class PartialSignals(FakeSignals):
-    """Losses of what is asked for; remembers what that was."""
-
-    def __init__(self):
-        super().__init__()
-        self.asked = []
-
-    def restrict_to(self, ids):
-        self.asked.append(ids)
-
-    def rank_counts(self):
-        return [len(self.asked[-1])]
-
-    def table(self, signals):
-        ids = torch.from_numpy(self.asked[-1])
-        return SignalTable(ids, torch.bucketize(ids, torch.tensor([39, 56])), {"loss": self.losses[ids]})
-
-
 def of_parts(reuse_old_scores, **roles):
-    made = controller(UpdateSchedule(2, 2, 6, repeat_cycles=True), selector=Highest(), **roles)
-    made.signal_source, made.candidates = (
-        PartialSignals(),
-        CandidateRotation(SIZES, 0.3, 5, reuse_old_scores=reuse_old_scores),
-    )
-    return made
+    candidates = CandidateRotation(SIZES, 0.3, 5, reuse_old_scores=reuse_old_scores)
+    return controller(UpdateSchedule(2, 2, 6, repeat_cycles=True), candidates, selector=Highest(), **roles)
 
 
 def test_a_selection_from_a_part_chooses_the_best_of_that_part():
     made = of_parts(reuse_old_scores=False)
     batches, _ = drive(made, 14)
-    assert len(made.signal_source.asked) == 6
-    for update, asked in enumerate(made.signal_source.asked):
+    assert len(made.signals.asked_ids) == 6
+    for update, asked in enumerate(made.signals.asked_ids):
         asked = torch.from_numpy(asked)
-        best = asked[made.signal_source.losses[asked].topk(2 * G).indices]
+        best = asked[made.signals.losses[asked].topk(2 * G).indices]
         assert sorted(np.concatenate(batches[2 + 2 * update : 4 + 2 * update])) == sorted(best.tolist())
 
 
@@ -260,8 +253,8 @@ def test_kept_scores_make_it_the_best_of_all_parts_so_far_and_survive_a_restart(
     made = of_parts(reuse_old_scores=True)
     batches, _ = drive(made, 14)
     for update in range(6):
-        asked = torch.from_numpy(np.unique(np.concatenate(made.signal_source.asked[: update + 1])))
-        best = asked[made.signal_source.losses[asked].topk(2 * G).indices]
+        asked = torch.from_numpy(np.unique(np.concatenate(made.signals.asked_ids[: update + 1])))
+        best = asked[made.signals.losses[asked].topk(2 * G).indices]
         assert sorted(np.concatenate(batches[2 + 2 * update : 4 + 2 * update])) == sorted(best.tolist())
     again = of_parts(reuse_old_scores=True)
     again.load_state_dict(made.state_dict())

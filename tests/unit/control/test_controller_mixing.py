@@ -10,7 +10,7 @@ import torch
 
 from dataflex_mega.algorithms.base import Mixer
 from dataflex_mega.algorithms.mixers.doremi import DoReMi
-from dataflex_mega.control.controller import PerStepDomainFactors
+from dataflex_mega.control.domain_weights import PerStepDomainFactors
 from dataflex_mega.control.schedule import UpdateSchedule
 from dataflex_mega.data.limits import make_limits
 from dataflex_mega.errors import DataError
@@ -30,9 +30,8 @@ class Mostly(Mixer):
 
 
 def limited(schedule, epochs=None, least=None, most=None, **roles):
-    made = controller(schedule, **roles)
-    made.limits = make_limits(NAMES, SIZES, {"min_proportion": least, "max_proportion": most}, epochs)
-    return made
+    limits = make_limits(NAMES, SIZES, {"min_proportion": least, "max_proportion": most}, epochs)
+    return controller(schedule, limits=limits, **roles)
 
 
 def counted(batches):

@@ -57,3 +57,10 @@ def test_updates_in_all():
     assert UpdateSchedule(4, 3, 3, repeat_cycles=False).total_updates(100) == 3
     assert UpdateSchedule(4, 3, 3, repeat_cycles=True).total_updates(26) == 6
     assert UpdateSchedule(4, 3, -1, repeat_cycles=True).total_updates(26) == 0
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 4])
+@pytest.mark.parametrize("repeat_cycles", [False, True])
+def test_windows_of_no_steps_have_no_updates(warmup_steps, repeat_cycles):
+    schedule = UpdateSchedule(warmup_steps, 0, 3, repeat_cycles)
+    assert schedule.total_updates(26) == 0 and updates(schedule, 26) == []

@@ -1,21 +1,21 @@
 """Roles on update schedules of their own, with the real sampler: what is drawn when and in which order."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from dataflex_mega.control.staged import PipelineController, ScoreSource, StageConfig
 
 from dataflex_mega.algorithms.base import DomainInfo, Mixer, Selector
-from dataflex_mega.control.controller import RoleSet
+from dataflex_mega.algorithms.requests import LossSignal
+from dataflex_mega.control.controller import DataController, RoleSet
 from dataflex_mega.control.passes import OrderedPasses, OrderOptions
 from dataflex_mega.control.schedule import UpdateSchedule
+from dataflex_mega.control.stages import ScoreSource, StageConfig
 from dataflex_mega.data.sampler import Sampler
 from dataflex_mega.registry import build
-from dataflex_mega.types import SignalTable, TrainState
-from tests.unit.control.test_controller import ALONE, ByLoss
+from dataflex_mega.types import TrainState
+from tests.unit.control.test_controller import ALONE, ByLoss, FakeSignals
 
 SIZES, G = (40, 24, 56), 4
 TOTAL = sum(SIZES)
@@ -26,7 +26,8 @@ OFFSETS = np.concatenate([[0], np.cumsum(SIZES)])
 class Losses(Selector):
     """Keeps the lowest losses."""
 
-    signals: ClassVar[frozenset[str]] = frozenset({"loss"})
+    def requests(self):
+        return (LossSignal(),)
 
     def score(self, table):
         return table["loss"]
@@ -45,33 +46,16 @@ class Turning(Mixer):
         return weights / weights.sum()
 
 
-class CountedSignals:
-    """Losses by id that may be exchanged; counts how many samples were measured."""
-
-    def __init__(self, losses=None, ids=None, counts=None):
-        self.losses = torch.arange(float(TOTAL)) if losses is None else losses
-        self.ids, self.counts = ids, [] if counts is None else counts
-
-    def subset(self, ids):
-        return CountedSignals(self.losses, ids, self.counts)
-
-    def rank_counts(self):
-        return [TOTAL if self.ids is None else len(self.ids)]
-
-    def domain_ids(self, ids):
-        return torch.bucketize(ids, torch.tensor(OFFSETS[1:-1]) - 1)
-
-    def table(self, signals):
-        ids = torch.arange(TOTAL) if self.ids is None else self.ids
-        self.counts.append(len(ids))
-        return SignalTable(ids, self.domain_ids(ids), {"loss": self.losses[ids]})
+def counts(made):
+    """How many samples each forward pass scored."""
+    return [TOTAL if ids is None else len(ids) for ids in made.signals.asked_ids]
 
 
 def schedule(warmup_steps, update_every):
     return UpdateSchedule(warmup_steps, update_every, -1, repeat_cycles=False)
 
 
-def staged(pattern=None, schedules=None, source=None, order_options=None, roles=None, **options):
+def staged(pattern=None, schedules=None, source=None, order_options=None, roles=None, batch_size=G, **options):
     roles = dict(roles or {})
     if pattern is not None:
         roles["reorder"] = build("reorder", pattern)
@@ -86,9 +70,9 @@ def staged(pattern=None, schedules=None, source=None, order_options=None, roles=
     role_schedules |= schedules or {}
     stages = StageConfig(role_schedules, source or ScoreSource(selector=Losses()), **options)
     sizes = tuple(size / TOTAL for size in SIZES)
-    return PipelineController(
-        RoleSet(**roles), DomainInfo(("a", "b", "c"), SIZES, sizes), role_schedules["selector"],
-        Sampler(SIZES, G, seed=5), ALONE, CountedSignals(), G, 100, 5, stages=stages, passes=passes,
+    return DataController(
+        RoleSet(**roles), DomainInfo(("a", "b", "c"), SIZES, sizes), stages, Sampler(SIZES, batch_size, seed=5), ALONE,
+        FakeSignals(SIZES, torch.arange(float(TOTAL))), total_steps=100, seed=5, passes=passes,
     )  # fmt: skip
 
 
@@ -118,7 +102,7 @@ def test_a_folding_run_goes_up_and_down_though_it_is_scored_anew_at_every_update
 
 def test_the_whole_pool_is_seen_once_a_pass_whatever_the_losses_do():
     def change(made, step):
-        made.signal_source.losses = torch.rand(TOTAL, generator=torch.Generator().manual_seed(step))
+        made.signals.losses = torch.rand(TOTAL, generator=torch.Generator().manual_seed(step))
 
     made = staged({"name": "saw", "num_sections": 3, "folding_ratio": 0.1})
     batches, _ = drive(made, 60, hook=change)
@@ -129,12 +113,23 @@ def test_the_whole_pool_is_seen_once_a_pass_whatever_the_losses_do():
 def test_only_what_is_left_is_scored():
     made = staged("sorting")
     drive(made, 12)
-    assert made.signal_source.counts == [120, 108, 96, 84]
+    assert counts(made) == [120, 108, 96, 84]
     assert (
-        made.last_order_record.num_scored == 84
-        and made.last_order_record.step == 9
-        and made.last_order_record.end == 12
+        made.ordered.last_record.num_scored == 84
+        and made.ordered.last_record.step == 9
+        and made.ordered.last_record.end == 12
     )
+
+
+def test_what_a_selector_requested_for_its_update_comes_before_it_scores():
+    made = staged("sorting", roles={"selector": Losses(), "mixer": Turning()})
+    drive(made, 7)
+    selector, mixer, scores = made.roles.selector, made.roles.mixer, made.stages.source.selector
+    assert [(algorithm is scores, step) for algorithm, step in made.signals.updates if algorithm is not mixer] == [
+        (False, 0), (True, 0), (True, 3), (False, 6), (True, 6),
+    ]  # fmt: skip
+    assert [step for algorithm, step in made.signals.updates if algorithm is mixer] == [0, 3, 6]
+    assert selector is not scores
 
 
 def test_a_warmup_is_drawn_at_random_and_counts_as_seen():
@@ -151,16 +146,16 @@ def test_fixed_scores_and_descending():
         "sorting", source=ScoreSource(fixed=fixed), order_options=OrderOptions(ascending=False), rescore=False
     )
     batches, _ = drive(made, 30)
-    assert np.concatenate(batches).tolist() == list(range(TOTAL)) and made.signal_source.counts == []
+    assert np.concatenate(batches).tolist() == list(range(TOTAL)) and counts(made) == []
 
 
 def test_scored_once_and_every_other_time():
     once = staged("sorting", rescore=False)
     drive(once, 12)
-    assert once.signal_source.counts == [120]
+    assert counts(once) == [120]
     other = staged("sorting", score_every=2)
     drive(other, 12)
-    assert other.signal_source.counts == [120, 96]
+    assert counts(other) == [120, 96]
 
 
 def test_without_consume_once_every_update_begins_anew():
@@ -171,7 +166,7 @@ def test_without_consume_once_every_update_begins_anew():
 def test_a_sample_of_the_pool_is_scored_and_the_others_are_in_the_middle():
     made = staged("sorting", source=ScoreSource(selector=Losses(), max_samples=20))
     batches, _ = drive(made, 3)
-    assert made.signal_source.counts == [20]
+    assert counts(made) == [20]
     low = np.concatenate(batches)[:6]
     assert low.tolist() == sorted(low.tolist()), "the lowest of those that were scored come first"
 
@@ -191,29 +186,29 @@ def test_with_a_mixture_the_counts_are_those_of_the_mixture_and_each_domain_is_i
 
 def test_filter_then_order_never_serves_a_sample_twice_though_the_pool_changes():
     def change(made, step):
-        made.signal_source.losses = torch.rand(TOTAL, generator=torch.Generator().manual_seed(step // 6))
+        made.signals.losses = torch.rand(TOTAL, generator=torch.Generator().manual_seed(step // 6))
 
     made = staged("sorting", roles={"selector": Losses()}, mode="filter", keep_ratio=0.5)
     batches, _ = drive(made, 15, hook=change)
     ids = np.concatenate(batches)
     assert len(set(ids.tolist())) == len(ids) == 60
-    assert [count for count in made.signal_source.counts if count == 120] == [120] * 3, (
+    assert [count for count in counts(made) if count == 120] == [120] * 3, (
         "the selections, whose losses serve the order too"
     )
-    assert len(made.signal_source.counts) == 5 and all(24 <= count <= 48 for count in made.signal_source.counts[1::2])
+    assert len(counts(made)) == 5 and all(24 <= count <= 48 for count in counts(made)[1::2])
     assert set(batches[-1].tolist()) <= set(made.selected_ids.tolist())
 
 
 def test_selecting_and_ordering_by_loss_at_one_step_measure_once():
     made = staged("sorting", roles={"selector": Losses()}, mode="filter", keep_ratio=0.5)
     drive(made, 3)
-    assert made.signal_source.counts == [120]
+    assert counts(made) == [120]
 
 
 def test_losses_may_be_some_steps_old():
     made = staged("sorting", max_score_age={"reorder": 3})
     drive(made, 9)
-    assert made.signal_source.counts == [120, 96], "at step 3 those of step 0 will do, at step 6 they are too old"
+    assert counts(made) == [120, 96], "at step 3 those of step 0 will do, at step 6 they are too old"
 
 
 def test_a_drawn_selection_is_the_window_that_is_ordered():
@@ -265,6 +260,7 @@ def test_a_plan_that_another_batch_size_cut_short_loses_no_sample():
     made = staged("sorting", schedules={"reorder": schedule(0, 6)})
     batches, state = drive(made, 2)
     state.plan = made.sampler.plan_from(state.plan, 2)
-    made.sampler, made.global_batch_size = Sampler(SIZES, 5, seed=5), 5
-    rest, _ = drive(made, 4, state)
+    other = staged("sorting", schedules={"reorder": schedule(0, 6)}, batch_size=5)
+    other.load_state_dict(made.state_dict())
+    rest, _ = drive(other, 4, state)
     assert np.concatenate(batches + rest).tolist() == list(range(8 + 20))

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from dataflex_mega.algorithms.base import Weighter
+from dataflex_mega.algorithms.requests import EmbeddingSignal, TargetEmbeddingSignal, requests_of
 from dataflex_mega.control.schedule import UpdateSchedule
-from dataflex_mega.control.weighter_product import EmbeddingProductWeighter, ProductWeighter, combine_weighters
+from dataflex_mega.control.weighter_product import ProductWeighter, combine_weighters
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.registry import build
-from dataflex_mega.types import NeedsHidden
 from tests.unit.algorithms.examples import observed
 
 NOW, LATER = UpdateSchedule(0, 1, -1, False), UpdateSchedule(5, 1, -1, False)
@@ -55,20 +55,36 @@ def test_nothing_left_is_no_weighting():
     assert product.weights(observed([1.0, 2.0]), 0, 9).tolist() == [1, 1]
 
 
-def test_one_is_itself_and_hidden_states_find_their_part():
+def test_one_is_itself_and_requested_values_find_their_member():
     loss, joint = build("weighter", "loss"), build("weighter", "joint_update_aware")
     assert combine_weighters([(loss, NOW)]) is loss
     both = combine_weighters([(loss, NOW), (joint, LATER)])
-    assert isinstance(both, EmbeddingProductWeighter) and isinstance(both, NeedsHidden)
-    assert both.hidden == joint.hidden and both.members[0][0] is joint and both.members[1][0] is loss
-    assert not isinstance(combine_weighters([(loss, NOW), (build("weighter", "focal"), NOW)]), NeedsHidden)
+    assert isinstance(both, ProductWeighter) and [member for member, _ in both.members] == [loss, joint]
+    assert both.requests() == joint.requests() and len(requests_of(both, EmbeddingSignal)) == 1
+    (target,) = requests_of(both, TargetEmbeddingSignal)
+    assert both.is_due(target, 0)
+    both.receive(target, torch.eye(5, dtype=torch.float64)[0], 0)
+    assert not both.is_due(target, 0) and not joint.is_due(target, 0), "the member that asked has it"
+    assert combine_weighters([(loss, NOW), (build("weighter", "focal"), NOW)]).requests() == ()
+
+
+def test_wide_vectors_are_reduced_by_the_member_that_compares_them():
+    adapt = build("weighter", "adapt")
+    both = combine_weighters([(build("weighter", "loss"), NOW), (adapt, NOW)])
+    target = torch.eye(5, dtype=torch.float64)[0]
+    both.receive(requests_of(both, TargetEmbeddingSignal)[0], target, 0)
+    samples = observed([1.0, 2.0])
+    torch.testing.assert_close(both.reduce(samples).embeddings, samples.embeddings[:, :1])
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         (("loss", "rho1"), "weighter rho1 chooses tokens"),
-        (("adapt", "joint_update_aware"), "both compare hidden states"),
+        (
+            ("adapt", "joint_update_aware"),
+            "weighters adapt and jointupdateaware both request EmbeddingSignal; keep one",
+        ),
     ],
 )
 def test_what_does_not_multiply_is_refused(names, message):

@@ -111,7 +111,10 @@ def test_when_nothing_is_left_the_step_and_the_domains_are_named() -> None:
         ({"minimum": [0.1, 0.2]}, r"min_proportion: 2 numbers for 3 datasets \(a, b, c\)"),
         ({"minimum": 0.4}, r"min_proportion: the floors of 3 datasets sum to 1\.2, above 1"),
         ({"maximum": 0.3}, r"max_proportion: the caps of 3 datasets sum to 0\.9, below 1"),
-        ({"minimum": [0, 0.3, 0], "maximum": [1, 0.2, 1]}, r"min_proportion: 0\.3 of b is above its max_proportion 0\.2"),
+        (
+            {"minimum": [0, 0.3, 0], "maximum": [1, 0.2, 1]},
+            r"min_proportion: 0\.3 of b is above its max_proportion 0\.2",
+        ),
     ],
 )
 def test_limits_that_cannot_hold_name_their_key(changes: dict[str, object], message: str) -> None:

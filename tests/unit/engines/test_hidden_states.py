@@ -10,15 +10,20 @@ import torch
 import torch.nn.functional as F
 
 from dataflex_mega.algorithms.base import DomainInfo
+from dataflex_mega.algorithms.requests import EmbeddingSignal, requests_of
 from dataflex_mega.algorithms.weighters.adapt import Adapt
 from dataflex_mega.algorithms.weighters.joint_update_aware import JointUpdateAware, solve_exact
 from dataflex_mega.control.controller import DataController, RoleSet
 from dataflex_mega.control.schedule import UpdateSchedule
+from dataflex_mega.control.stages import StageConfig
 from dataflex_mega.data.collate import collate
 from dataflex_mega.data.pool import Domain, Sample, SamplePool
 from dataflex_mega.data.sampler import Sampler
 from dataflex_mega.distributed.parallel_info import init_distributed, shutdown_distributed
 from dataflex_mega.errors import ConfigError
+from dataflex_mega.providers.embeddings import EmbeddingProvider
+from dataflex_mega.providers.server import SignalServer
+from dataflex_mega.signals.pool_share import PoolShare
 from dataflex_mega.signals.sample_embeddings import (
     MeanTargetEmbedding,
     l2_normalize,
@@ -28,6 +33,7 @@ from dataflex_mega.signals.sample_embeddings import (
 from dataflex_mega.types import EmbeddingSpec, TrainState
 from tests.distributed.layouts import samples_of, tiny_llama
 from tests.unit.engines.test_domain_weights import RATE, engine_of, token_losses
+from tests.unit.providers.contexts import signal_context
 
 
 @pytest.fixture(scope="module")
@@ -110,21 +116,22 @@ def test_the_targets_mean_is_the_same_on_any_number_of_ranks(alone, count, ranks
 
 def weighing(alone, model, weighter, made):
     """(engine, controller) of a run with this weighter, whose targets are the first three samples."""
-    engine = engine_of(alone, model, embedding_spec=weighter.hidden, weight_scope="step")
-    groups = [SamplePool([Domain("eval", Rows(made[:3]))])]
-    target = MeanTargetEmbedding(
-        groups, lambda s: collate(s, 0), engine.embed, 4, 0, 1, engine.collectives.all_reduce_sum
-    )
+    (request,) = requests_of(weighter, EmbeddingSignal)
+    engine = engine_of(alone, model, **EmbeddingProvider.step_options(request), weight_scope="step")
+    pool = SamplePool([Domain(name, Rows(part)) for name, part in (("a", made[:4]), ("b", made[4:]))])
+    evaluation = {"eval": SamplePool([Domain("eval", Rows(made[:3]))])}
+    context = signal_context(pool, engine, evaluation=evaluation, parallel_info=alone, batch_size=4)
     controller = DataController(
-        RoleSet(weighter=weighter), DomainInfo(("a", "b"), (4, 4), (0.5, 0.5)), UpdateSchedule(0, 0, 0, repeat_cycles=False),
-        Sampler((4, 4), 8, 0), engine.collectives, None, 8, 10, 0, target_mean=target,
+        RoleSet(weighter=weighter), DomainInfo(("a", "b"), (4, 4), (0.5, 0.5)),
+        StageConfig.shared(UpdateSchedule(0, 0, 0, repeat_cycles=False)), Sampler((4, 4), 8, 0), engine.collectives,
+        SignalServer(context, PoolShare(pool, 4, 0, 1)), total_steps=10, seed=0,
     )  # fmt: skip
     return engine, controller
 
 
 def expected_weights(model, weighter, made):
     """From hidden states of samples alone and the formulas of the two methods."""
-    pooling = weighter.hidden.pooling
+    pooling = requests_of(weighter, EmbeddingSignal)[0].spec.pooling
     vectors = [F.normalize(by_hand(model, sample, pooling), dim=0).double() for sample in made]
     target = torch.stack(vectors[:3]).mean(0)
     if isinstance(weighter, Adapt):
@@ -160,8 +167,8 @@ def test_the_gradient_is_that_of_the_weighted_loss(alone, weighter, cut, pack):
 def test_targets_are_embedded_once_a_step_and_by_the_model_of_then(alone):
     made, weighter = samples_of(5), Adapt(refresh_interval=2)
     engine, controller = weighing(alone, tiny_llama(), weighter, made)
-    asked, mean = [], controller.target_mean
-    controller.target_mean = lambda spec, count: asked.append(spec) or mean(spec, count)
+    asked, embed = [], engine.embed
+    engine.embed = lambda batch, *specs: asked.append(specs) or embed(batch, *specs)  # one batch of targets each time
     anchors = []
     for step in range(4):
         weigh = controller.weight_fn(TrainState(step, controller.initial_plan()))

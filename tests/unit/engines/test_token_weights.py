@@ -93,7 +93,7 @@ def test_the_gradient_is_that_of_the_mean_over_kept_tokens(alone, keep_ratio, pa
     loss.backward()
     engine = engine_of(alone, model, weight_scope=weight_scope)
     micro_batches = [collate(made[:3], 0, pack), collate(made[3:], 0, pack)]
-    stats = engine.train_step(micro_batches, TokenWeightFn(ones, Rho1(keep_ratio)))
+    stats = engine.train_step(micro_batches, TokenWeightFn(ones, Rho1(keep_ratio).token_selection()))
     assert stats.loss == pytest.approx(loss.item(), rel=1e-5)
     assert stats.mean_loss == pytest.approx(losses.mean().item(), rel=1e-5), "statistics are of all tokens"
     for (name, after), before in zip(model.named_parameters(), hand.parameters(), strict=True):
@@ -107,18 +107,18 @@ def test_micro_compares_within_a_micro_batch(alone):
     stats = {}
     for weight_scope in ("micro_batch", "step"):
         engine = engine_of(alone, tiny_llama(), weight_scope=weight_scope)
-        stats[weight_scope] = engine.train_step([one, two], TokenWeightFn(ones, Rho1(0.4)))
+        stats[weight_scope] = engine.train_step([one, two], TokenWeightFn(ones, Rho1(0.4).token_selection()))
     assert stats["micro_batch"].loss != pytest.approx(stats["step"].loss, rel=1e-4)
 
 
 def test_weights_have_mean_one_over_targets_and_equal_excess_keeps_all():
     batch = collate(with_references(3), 0, 64)
     losses = torch.rand(batch.labels.shape)
-    (weights,) = objective.token_weights([(losses, batch)], TokenWeightFn(ones, Rho1(0.5)), same)
+    (weights,) = objective.token_weights([(losses, batch)], TokenWeightFn(ones, Rho1(0.5).token_selection()), same)
     there = batch.labels != -100
     assert float(weights[there].double().mean()) == pytest.approx(1, abs=1e-6) and not weights[~there].any()
     even = replace(batch, reference_losses=losses.clone())
-    (weights,) = objective.token_weights([(losses, even)], TokenWeightFn(ones, Rho1(0.5)), same)
+    (weights,) = objective.token_weights([(losses, even)], TokenWeightFn(ones, Rho1(0.5).token_selection()), same)
     assert torch.equal(weights, there.float())
 
 
@@ -128,7 +128,7 @@ def test_other_weighers_have_no_token_weights_and_a_missing_reference_is_a_fault
     assert objective.token_weights([(losses, batch)], ones, same) is None
     assert objective.token_weights([(losses, batch)], None, same) is None
     with pytest.raises(TrainingFault, match="need reference losses"):
-        objective.token_weights([(losses, batch)], TokenWeightFn(ones, Rho1()), same)
+        objective.token_weights([(losses, batch)], TokenWeightFn(ones, Rho1().token_selection()), same)
 
 
 @pytest.mark.parametrize("keep_ratio", [0.0, -0.5, 1.1, float("nan")])

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.schema.coercion import coerce, coerce_lenient, describe, type_text
+from dataflex_mega.schema.coercion import coerce, coerce_lenient, describe_type, type_text
 from dataflex_mega.schema.constraints import Range
 
 
@@ -39,7 +39,7 @@ class Other:
     ],
 )
 def test_annotations_in_words(hint: Any, words: str) -> None:
-    assert describe(hint) == words
+    assert describe_type(hint) == words
 
 
 @pytest.mark.parametrize(

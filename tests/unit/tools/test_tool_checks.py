@@ -1,5 +1,6 @@
 """tools/checks.py: each rule on small files that break it and that do not."""
 
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -8,8 +9,11 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def checks(tool: Any) -> ModuleType:
-    return tool("checks")
+def checks(tool: Any, root: Path) -> Any:
+    """The tool, which imports its neighbours as a script does: from its own folder."""
+    sys.path.insert(0, str(root / "tools"))
+    yield tool("checks")
+    sys.path.remove(str(root / "tools"))
 
 
 def found(checks: ModuleType, root: Path, files: dict[str, str]) -> list[str]:
@@ -150,7 +154,10 @@ def test_imports_against_the_layers_are_found(
         ("llamafactory/a.py", "import llamafactory\nfrom dataflex_mega.llamafactory.b import c"),
         ("train.py", "from dataflex_mega.llamafactory.b import c\nfrom dataflex_mega.trainer import T"),
         ("control/a.py", "from dataflex_mega.algorithms.base import Mixer"),
-        ("algorithms/mixers/a.py", "from dataflex_mega.algorithms._b import c\nfrom dataflex_mega.algorithms.mixers._b import d"),
+        (
+            "algorithms/mixers/a.py",
+            "from dataflex_mega.algorithms._b import c\nfrom dataflex_mega.algorithms.mixers._b import d",
+        ),
     ],
 )
 def test_imports_that_follow_the_layers_are_let_through(
@@ -159,20 +166,106 @@ def test_imports_that_follow_the_layers_are_let_through(
     assert in_package(checks, tmp_path, module, source + "\n") == []
 
 
-def test_import_cycles_are_found_also_through_functions_but_not_through_types(
-    checks: ModuleType, tmp_path: Path
+TYPING_ONLY = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dataflex_mega.data import a\n"
+IN_A_FUNCTION = "def f():\n    from dataflex_mega.data.a import x\n"
+AT_THE_TOP = "from dataflex_mega.data.a import x\n"
+
+
+@pytest.mark.parametrize("closing", [TYPING_ONLY, IN_A_FUNCTION, AT_THE_TOP])
+def test_circles_between_modules_of_a_room_are_found_however_they_are_closed(
+    checks: ModuleType, tmp_path: Path, closing: str
 ) -> None:
-    typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from dataflex_mega.data import a\n"
     files = {
         "dataflex_mega/data/a.py": "from dataflex_mega.data import b\n",
         "dataflex_mega/data/b.py": "import dataflex_mega.data.c\n",
-        "dataflex_mega/data/c.py": typed,
+        "dataflex_mega/data/c.py": "",
     }
     assert found(checks, tmp_path, files) == []
-    files["dataflex_mega/data/c.py"] = "def f():\n    from dataflex_mega.data.a import x\n"
+    files["dataflex_mega/data/c.py"] = closing
     assert found(checks, tmp_path, files) == [
         "dataflex_mega/data/a.py:1: import cycle: dataflex_mega.data.a, dataflex_mega.data.b, dataflex_mega.data.c"
     ]
+
+
+def test_a_circle_between_rooms_is_found_where_no_module_is_in_a_circle(checks: ModuleType, tmp_path: Path) -> None:
+    files = {
+        "dataflex_mega/engines/base.py": "",
+        "dataflex_mega/engines/names.py": "def f():\n    from dataflex_mega.engines.megatron import sizes\n",
+        "dataflex_mega/engines/megatron/model.py": "from dataflex_mega.engines.base import Engine\n",
+        "dataflex_mega/engines/megatron/sizes.py": "",
+    }
+    assert found(checks, tmp_path, files) == [
+        "dataflex_mega/engines/base.py:1: rooms import one another: engines, engines.megatron"
+    ]
+    files["dataflex_mega/engines/names.py"] = ""
+    assert found(checks, tmp_path, files) == []
+
+
+def test_a_class_name_is_used_once_in_the_package_and_freely_in_tests(checks: ModuleType, tmp_path: Path) -> None:
+    twice = "class Pool: ...\n"
+    assert found(checks, tmp_path, {"dataflex_mega/data/a.py": twice, "tests/unit/test_a.py": twice}) == []
+    assert in_package(checks, tmp_path, "signals/b.py", "def f():\n    class Pool: ...\n") == [
+        "dataflex_mega/signals/b.py:2: class Pool is also at dataflex_mega/data/a.py:1"
+    ]
+    assert in_package(checks, tmp_path, "signals/b.py", "def f():\n    class Heap: ...\n") == []
+
+
+REQUESTS = "class Request: ...\nclass Loss(Request): ...\nclass TopLoss(Loss): ...\n"
+
+
+@pytest.mark.parametrize(
+    ("question", "kind"),
+    [
+        ("isinstance(x, requests.Request)", "Request"),
+        ("isinstance(x, (int, TopLoss))", "TopLoss"),
+        ("isinstance(x, int | Loss)", "Loss"),
+        ("issubclass(x, Loss)", "Loss"),
+        ("type(x) is Loss", "Loss"),
+        ("[r for r in x if type(r) in (Loss, int)]", "Loss"),
+        ("isinstance(x, UsesStore)", "UsesStore"),
+        ("isinstance(x, types.NeedsLoads)", "NeedsLoads"),
+    ],
+)
+def test_only_the_registry_of_providers_asks_for_kinds_of_requests(
+    checks: ModuleType, tmp_path: Path, question: str, kind: str
+) -> None:
+    asked = f"def f(x):\n    return {question}\n"
+    files = {
+        "dataflex_mega/algorithms/requests.py": REQUESTS,
+        "dataflex_mega/providers/registry.py": asked,
+        "dataflex_mega/control/a.py": asked,
+    }
+    assert found(checks, tmp_path, files) == [
+        f"dataflex_mega/control/a.py:2: asks whether something is a {kind}; only the registry of providers may"
+    ]
+
+
+def test_a_match_asks_for_a_kind_too_and_other_classes_may_be_asked_for(checks: ModuleType, tmp_path: Path) -> None:
+    files = {
+        "dataflex_mega/algorithms/requests.py": REQUESTS,
+        "dataflex_mega/control/a.py": "def f(x):\n    match x:\n        case Loss(): pass\n        case int(): pass\n",
+        "dataflex_mega/data/a.py": "def f(x):\n    return isinstance(x, (int, Pool)), type(x) is Used, of(x, Loss)\n",
+    }
+    assert found(checks, tmp_path, files) == [
+        "dataflex_mega/control/a.py:3: asks whether something is a Loss; only the registry of providers may"
+    ]
+
+
+@pytest.mark.parametrize("docstring", ["G.", "Both tensors.", "See Controller.", "The inverse of `state_dict`.", ""])
+@pytest.mark.parametrize("head", ["def f():", "class A:", "class A:\n  def f(self):", "async def f():"])
+def test_a_docstring_says_something(checks: ModuleType, tmp_path: Path, head: str, docstring: str) -> None:
+    lines = in_package(checks, tmp_path, "types.py", f'{head}\n    """{docstring}"""\n')
+    line = head.count("\n") + 1
+    said = f"dataflex_mega/types.py:{line}: the docstring {docstring!r} says nothing; remove it, or state a fact"
+    assert lines == ([said] if docstring else [])
+
+
+def test_a_docstring_of_three_words_passes_and_one_of_a_module_counts(checks: ModuleType, tmp_path: Path) -> None:
+    assert in_package(checks, tmp_path, "types.py", 'def f():\n    """[n] float32 scores."""\n') == []
+    assert in_package(checks, tmp_path, "types.py", '"""The types."""\n') == [
+        "dataflex_mega/types.py:1: the docstring 'The types.' says nothing; remove it, or state a fact"
+    ]
+    assert found(checks, tmp_path / "other", {"tests/unit/test_a.py": '"""Tests."""\n'}) == []
 
 
 def test_the_exit_status_says_whether_a_rule_is_broken(

@@ -41,7 +41,7 @@ def drawn(losses: dict[int, float], samples: list[float]) -> StepStats:
 
 
 def with_laws(mixer: Ado, seen: float, laws: list[Any] = LAWS) -> Ado:
-    mixer.load_state_dict({**mixer.state_dict(), "laws": laws, "drawn": SHARE, "seen": [seen * s for s in SHARE]})
+    mixer.load_state_dict({**mixer.state_dict(), "laws": laws, "mean_share": SHARE, "seen": [seen * s for s in SHARE]})
     return mixer
 
 

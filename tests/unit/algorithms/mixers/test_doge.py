@@ -12,6 +12,7 @@ import torch
 
 from dataflex_mega.algorithms.base import DomainInfo
 from dataflex_mega.algorithms.mixers.doge import Doge, alignment_scores
+from dataflex_mega.algorithms.requests import DomainGradientSignal
 from dataflex_mega.data.collate import collate
 from dataflex_mega.data.pool import Domain, SamplePool
 from dataflex_mega.distributed.parallel_info import init_distributed, shutdown_distributed
@@ -37,13 +38,18 @@ def made(domains: DomainInfo = EQUAL, **parameters: Any) -> Doge:
     return mixer
 
 
+def learn(mixer: Doge, gram: torch.Tensor) -> None:
+    (request,) = mixer.requests()
+    mixer.receive(request, gram, 0)
+
+
 def shares(mixer: Doge) -> list[float]:
     return mixer.proportions(update_context(), generator()).tolist()
 
 
 def test_golden_weights() -> None:
     mixer = made(eta=1e-3 / 0.05)
-    mixer.learn(gram_of(GRADIENTS))
+    learn(mixer, gram_of(GRADIENTS))
     assert shares(mixer) == pytest.approx([0.3345623762, 0.3345623762, 0.3308752475], abs=1e-8)
 
 
@@ -57,7 +63,7 @@ def test_updates_in_plain_python(against: Any) -> None:
     rng = np.random.default_rng(0)
     for number in range(1, 20):
         rows = rng.normal(size=(4, 6)).tolist()
-        mixer.learn(gram_of(rows if against == "eval" else rows[:3]))
+        learn(mixer, gram_of(rows if against == "eval" else rows[:3]))
         length = sum(math.hypot(*row) for row in rows[:3]) / 3
         for i in range(3):
             others = [rows[3]] if against == "eval" else [rows[j] for j in range(3) if j != i]
@@ -72,26 +78,31 @@ def test_updates_in_plain_python(against: Any) -> None:
 
 def test_domains_at_right_angles_leave_the_weights_and_opposed_ones_gain_nothing() -> None:
     mixer = made(DOMAINS, eta=5.0)
-    mixer.learn(gram_of([[1, 0, 0], [0, 2, 0], [0, 0, 3]]))
+    learn(mixer, gram_of([[1, 0, 0], [0, 2, 0], [0, 0, 3]]))
     assert shares(mixer) == pytest.approx(list(DOMAINS.initial_proportions))
     assert alignment_scores(gram_of([[1, 0], [-1, 0]]), 2, "others", 5.0).tolist() == [0.0, 0.0]
 
 
 def test_products_that_are_not_finite_change_nothing() -> None:
     mixer = made(DOMAINS)
-    mixer.learn(torch.full((3, 3), math.nan))
+    learn(mixer, torch.full((3, 3), math.nan))
     assert shares(mixer) == pytest.approx(list(DOMAINS.initial_proportions))
 
 
 def test_a_resumed_run_goes_on_bit_by_bit() -> None:
     whole, resumed = made(), made()
-    whole.learn(gram_of(GRADIENTS))
+    learn(whole, gram_of(GRADIENTS))
     resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
     for mixer in (whole, resumed):
-        mixer.learn(gram_of(GRADIENTS[::-1]))
+        learn(mixer, gram_of(GRADIENTS[::-1]))
     assert whole.state_dict() == resumed.state_dict() and whole.report() == resumed.report()
     with pytest.raises(CheckpointError, match="3 domains, this run has 1"):
         made(DomainInfo(("a",), (1,), (1.0,))).load_state_dict(whole.state_dict())
+
+
+def test_what_it_asks_for() -> None:
+    assert made(probe_samples=7).requests() == (DomainGradientSignal(7, against_targets=False),)
+    assert made(against="eval").requests() == (DomainGradientSignal(64, against_targets=True),)
 
 
 @pytest.mark.parametrize(("key", "value"), [("eta", 0.0), ("max_score", math.inf), ("probe_samples", 0)])

@@ -43,7 +43,7 @@ def feed(mixer: DoReMi, excess: Mapping[int, float], step: int = 1) -> None:
 
 
 def weights(mixer: DoReMi) -> list[float]:
-    return mixer.domain_weights().tolist()
+    return mixer.step_loss_weights().weights.tolist()
 
 
 @pytest.mark.parametrize(

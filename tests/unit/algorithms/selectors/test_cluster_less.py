@@ -4,10 +4,16 @@ import pytest
 import torch
 
 from dataflex_mega.algorithms.base import DomainInfo
+from dataflex_mega.algorithms.requests import ClusterGradientSignal, PoolClusterRequest, requests_of
 from dataflex_mega.algorithms.selectors.cluster_less import ClusterLess
 from dataflex_mega.errors import ConfigError
-from dataflex_mega.types import Clusters, SignalTable
+from dataflex_mega.types import Clusters, ProjectionSpec, SignalTable
 from tests.unit.algorithms.examples import DOMAINS, generator, update_context
+
+
+def clusters_of(selector):
+    """What the provider of its scores reads."""
+    return requests_of(selector, ClusterGradientSignal)[0].clusters()
 
 
 def test_a_cluster_scores_the_cosine_of_its_mean_direction():
@@ -32,10 +38,24 @@ def test_the_number_of_clusters():
 def test_clusters_are_state():
     made, again = ClusterLess(), ClusterLess()
     again.load_state_dict(made.state_dict())
-    assert again.clusters is None
-    made.set_clusters(Clusters(torch.arange(3), torch.ones(3)))
+    assert clusters_of(again) is None
+    (request,) = requests_of(made, PoolClusterRequest)
+    assert made.is_due(request, 0)
+    made.receive(request, Clusters(torch.arange(3), torch.ones(3)), 0)
+    assert not made.is_due(request, 5), "the pool is clustered once"
     again.load_state_dict(made.state_dict())
-    assert again.clusters is not None and again.clusters.cluster_ids.tolist() == [0, 1, 2]
+    clusters = clusters_of(again)
+    assert clusters is not None and clusters.cluster_ids.tolist() == [0, 1, 2] and not again.is_due(request, 5)
+
+
+def test_what_it_asks_for():
+    made = ClusterLess(num_clusters=5, gradient_type="sgd", samples_per_cluster=2, side=8, seed=3)
+    made.setup(DOMAINS)
+    clusters, scores = made.requests()
+    assert isinstance(clusters, PoolClusterRequest) and (clusters.num_clusters, clusters.seed) == (5, 3)
+    assert isinstance(scores, ClusterGradientSignal) and scores.name == "cluster_sgd" and not scores.adam
+    assert (scores.num_clusters, scores.samples_per_cluster) == (5, 2)
+    assert scores.projection == ProjectionSpec("two_sided", 8, 3)
 
 
 @pytest.mark.parametrize("name", ["cluster_size", "num_clusters", "samples_per_cluster", "clustering_max_iter", "side"])

@@ -13,7 +13,7 @@ from dataflex_mega.algorithms.base import DomainInfo
 from dataflex_mega.algorithms.selectors.delta_loss import DeltaLoss, training_progress, window_bounds, window_weights
 from dataflex_mega.errors import CheckpointError, ConfigError, DataError
 from dataflex_mega.types import UpdateContext
-from tests.unit.algorithms.examples import generator, table
+from tests.unit.algorithms.examples import generator, table_for
 
 
 def update_context(update: int, updates: int = 5, step: int | None = None) -> UpdateContext:
@@ -144,7 +144,7 @@ def test_a_part_of_the_pool_is_refused() -> None:
 
 
 def test_scores_are_the_losses() -> None:
-    assert torch.equal(DeltaLoss().score(table(DeltaLoss().signals)), table(DeltaLoss().signals)["loss"])
+    assert torch.equal(DeltaLoss().score(table_for(DeltaLoss())), table_for(DeltaLoss())["loss"])
 
 
 @pytest.mark.parametrize("key", ["window_size", "outside_weight"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dataflex_mega.algorithms.requests import GradientSignal
 from dataflex_mega.algorithms.selectors.icons import Icons, task_votes
 from dataflex_mega.errors import ConfigError, DataError
 from dataflex_mega.types import SignalTable
@@ -72,4 +73,5 @@ def test_what_is_wrong_is_refused() -> None:
             Icons(task_boundaries=sizes)
     with pytest.raises(DataError, match="7 samples wanted, 6 candidates"):
         Icons().select(torch.zeros(6, 2), 7, update_context(), generator())
-    assert Icons(gradient_type="sgd").signals == {"gradient_sgd"} and Icons().signals == {"gradient_adam"}
+    assert Icons(gradient_type="sgd").requests() == (GradientSignal(adam=False),)
+    assert Icons(task_boundaries=[2, 3]).requests() == (GradientSignal(adam=True, task_boundaries=(2, 3)),)

@@ -1,8 +1,11 @@
 """LESS's aggregation against a hand calculation, and its parameters."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from dataflex_mega.algorithms.requests import GradientSignal, StoredGradientSignal
 from dataflex_mega.algorithms.selectors.less import Less
 from dataflex_mega.errors import ConfigError, DataError
 from dataflex_mega.types import ProjectionSpec, SignalTable, UpdateContext
@@ -34,11 +37,17 @@ def test_the_best_first_and_nothing_without_a_gradient():
 
 
 def test_what_it_asks_for():
-    assert Less().signals == {"gradient_adam"} and Less(gradient_type="sgd").signals == {"gradient_sgd"}
-    stored = Less(mode="store", side=8)
-    assert stored.signals == {"store_adam"} and stored.feature_spec() == ProjectionSpec("two_sided", 8, 0)
-    assert Less(mode="store", projection="dense", seed=3).feature_spec() == ProjectionSpec("dense", 8192, 3)
-    assert Less(mode="store", projection="dense", proj_dim=64).feature_spec().size == 64
+    assert Less().requests() == (GradientSignal(adam=True),) and Less().requests()[0].name == "gradient_adam"
+    (plain,) = Less(gradient_type="sgd").requests()
+    assert plain == GradientSignal(adam=False) and plain.name == "gradient_sgd"
+    (stored,) = Less(mode="store", side=8).requests()
+    assert stored == StoredGradientSignal(True, ProjectionSpec("two_sided", 8, 0)) and stored.name == "store_adam"
+    (dense,) = Less(mode="store", projection="dense", seed=3).requests()
+    assert dense.projection == ProjectionSpec("dense", 8192, 3)
+    assert Less(mode="store", projection="dense", proj_dim=64).requests()[0].projection.size == 64
+    assert Less(mode="store", store_dir="s", store_block=7).requests()[0] == replace(
+        Less(mode="store").requests()[0], store_dir="s", block_size=7
+    )
 
 
 # -- several checkpoints ---------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from dataflex_mega.algorithms.requests import LossSignal
 from dataflex_mega.algorithms.selectors.loss import LossSelector, focus_weights, quantile
 from dataflex_mega.errors import ConfigError, DataError
-from tests.unit.algorithms.examples import generator, table, update_context
+from tests.unit.algorithms.examples import generator, table_for, update_context
 
 SIX = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
 
@@ -93,8 +94,8 @@ def test_with_replacement_the_chances_hold_too() -> None:
 
 def test_scores_are_the_losses() -> None:
     selector = LossSelector()
-    assert selector.signals == {"loss"}
-    assert torch.equal(selector.score(table(selector.signals)), table(selector.signals)["loss"])
+    assert selector.requests() == (LossSignal(),)
+    assert torch.equal(selector.score(table_for(selector)), table_for(selector)["loss"])
 
 
 @pytest.mark.parametrize("replacement", [False, True])

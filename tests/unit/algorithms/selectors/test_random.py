@@ -31,7 +31,9 @@ def test_replacement_may_choose_more_than_there_is() -> None:
 
 
 def test_seeds_and_updates_choose_differently() -> None:
-    found = {tuple(select_from(RandomSelector(seed=s), 100, 10, run)) for s in (None, 0, 1, 5, 2**80) for run in range(4)}
+    found = {
+        tuple(select_from(RandomSelector(seed=s), 100, 10, run)) for s in (None, 0, 1, 5, 2**80) for run in range(4)
+    }
     assert len(found) == 20
     assert select_from(RandomSelector(seed=7), 100, 10) == select_from(RandomSelector(seed=7), 100, 10)
 

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from dataflex_mega.algorithms.requests import LossSignal, ReferenceLossSignal, Request
 from dataflex_mega.algorithms.selectors.rho_loss import RhoLoss
 from dataflex_mega.data.pool import Domain, SamplePool
 from dataflex_mega.errors import DataError
-from dataflex_mega.signals.computer import SignalComputer
-from dataflex_mega.types import SampleStats, SignalTable
+from dataflex_mega.providers.server import SignalServer
+from dataflex_mega.signals.pool_share import PoolShare
+from dataflex_mega.types import SignalTable
 from tests.unit.algorithms.examples import generator, update_context
+from tests.unit.providers.contexts import signal_context
 
 LOSS = torch.tensor([5.0, 3.0, 2.0, 3.5])
 REFERENCE = torch.tensor([4.9, 1.0, 1.9, 1.5])  # noise, learnable, known, learnable
@@ -63,12 +66,13 @@ class References:
 
 
 def test_the_reference_loss_is_the_mean_over_the_targets_of_a_sample() -> None:
-    pool = SamplePool([Domain("only", Rows())])
-    pool.reference_losses = References()
+    assert RhoLoss().requests() == (LossSignal(), ReferenceLossSignal())
 
-    def never(batch: object) -> SampleStats:
-        raise AssertionError("no forward pass is needed")
+    class ReferenceOnly(RhoLoss):
+        def requests(self) -> tuple[Request, ...]:
+            return (ReferenceLossSignal(),)
 
-    computer = SignalComputer(pool, never, never, batch_size=2, dp_rank=0, dp_size=1)  # type: ignore[arg-type]
-    found = computer.table(frozenset({"reference_loss"}))["reference_loss"]
-    assert found.tolist() == [1.5, 2.0, 0.0]
+    pool = SamplePool([Domain("only", Rows())]).with_references(References())
+    context = signal_context(pool, engine=None)  # without an engine: no forward pass is needed
+    found, _ = SignalServer(context, PoolShare(pool, 2, 0, 1)).table(ReferenceOnly(), None, 0)
+    assert found["reference_loss"].tolist() == [1.5, 2.0, 0.0]

@@ -10,9 +10,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dataflex_mega.algorithms.requests import EmbeddingSignal, TargetEmbeddingSignal, requests_of
 from dataflex_mega.algorithms.weighters.adapt import Adapt
 from dataflex_mega.errors import ConfigError
+from dataflex_mega.types import EmbeddingSpec
 from tests.unit.algorithms.examples import observed
+
+
+def learn(weighter: Adapt, target: torch.Tensor, step: int) -> None:
+    (request,) = requests_of(weighter, TargetEmbeddingSignal)
+    weighter.receive(request, target, step)
+
+
+def is_stale(weighter: Adapt, step: int) -> bool:
+    (request,) = requests_of(weighter, TargetEmbeddingSignal)
+    return weighter.is_due(request, step)
 
 
 def scored(weighter: Adapt, scores: list[float]) -> torch.Tensor:
@@ -35,8 +47,8 @@ def test_weights_are_mean_sigmoids_of_the_mean_cosine_with_every_anchor() -> Non
     generator = torch.Generator().manual_seed(0)
     vectors, anchors = (F.normalize(torch.randn(n, 6, generator=generator, dtype=torch.float64)) for n in (7, 4))
     weighter = Adapt(tau=0.2)
-    weighter.learn(anchors.mean(0), 0)
-    samples = replace(observed([1.0] * 7), embeddings=weighter.compare(vectors.float()))
+    learn(weighter, anchors.mean(0), 0)
+    samples = weighter.reduce(replace(observed([1.0] * 7), embeddings=vectors.float()))
     expected = [
         1 / (1 + math.exp(-sum(float(F.cosine_similarity(x, a, dim=0)) for a in anchors) / 4 / 0.2)) for x in vectors
     ]
@@ -47,8 +59,14 @@ def test_weights_are_mean_sigmoids_of_the_mean_cosine_with_every_anchor() -> Non
 
 def test_one_number_a_sample_travels() -> None:
     weighter = Adapt()
-    weighter.learn(torch.ones(5).double(), 0)
-    assert weighter.compare(torch.ones(3, 5)).shape == (3, 1)
+    learn(weighter, torch.ones(5).double(), 0)
+    vectors = weighter.reduce(replace(observed([1.0] * 3), embeddings=torch.ones(3, 5))).embeddings
+    assert vectors is not None and vectors.shape == (3, 1)
+
+
+def test_what_it_asks_for() -> None:
+    spec = EmbeddingSpec("position_weighted")
+    assert Adapt().requests() == (EmbeddingSignal(spec), TargetEmbeddingSignal(spec, num_targets=0))
 
 
 def test_clip_bounds_the_factors_before_their_mean_is_taken() -> None:
@@ -67,14 +85,14 @@ def test_a_sample_without_targets_or_with_a_bad_state_weighs_one_and_changes_not
 
 def test_anchors_are_stale_once_a_step_and_only_then() -> None:
     weighter = Adapt(refresh_interval=3)
-    assert weighter.stale(4), "before the first weights"
-    weighter.learn(torch.ones(2).double(), 4)
-    assert [step for step in range(5, 12) if weighter.stale(step)] == [6, 9]
-    weighter.learn(torch.ones(2).double(), 6)
-    assert not weighter.stale(6), "not again for the same step"
+    assert is_stale(weighter, 4), "before the first weights"
+    learn(weighter, torch.ones(2).double(), 4)
+    assert [step for step in range(5, 12) if is_stale(weighter, step)] == [6, 9]
+    learn(weighter, torch.ones(2).double(), 6)
+    assert not is_stale(weighter, 6), "not again for the same step"
     resumed = Adapt(refresh_interval=3)
     resumed.load_state_dict(weighter.state_dict())
-    assert not resumed.stale(6) and resumed.stale(9)
+    assert not is_stale(resumed, 6) and is_stale(resumed, 9)
 
 
 @pytest.mark.parametrize(

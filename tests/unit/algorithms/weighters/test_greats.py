@@ -5,13 +5,19 @@ import itertools
 import pytest
 import torch
 
+from dataflex_mega.algorithms.requests import BatchGradientSignal
 from dataflex_mega.algorithms.weighters.greats import Greats, greedy_select
 from dataflex_mega.errors import ConfigError, TrainingFault
-from dataflex_mega.types import ProjectionSpec
+from dataflex_mega.types import BatchGradients, ProjectionSpec
 from tests.unit.algorithms.examples import generator, observed
 
 DOT = torch.tensor([3.0, 2.9, 1.0])
 GRAM = torch.tensor([[4.0, 3.5, 0.0], [3.5, 4.0, 0.0], [0.0, 0.0, 2.0]])
+
+
+def observe_batch(greats, ids, dot, gram):
+    (request,) = greats.requests()
+    greats.receive(request, BatchGradients(ids, dot, gram), 0)
 
 
 def test_golden_choice_leaves_out_what_says_the_same():
@@ -53,7 +59,7 @@ def test_equal_gains_go_by_position_and_not_a_number_is_last():
 
 def test_weights_are_those_of_the_coming_batch_in_any_order():
     greats = Greats(keep_ratio=0.5)
-    greats.observe_batch(torch.tensor([7, 3, 9, 1]), torch.tensor([1.0, 5.0, 2.0, 4.0]), torch.zeros(4, 4))
+    observe_batch(greats, torch.tensor([7, 3, 9, 1]), torch.tensor([1.0, 5.0, 2.0, 4.0]), torch.zeros(4, 4))
     samples = observed([1.0, 1.0, 1.0, 1.0])
     for ids, expected in (([1, 3, 7, 9], [2, 2, 0, 0]), ([9, 7, 3, 1], [0, 0, 2, 2])):
         found = greats.weights(
@@ -68,8 +74,8 @@ def test_weights_are_those_of_the_coming_batch_in_any_order():
 
 def test_a_sample_that_is_drawn_twice_weighs_as_its_copies_together():
     greats = Greats(keep_ratio=0.5)
-    greats.observe_batch(
-        torch.tensor([5, 5, 2, 1]), torch.tensor([3.0, 3.0, 2.0, 1.0]), torch.zeros(4, 4) + torch.eye(4) * 2
+    observe_batch(
+        greats, torch.tensor([5, 5, 2, 1]), torch.tensor([3.0, 3.0, 2.0, 1.0]), torch.zeros(4, 4) + torch.eye(4) * 2
     )
     samples = observed([1.0] * 4)
     found = greats.weights(
@@ -77,7 +83,7 @@ def test_a_sample_that_is_drawn_twice_weighs_as_its_copies_together():
     )
     assert found.tolist() == [2, 2, 0, 0]
     same = torch.tensor([[1.0, 1.0, 0, 0], [1.0, 1.0, 0, 0], [0, 0, 1.0, 0], [0, 0, 0, 1.0]]) * 2
-    greats.observe_batch(torch.tensor([5, 5, 2, 1]), torch.tensor([3.0, 3.0, 2.0, 1.0]), same)
+    observe_batch(greats, torch.tensor([5, 5, 2, 1]), torch.tensor([3.0, 3.0, 2.0, 1.0]), same)
     found = greats.weights(
         type(samples)(torch.tensor([5, 5, 2, 1]), samples.domain_ids, samples.loss_sum, samples.num_tokens), 0, 10
     )
@@ -87,15 +93,16 @@ def test_a_sample_that_is_drawn_twice_weighs_as_its_copies_together():
 @pytest.mark.parametrize(("keep_ratio", "count"), [(0.5, 4), (0.01, 1), (0.45, 4), (1.0, 8)])
 def test_how_many_are_kept(keep_ratio, count):
     greats = Greats(keep_ratio=keep_ratio)
-    greats.observe_batch(torch.arange(8), torch.rand(8, generator=generator()), torch.eye(8))
+    observe_batch(greats, torch.arange(8), torch.rand(8, generator=generator()), torch.eye(8))
     weights = greats.weights(observed([1.0] * 8), 0, 1)
     assert int((weights > 0).sum()) == count and float(weights.mean()) == pytest.approx(1)
     assert weights.max() == pytest.approx(8 / count)
 
 
 def test_what_it_asks_for_and_what_cannot_be():
-    assert Greats(side=8, seed=2).feature_spec() == ProjectionSpec("two_sided", 8, 2)
-    assert Greats(gradient_type="adam").uses_adam and not Greats().uses_adam
+    (request,) = Greats(side=8, seed=2, target_batch=5).requests()
+    assert request == BatchGradientSignal(ProjectionSpec("two_sided", 8, 2), num_targets=5, adam=False)
+    assert Greats(gradient_type="adam").requests()[0].adam
     for wrong in ({"keep_ratio": 0.0}, {"keep_ratio": 1.5}, {"curvature": -1.0}, {"target_batch": -1}, {"side": 0}):
         with pytest.raises(ConfigError, match=rf"weighter\.greats\.{next(iter(wrong))}:"):
             Greats(**wrong)

@@ -11,8 +11,10 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
+from dataflex_mega.algorithms.requests import EmbeddingSignal, TargetEmbeddingSignal, requests_of
 from dataflex_mega.algorithms.weighters.joint_update_aware import JointUpdateAware, solve_exact, solve_fixed_point
 from dataflex_mega.errors import ConfigError
+from dataflex_mega.types import EmbeddingSpec
 from tests.unit.algorithms.examples import observed
 
 Z = torch.tensor([[1.0, 0, 0], [0.8, 0.6, 0], [0, 1, 0], [0.6, 0, 0.8]], dtype=torch.float64)
@@ -31,10 +33,21 @@ GOLDEN: list[tuple[dict[str, Any], list[float]]] = [
 ]
 
 
+def learn(weighter: JointUpdateAware, target: torch.Tensor) -> None:
+    (request,) = requests_of(weighter, TargetEmbeddingSignal)
+    weighter.receive(request, target, 0)
+
+
+def num_targets(**parameters: Any) -> int:
+    (request,) = requests_of(JointUpdateAware(**parameters), TargetEmbeddingSignal)
+    return request.num_targets
+
+
 def weigh(vectors: torch.Tensor, target: torch.Tensor, **parameters: Any) -> torch.Tensor:
     weighter = JointUpdateAware(**parameters)
-    weighter.learn(target, 0)
-    return weighter.weights(replace(observed([1.0] * len(vectors)), embeddings=weighter.compare(vectors)), 0, 1)
+    learn(weighter, target)
+    samples = weighter.reduce(replace(observed([1.0] * len(vectors)), embeddings=vectors))
+    return weighter.weights(samples, 0, 1)
 
 
 @pytest.mark.parametrize(("parameters", "expected"), GOLDEN)
@@ -95,11 +108,13 @@ def test_vectors_that_are_not_numbers_weigh_one_and_are_left_out() -> None:
 
 def test_spec_and_target_follow_the_parameters() -> None:
     weighter = JointUpdateAware(pooling="mean_pool", embed_layer=2, embed_normalize=False)
-    assert (weighter.hidden.pooling, weighter.hidden.layer, weighter.hidden.normalize) == ("mean", 2, False)
-    assert JointUpdateAware().hidden.pooling == "last"
-    assert JointUpdateAware().target_samples == JointUpdateAware(target_num_batches=-1).target_samples == 0
-    assert JointUpdateAware(target_batch_size=4, target_num_batches=3).target_samples == 12
-    weighter.learn(2 * U, 0)
+    spec = EmbeddingSpec("mean", 2, normalize=False)
+    assert weighter.requests() == (EmbeddingSignal(spec), TargetEmbeddingSignal(spec, num_targets()))
+    (request,) = requests_of(JointUpdateAware(), EmbeddingSignal)
+    assert request.spec.pooling == "last" and request.layer_parameter == "embed_layer"
+    assert num_targets() == num_targets(target_num_batches=-1) == 0
+    assert num_targets(target_batch_size=4, target_num_batches=3) == 12
+    learn(weighter, 2 * U)
     assert weighter.state_dict()["target"].tolist() == (2 * U).tolist(), "as it is"
 
 

@@ -19,12 +19,12 @@ def batch_of(labels, reference):
 
 
 def weights_of(keep_ratio, losses, reference, labels):
-    weigh = TokenWeightFn(lambda samples: torch.ones_like(samples.loss_sum), Rho1(keep_ratio))
+    weigh = TokenWeightFn(lambda samples: torch.ones_like(samples.loss_sum), Rho1(keep_ratio).token_selection())
     return token_weights([(losses, batch_of(labels, reference))], weigh, lambda x: x)[0]
 
 
 def test_the_score_is_the_excess_and_is_not_clipped():
-    found = Rho1().token_scores(torch.tensor([[2.0, 1.0]]), torch.tensor([[0.5, 3.0]]))
+    found = Rho1().token_selection().scores(torch.tensor([[2.0, 1.0]]), torch.tensor([[0.5, 3.0]]))
     assert found.tolist() == [[1.5, -2.0]]
 
 

@@ -30,7 +30,7 @@ def keys(**given):
         (
             {T: 2, P: 2, V: 3, "sequence_parallel": True}, 4,
             MegatronLayout(4, 2, 2, 3, expert_tensor=2, sequence_parallel=True),
-            "TP2 x PP2 x DP1 x 3 chunks a stage, sequence parallel",
+            "TP2 x PP2 x DP1 x 3 chunks per stage, sequence parallel",
         ),
         ({"context_parallel_size": 2, P: 2}, 8, MegatronLayout(8, pipeline=2, context=2), "PP2 x CP2 x DP2"),
         ({E: 4, P: 2}, 8, MegatronLayout(8, pipeline=2, expert=4), "PP2 x EP4 x DP4"),
