@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dataflex_mega as dm
 
-data, path = (Path(p) for p in (sys.argv[1:] + [".demo/data", ".demo/model"])[:2])
+data, path = (Path(p) for p in ([*sys.argv[1:], ".demo/data", ".demo/model"])[:2])
 
 
 def rows(name, count):

@@ -1,4 +1,4 @@
-"""The file of docs/add-a-signal.md, installed as a package: one selector with a new signal, the same choice on both engines."""
+"""The file of docs/add-a-signal.md, installed as a package: its selector chooses the same samples on both engines."""
 
 import json
 import re
@@ -97,7 +97,9 @@ def test_the_signal_is_the_entropy_by_an_independent_formula(site, tmp_path):
     config = runs.base(folder, **keys, selector="uncertain", output_dir=str(tmp_path / "run"), site=str(site))
     status, heard = runs.train_many(1, [dict(config)], run=train_with_site, plain=True)[0]
     assert status == 0, heard
-    run = prepare(parse_config(runs.base(folder, **keys, selector="loss", output_dir=str(tmp_path / "x")), argument_types()))
+    run = prepare(
+        parse_config(runs.base(folder, **keys, selector="loss", output_dir=str(tmp_path / "x")), argument_types())
+    )
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64).eval()
     entropies = []
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """dm.less_scores, dm.train and the sampler inside the Hugging Face Trainer, each against an independent computation."""
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,10 @@ def scores_here(config):
     """Scores of one process of several, by path in `config`."""
     folder = Path(config["folder"])
     model, tokenizer = load(folder)
-    train, targets = rows_of(folder, "code")[:9], {"t": rows_of(folder, "prose")[:5], "u": rows_of(folder, "code")[9:12]}
+    train, targets = (
+        rows_of(folder, "code")[:9],
+        {"t": rows_of(folder, "prose")[:5], "u": rows_of(folder, "code")[9:12]},
+    )
     return dm.less_scores(model, tokenizer, train, targets, batch_size=2, max_length=24).tolist()
 
 
@@ -206,10 +210,8 @@ def hf_training(config):
             return super().training_step(*args, **kwargs)
 
     trainer = Watch(model, training, train_dataset=data, data_collator=default_data_collator, mixture=mixture)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         trainer.train(resume_from_checkpoint=resume)
-    except KeyboardInterrupt:
-        pass
     return draws, [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
@@ -238,7 +240,9 @@ def test_the_trainer_of_hugging_face_draws_what_our_loop_draws_killed_and_resume
 def test_two_processes_of_the_trainer_learn_the_same_mixture(folder):
     output = str(folder / "out" / "hf2")
     keys = runs.base(folder, **ODM, output_dir=str(folder / "out" / "unused2"), per_device_train_batch_size=4)
-    draws, losses = runs.train_many(2, [{**keys, "hf_output": output, "stop": None, "resume": None}], run=hf_training)[0]
+    draws, losses = runs.train_many(2, [{**keys, "hf_output": output, "stop": None, "resume": None}], run=hf_training)[
+        0
+    ]
     assert len(draws) == 8 and all(sum(counts) == 4 for counts in draws)  # rank 0's half of each batch
     state = json.loads(Path(f"{output}/checkpoint-8/dataflex_mixture.json").read_text())
     one = runs.base(folder, **ODM, output_dir=str(folder / "out" / "own2"))

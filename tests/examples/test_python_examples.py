@@ -50,7 +50,9 @@ def arguments(folder, script):
 def test_each_script_runs(folder):
     configs = [{"script": str(script), "arguments": arguments(folder, script)} for script in SCRIPTS]
     for script, printed in zip(SCRIPTS, runs.train_many(1, configs, run=run_script, plain=True), strict=True):
-        expected = "the best rows:" if script.stem == "less_scores" else "from easy" if script.stem == "plain_loop" else ""
+        expected = (
+            "the best rows:" if script.stem == "less_scores" else "from easy" if script.stem == "plain_loop" else ""
+        )
         assert (expected or "proportions: {'demo_c4':") in printed, f"{script.name}: {printed}"
 
 

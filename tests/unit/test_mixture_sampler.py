@@ -102,9 +102,10 @@ def test_a_restart_goes_on_exactly_also_on_another_number_of_ranks(stop, other):
     state = json.loads(json.dumps(first.state_dict()))
     resumed = sampler(**other)
     resumed.load_state_dict(state)
-    assert drive(resumed, STEPS - stop, first=stop) == drive(sampler(**other), STEPS)[
-        stop * resumed.partition.grad_accumulation :
-    ]
+    assert (
+        drive(resumed, STEPS - stop, first=stop)
+        == drive(sampler(**other), STEPS)[stop * resumed.partition.grad_accumulation :]
+    )
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])

@@ -42,6 +42,8 @@ def test_the_shown_algorithm_survives_a_restart_and_refuses_a_wrong_parameter(sp
     second.setup(DOMAINS)
     first.observe(stats({0: 1.0, 1: 2.0, 2: 5.0}), DOMAINS.initial_proportions, 1)
     second.load_state_dict(first.state_dict())
-    assert torch.equal(first.proportions(update_context(), generator()), second.proportions(update_context(), generator()))
+    assert torch.equal(
+        first.proportions(update_context(), generator()), second.proportions(update_context(), generator())
+    )
     with pytest.raises(ConfigError, match="power: must be >= 0, found -1"):
         build("mixer", spec(-1.0))
