@@ -229,8 +229,8 @@ class DataController:
                 return self.sampler.plan_from(old, step)
             proportions = proportions or self.domains.initial_proportions
             return self.sampler.next_plan(old, step, proportions, domain_loss_weights=loss_weights)
-        # A draw beside the mixer's update has samples of every domain that its window draws.
-        covers_domains = self.stages.mode == "draw" and {"selector", "mixer"} <= due
+        # With one schedule a selection is drawn for the new proportions, so it has every domain that its window draws.
+        covers_domains = self.stages.is_shared and {"selector", "mixer"} <= due
         if proportions is not None and not covers_domains:
             proportions = drop_empty_domains(proportions, count_domains(self.selected_ids, self.domains).tolist())
         if "selector" in due:

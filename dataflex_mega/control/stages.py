@@ -36,8 +36,9 @@ class StageConfig:
     mode: Literal["draw", "filter"] = "draw"  # a selection is the samples of a window, or the pool from then on
     keep_ratio: float = 0.5  # of the pool, in a filter
     max_score_age: Mapping[str, int] = field(default_factory=dict)  # role -> how many steps old a loss may be
+    is_shared: bool = False  # whether all roles act by one schedule
 
     @classmethod
     def shared(cls, schedule: UpdateSchedule) -> StageConfig:
         """All roles act by one schedule."""
-        return cls(dict.fromkeys(ROLES, schedule))
+        return cls(dict.fromkeys(ROLES, schedule), is_shared=True)

@@ -25,6 +25,13 @@ from dataflex_mega.providers.context import SignalContext
 
 Scope = Literal["candidates", "plan", "batch", "forward"]
 SCOPES = ("candidates", "plan", "batch", "forward")
+# The roles whose requests a scope serves. Reference losses lie beside the samples, whoever asks for them.
+ROLES_AT: dict[str, tuple[str, ...]] = {
+    "candidates": ("selector",),
+    "plan": ("selector", "mixer"),
+    "batch": ("weighter",),
+    "forward": ("mixer", "weighter"),
+}
 T = TypeVar("T", bound=type)
 
 
@@ -158,6 +165,9 @@ def check_requests(role: str, algorithm: Algorithm, engine: EngineInfo) -> None:
     who = f"{role} {display_name(algorithm)}"
     for request in algorithm.requests():
         entry = find_provider(request, who)
+        if role not in ROLES_AT[entry.scope] and not entry.needs_reference:
+            roles = " or ".join(ROLES_AT[entry.scope])
+            raise ConfigError(f"{who} makes the request {type(request).__name__}, which is served to a {roles} only")
         missing = entry.requires - engine.capabilities
         if missing:
             raise ConfigError(f"{who} needs {describe_missing(missing, engine.name)}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dataflex_mega.algorithms.base import Algorithm
 from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.engines.base import Engine
+from dataflex_mega.errors import ConfigError
 from dataflex_mega.providers.registry import requests_at
 from dataflex_mega.run import outputs, reference
 from dataflex_mega.run.assemble import assemble
@@ -50,7 +51,11 @@ def build_engine(run: PreparedRun) -> Engine:
     options: dict[str, object] = {}
     for _, algorithm in run.roles.active_algorithms():
         for request, entry in requests_at(algorithm, "forward"):
-            options.update(entry.provider.step_options(request))
+            for name, value in entry.provider.step_options(request).items():
+                if options.setdefault(name, value) != value:
+                    raise ConfigError(
+                        f"two algorithms want another {name} of the training forward pass; keep one of them"
+                    )
     tokenizer, num_domains = run.session.tokenizer, len(run.data.pool.sizes)
     return run.session.engine_builder.build_engine(tokenizer, num_domains, run.schedule.max_steps, options)
 

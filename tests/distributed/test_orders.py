@@ -58,6 +58,7 @@ def cases_of(folder, world):
             output_dir=str(folder / f"{name}-{world}-{number}"),
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=accumulation,
+            adam_epsilon=1.0e-6,  # with 1e-8, rounding alone decides the updates of gradients that are near zero
             **keys,
         )
         for name, keys in cases.items()

@@ -29,6 +29,7 @@ LEFT_OUT = {
     "log": "messages",
     "*.log": "messages",
     "*.yaml": "configurations that the run was given",
+    "*.stamp": "fingerprints of the tools that made the inputs",
     "seed-*.json": "configurations of a comparison's runs, with names of modules",
     "*.sh": "command lines",
     "*.lock": "locks",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from dataflex_mega.algorithms.base import Selector
+from dataflex_mega.algorithms.base import Selector, Weighter
 from dataflex_mega.algorithms.requests import GradientSignal, LossSignal, Request, RouterLoadSignal
 from dataflex_mega.engines.capabilities import Capability, capabilities_of, describe_missing
 from dataflex_mega.errors import ConfigError
@@ -200,3 +200,17 @@ def test_equal_requests_are_one_value():
     assert first.requests() == second.requests(), "what they are called with does not count"
     assert len({GradientSignal(), GradientSignal(adam=True), GradientSignal(adam=False)}) == 2
     assert LengthSignal().name == "length_signal" and GradientSignal().name == "gradient_adam"
+
+
+def test_a_request_that_its_role_is_never_served_is_refused():
+    class Wrong(Weighter):
+        def requests(self):
+            return (LossSignal(),)
+
+        def weights(self, samples, step, total_steps):
+            return samples.loss_sum
+
+    with pytest.raises(
+        ConfigError, match="weighter Wrong makes the request LossSignal, which is served to a selector only"
+    ):
+        check_requests("weighter", Wrong(), FSDP)

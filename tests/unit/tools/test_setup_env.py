@@ -120,7 +120,7 @@ def test_make_lists_every_target(root: Path) -> None:
 
 
 @pytest.mark.parametrize(("checks", "tests", "expected"), [(0, 0, 0), (2, 0, 2), (0, 2, 2), (2, 3, 3)])
-def test_ci_runs_both_and_passes_a_failure_on(
+def test_ci_runs_all_three_and_passes_a_failure_on(
     root: Path, tmp_path: Path, checks: int, tests: int, expected: int
 ) -> None:
     fake = tmp_path / "make"
@@ -130,4 +130,4 @@ def test_ci_runs_both_and_passes_a_failure_on(
     fake.chmod(0o755)
     done = subprocess.run([root / ".ci" / "run"], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, cwd=tmp_path)
     assert done.returncode == expected
-    assert [line.split()[-1] for line in (tmp_path / "log").read_text().splitlines()] == ["checks", "test"]
+    assert [line.split()[-1] for line in (tmp_path / "log").read_text().splitlines()] == ["checks", "test", "test-all"]
