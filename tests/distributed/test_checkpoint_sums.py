@@ -10,6 +10,8 @@ from safetensors.numpy import load_file
 from tests.distributed.test_store import ours_of
 from tests.support import corpus, runs
 
+pytestmark = pytest.mark.exhaustive
+
 KEYS = {
     "selector": {"name": "less", "checkpoints": 3}, "candidate_fraction": 0.6, "score_reuse": "latest", "max_samples": 6,
     "eval_dataset": "tables,prose", "eval_on_each_dataset": True, "lr_scheduler_type": "linear", "learning_rate": 1.0e-2,
@@ -34,11 +36,13 @@ def selections(config):
     }
 
 
-def kept_rounds(checkpoint):
-    """[(step, rate, ids, values)] that a checkpoint has."""
+def saved_records(checkpoint):
+    """[(step, learning rate, ids, cosines)] that a checkpoint has."""
     tensors = load_file(checkpoint / "state.safetensors")
-    state = json.loads((checkpoint / "state.json").read_text())["extra"]["controller"]["selector"]["rounds"]
-    return [(r["step"], r["rate"], tensors[r["ids"]["tensor"]], tensors[r["values"]["tensor"]]) for r in state]
+    state = json.loads((checkpoint / "state.json").read_text())["extra"]["controller"]["selector"]["history"]
+    return [
+        (r["step"], r["learning_rate"], tensors[r["ids"]["tensor"]], tensors[r["cosines"]["tensor"]]) for r in state
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +54,17 @@ def whole(folder):
     return config, single
 
 
-def test_scores_are_the_sum_over_the_kept_rounds_by_their_rates(folder, whole):
+def test_scores_are_the_mean_over_the_saved_records_by_their_rates(folder, whole):
     config, single = whole
-    rounds = kept_rounds(folder / "whole" / "checkpoint-4")
-    assert [step for step, *_ in rounds] == [1, 2, 3]
+    records = saved_records(folder / "whole" / "checkpoint-4")
+    assert [step for step, *_ in records] == [1, 2, 3]
     rates = {row["step"] - 1: row["learning_rate"] for row in runs.rows(config)}
-    assert [rate for _, rate, *_ in rounds] == [rates[step] for step in (1, 2, 3)] and len(set(rates.values())) == 6
+    assert [rate for _, rate, *_ in records] == [rates[step] for step in (1, 2, 3)] and len(set(rates.values())) == 6
     entries = {}
-    for _, rate, ids, values in rounds:
+    for _, rate, ids, values in records:
         for sample, row in zip(ids.tolist(), values.astype(np.float64), strict=True):
             entries.setdefault(sample, []).append((rate, row))
-    last_ids = set(rounds[-1][2].tolist())
+    last_ids = set(records[-1][2].tolist())
     last_scores = {i: score for i, score in zip(*selections(config)["step_3.json"], strict=True) if i in last_ids}
     assert len(last_scores) > 2 and len({len(entries[i]) for i in last_ids}) > 1, (
         "some have been scored more often than others"
@@ -68,7 +72,7 @@ def test_scores_are_the_sum_over_the_kept_rounds_by_their_rates(folder, whole):
     for sample, score in last_scores.items():
         total = sum(rate for rate, _ in entries[sample])
         assert score == pytest.approx(max(sum(rate * row for rate, row in entries[sample]) / total), abs=1e-6)
-    assert selections(config)["step_1.json"] == selections(single)["step_1.json"], "one round is the current model"
+    assert selections(config)["step_1.json"] == selections(single)["step_1.json"], "one record is the current model"
     assert selections(config)["step_3.json"] != selections(single)["step_3.json"]
     state = json.loads((folder / "single" / "checkpoint-4" / "state.json").read_text())
     assert state["extra"]["controller"]["selector"] == {}
@@ -146,7 +150,7 @@ def test_stores_of_several_checkpoints_are_added_up_by_weights(folder):
     ]
     (ok, _), (rate, stderr), (status, line) = runs.train_many(2, more, ours_of)
     assert ok == rate == 0 and "checkpoint-2: weight 0.00" in stderr
-    assert status == 2 and "checkpoint-4 is 0.0; say what counts with --weights" in line
+    assert status == 2 and "checkpoint-4 is 0.0; set --weights" in line
     scores = {key: np.load(path).astype(np.float64) for key, path in singles.items()}
     sums = [(3 * scores[0, target] + scores[1, target]) / 4 for target in ("tables", "prose")]
     np.testing.assert_allclose(np.load(folder / "both.npy"), np.maximum(*sums), atol=1e-6)

@@ -7,6 +7,8 @@ import pytest
 
 from tests.support import corpus, runs
 
+pytestmark = pytest.mark.exhaustive
+
 SELECT = {
     "eval_dataset": "tables,prose", "eval_on_each_dataset": True, "max_samples": 3, "warmup_step": 2, "update_step": 1,
     "update_times": 2,

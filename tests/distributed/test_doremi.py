@@ -9,6 +9,8 @@ import pytest
 
 from tests.support import corpus, runs
 
+pytestmark = pytest.mark.exhaustive
+
 STEPS = 6
 MIX = {
     "mixer": {"name": "doremi"}, "update_step": 2, "update_times": -1, "init_mixture_proportions": [0.5, 0.3, 0.2],

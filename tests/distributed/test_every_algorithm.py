@@ -10,6 +10,8 @@ import pytest
 from dataflex_mega.registry import CONTRACTS, list_builtin_names
 from tests.support import corpus, runs
 
+pytestmark = pytest.mark.exhaustive
+
 SELECT = {"warmup_step": 1, "update_step": 1, "update_times": 3, "max_steps": 4, "max_samples": 6}
 ORDER = {"warmup_step": 1, "update_step": 2, "update_times": 2, "max_steps": 4, "max_samples": 12}
 MIX = {

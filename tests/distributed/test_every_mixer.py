@@ -8,6 +8,8 @@ import pytest
 from dataflex_mega.registry import list_builtin_names
 from tests.support import corpus, runs
 
+pytestmark = pytest.mark.exhaustive
+
 STEPS, SAVED = 6, 3
 MIX = {
     "update_step": 1, "update_times": -1, "init_mixture_proportions": [0.5, 0.3, 0.2], "max_steps": STEPS,

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,11 @@ def test_an_interrupt_ends_in_one_line_and_the_same_command_goes_on(folder):
     path.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-u", "-m", "dataflex_mega.train", str(path)]
     lines = []
-    with subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stderr": subprocess.STDOUT, "stdout": subprocess.PIPE, "text": True}
+    # As at a terminal, where tests that a shell started in the background inherit that SIGINT is ignored.
+    with subprocess.Popen(
+        command, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL), **pipes
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line)

@@ -14,6 +14,8 @@ from dataflex_mega.types import TrainState
 from tests.support import corpus, runs
 from tests.support.built_run import Trial, build_run
 
+pytestmark = pytest.mark.exhaustive
+
 EXACT = {"name": "greats", "side": 512, "target_batch": 0}  # nothing is projected away
 KEYS = {"eval_dataset": "tables", "max_samples": 2, "max_steps": 3}
 

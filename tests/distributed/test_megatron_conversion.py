@@ -13,6 +13,8 @@ from tests.support import runs
 from tests.support.corpus import tool
 from tests.unit.engines.megatron import small
 
+pytestmark = pytest.mark.exhaustive
+
 DENSE = ("llama", "llama-tied", "llama-scaled", "mistral", "qwen2", "qwen2-tied", "qwen3", "qwen3-tied")
 SPARSE = ("mixtral", "qwen3_moe", "qwen3_moe-normalised")
 # Processes -> layout -> (sizes, models). A mixture of experts under tensor parallelism needs sequence parallelism.

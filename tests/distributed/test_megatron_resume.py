@@ -7,6 +7,8 @@ import pytest
 
 from tests.support import corpus, runs
 
+pytestmark = pytest.mark.exhaustive
+
 pytest.importorskip("megatron.core")
 ROLES = {
     "selector": {"name": "loss"}, "mixer": {"name": "odm", "reward_scale": 5.0}, "weighter": {"name": "loss"},

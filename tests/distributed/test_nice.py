@@ -11,6 +11,8 @@ from dataflex_mega.providers.policy_gradients import split_prompt_answer
 from tests.support import corpus, runs
 from tests.support.built_run import Trial, build_run
 
+pytestmark = pytest.mark.exhaustive
+
 KEYS = {
     "stage": "sft", "template": "default", "dataset": "sft", "eval_dataset": "sft", "max_samples": 16, "cutoff_len": 96,
     "warmup_step": 2, "update_step": 1, "update_times": 1, "max_steps": 3, "per_device_eval_batch_size": 8,

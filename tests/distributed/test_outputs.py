@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from tests.support import corpus, runs
 
+pytestmark = pytest.mark.exhaustive
+
 SFT = {"stage": "sft", "dataset": "sft", "template": "default", "cutoff_len": 64}
 LORA = {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "all"}
 MIX = {"mixer": {"name": "odm", "reward_scale": 5.0}, "warmup_step": 1, "update_step": 2, "update_times": -1}

@@ -12,6 +12,8 @@ import yaml
 from dataflex_mega.distributed.testing import free_port
 from tests.support import corpus, runs
 
+pytestmark = pytest.mark.exhaustive
+
 PROJECT = """
 [build-system]
 requires = ["setuptools"]

@@ -13,6 +13,8 @@ import yaml
 
 from tests.support import corpus, runs
 
+pytestmark = pytest.mark.exhaustive
+
 SUITE = corpus.ROOT / "examples" / "compare" / "suite.yaml"
 TINY = {
     "max_steps": 4, "cutoff_len": 32, "per_device_train_batch_size": 4, "warmup_steps": 1, "logging_steps": 2,

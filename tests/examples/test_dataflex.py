@@ -10,6 +10,8 @@ import yaml
 from tests.support import corpus, runs
 from tests.unit.config.test_dataflex_components import ROLES, SHIPPED
 
+pytestmark = pytest.mark.exhaustive
+
 FILES = {"select": "selector", "mix": "mixer", "reorder": "reorder", "weight": "weighter", "lego": "pipeline"}
 REORDERS = (
     "sorting", "shuffle", "segment", "folding", "zigzag", "stair", "saw", "dynamic_saw", "dynamic_folding",

@@ -16,6 +16,8 @@ from dataflex_mega.corpus import command
 from dataflex_mega.engines.megatron import layout
 from tests.support import corpus, runs
 
+pytestmark = pytest.mark.exhaustive
+
 pytest.importorskip("megatron.core")
 EXAMPLES = {path.stem: path for path in sorted((corpus.ROOT / "examples" / "megatron").glob("*.yaml"))}
 RECIPE = "slimpajama_1b5_64gpus"
