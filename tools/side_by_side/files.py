@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Fields that hold wall-clock time or machine load, in any file.
-CLOCKED = (
-    "timestamp", "seconds", "extra_seconds", "overhead", "*_time", "*_runtime", "*_per_second",
-    "throughput", "seconds/*", "train/*per_second*", "*seconds*",
+# Fields that hold wall-clock time, in any file, and one that names modules of this package.
+IGNORED_FIELDS = (
+    "timestamp", "*seconds*", "overhead", "*_time", "*_runtime", "*per_second*", "throughput", "callbacks",
 )  # fmt: skip
 # Files without numbers of a run, with pictures of numbers that are elsewhere, or of another layout on each side.
 LEFT_OUT = {
@@ -30,7 +29,6 @@ LEFT_OUT = {
     "*.log": "messages",
     "*.yaml": "configurations that the run was given",
     "*.stamp": "fingerprints of the tools that made the inputs",
-    "seed-*.json": "configurations of a comparison's runs, with names of modules",
     "*.sh": "command lines",
     "*.lock": "locks",
     "times.jsonl": "seconds per step",
@@ -50,9 +48,9 @@ class Outcome:
     left_out: dict[str, int]
 
 
-def is_clocked(key: str) -> bool:
-    """Whether a field of this name holds time."""
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in CLOCKED)
+def is_ignored(key: str) -> bool:
+    """Whether a field of this name is not compared."""
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in IGNORED_FIELDS)
 
 
 def show(value: Any) -> str:
@@ -71,7 +69,7 @@ def value_difference(first: Any, second: Any, place: str = "") -> str | None:
     if type(first) is not type(second):
         return against(place or "value", first, second)
     if isinstance(first, dict):
-        mine, other = ([key for key in value if not is_clocked(str(key))] for value in (first, second))
+        mine, other = ([key for key in value if not is_ignored(str(key))] for value in (first, second))
         if mine != other:
             return against(f"{place} keys".strip(), mine, other)
         parts = [(f"{place}.{key}".lstrip("."), first[key], second[key]) for key in mine]
@@ -176,7 +174,7 @@ def array_difference(first: bytes, second: bytes) -> str | None:
 
 
 def events(content: bytes) -> list[tuple[Any, ...]]:
-    """Scalars of a TensorBoard file: (step, tag, value), without those that hold time."""
+    """Scalars of a TensorBoard file: (step, tag, value), without those that are ignored."""
     from tensorboard.compat.proto.event_pb2 import Event
 
     found, at = [], 0
@@ -185,7 +183,7 @@ def events(content: bytes) -> list[tuple[Any, ...]]:
         event = Event.FromString(content[at + 12 : at + 12 + size])
         at += 12 + size + 4
         for value in event.summary.value:
-            if not is_clocked(value.tag):
+            if not is_ignored(value.tag):
                 number = value.simple_value if value.HasField("simple_value") else value.tensor.SerializeToString()
                 found.append((event.step, value.tag, number))
     return found
