@@ -6,6 +6,8 @@ import torch
 from dataflex_mega.distributed.testing import run_distributed_test
 from tests.distributed.layouts import run_cases
 
+pytestmark = pytest.mark.exhaustive
+
 WEIGHED = {
     1: [("single", 8, False), ("single", 2, False), ("single", 4, True), ("fsdp2", 8, False)],
     2: [("ddp", 4, False), ("ddp", 1, True), ("fsdp2", 2, False)],
