@@ -21,7 +21,7 @@ from dataflex_mega.corpus.encoded_units import DomainBlock, WorkUnit, read_bad_r
 from dataflex_mega.data.manifest import ITEMSIZE
 from dataflex_mega.files import atomic_file, atomic_write, close_durably, replace_file
 
-MAGIC, INDEX_VERSION = b"MMIDIDX\x00\x00", 1
+INDEX_MAGIC, INDEX_VERSION = b"MMIDIDX\x00\x00", 1
 DTYPE_CODES = {"int32": 4, "uint16": 8}  # as in megatron-core
 COPY_BYTES = 1 << 22  # in memory while copying
 INDEX_ENTRIES = 1 << 18  # in memory while writing an index
@@ -123,7 +123,7 @@ def _lengths(blocks: Sequence[tuple[Path, DomainBlock]]) -> Iterator[np.ndarray]
 
 def _write_index(blocks: Sequence[tuple[Path, DomainBlock]], output: _HashedFile, dtype: str) -> None:
     documents = sum(block.documents for _, block in blocks)
-    output.write(MAGIC + struct.pack("<QBQQ", INDEX_VERSION, DTYPE_CODES[dtype], documents, documents + 1))
+    output.write(INDEX_MAGIC + struct.pack("<QBQQ", INDEX_VERSION, DTYPE_CODES[dtype], documents, documents + 1))
     for lengths in _lengths(blocks):
         output.write(lengths.tobytes())
     start = 0

@@ -20,7 +20,7 @@ from dataflex_mega.data.pool import Domain
 from dataflex_mega.errors import ConfigError, DataError
 
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders
-MAGIC, DTYPES = b"MMIDIDX\x00\x00", (4, 5, 8)  # int32, int64, uint16
+INDEX_MAGIC, DTYPES = b"MMIDIDX\x00\x00", (4, 5, 8)  # int32, int64, uint16
 PROBES = 1024  # documents whose position in the stream is checked when a file is opened
 
 
@@ -119,7 +119,7 @@ def _check_index(file: Path) -> None:
     """Raises DataError for another format and a truncated index, on which megatron-core fails without naming the file."""
     with file.open("rb") as stream:
         head = stream.read(HEADER.size)
-    if len(head) < HEADER.size or not head.startswith(MAGIC):
+    if len(head) < HEADER.size or not head.startswith(INDEX_MAGIC):
         raise DataError(f"{file} cannot be read: it does not begin as a Megatron index does")
     _, version, dtype, sequences, borders = HEADER.unpack(head)
     if version != 1 or dtype not in DTYPES:

@@ -20,7 +20,7 @@ from dataflex_mega.algorithms.selectors._npy import read_npy
 from dataflex_mega.errors import CheckpointError, ConfigError, DataError
 from dataflex_mega.types import SignalTable, UpdateContext
 
-DTYPES = {"<i8": torch.int64, "<i4": torch.int32}
+INDEX_DTYPES = {"<i8": torch.int64, "<i4": torch.int32}
 PADDING = -1  # in place of a neighbour that the search did not find
 
 
@@ -60,7 +60,7 @@ class Near(Selector):
         path, num_samples = Path(self.indices_path).expanduser(), sum(domains.num_samples)
         if not path.is_file():
             raise ConfigError(f"selector.near.indices_path: {path} not found (relative to {Path.cwd()})")
-        indices = read_npy(path, DTYPES, ("M", "K"), "whole numbers").long()
+        indices = read_npy(path, INDEX_DTYPES, ("M", "K"), "whole numbers").long()
         wrong = ((indices < PADDING) | (indices >= num_samples)).nonzero()
         if len(wrong):
             row, column = wrong[0].tolist()

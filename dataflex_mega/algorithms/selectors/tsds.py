@@ -22,7 +22,7 @@ from dataflex_mega.algorithms.selectors._sampling import draw_without_replacemen
 from dataflex_mega.errors import CheckpointError, ConfigError, DataError
 from dataflex_mega.types import SignalTable, UpdateContext
 
-DTYPES = {"<f8": torch.float64, "<f4": torch.float32}
+PROBABILITY_DTYPES = {"<f8": torch.float64, "<f4": torch.float32}
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Tsds(Selector):
         path, num_samples = Path(self.probs_path).expanduser(), sum(domains.num_samples)
         if not path.is_file():
             raise ConfigError(f"selector.tsds.probs_path: {path} not found (relative to {Path.cwd()})")
-        chances = read_npy(path, DTYPES, ("N",), "numbers").double()
+        chances = read_npy(path, PROBABILITY_DTYPES, ("N",), "numbers").double()
         if len(chances) != num_samples:
             sizes = ", ".join(f"{name} {size}" for name, size in zip(domains.names, domains.num_samples, strict=True))
             raise DataError(

@@ -11,7 +11,7 @@ import torch
 
 from dataflex_mega.algorithms.base import DomainInfo
 from dataflex_mega.algorithms.selectors._npy import read_npy
-from dataflex_mega.algorithms.selectors.near import DTYPES, Near, neighbour_ranks
+from dataflex_mega.algorithms.selectors.near import INDEX_DTYPES, Near, neighbour_ranks
 from dataflex_mega.errors import CheckpointError, ConfigError, DataError
 from dataflex_mega.types import SignalTable
 from tests.unit.algorithms.examples import generator, update_context
@@ -91,7 +91,9 @@ def test_every_layout_of_the_format_is_read_as_numpy_reads_it(saved: Path, kind:
     array = np.asarray(np.arange(12).reshape(3, 4), dtype=kind, order=order)
     with saved.open("wb") as stream:
         np.lib.format.write_array(stream, array, version=version)
-    assert read_npy(saved, DTYPES, ("M", "K"), "whole numbers").tolist() == np.load(saved).tolist() == array.tolist()
+    assert (
+        read_npy(saved, INDEX_DTYPES, ("M", "K"), "whole numbers").tolist() == np.load(saved).tolist() == array.tolist()
+    )
 
 
 def test_ranks_of_padding_alone_are_empty() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from dataflex_mega.algorithms.base import DomainInfo
 from dataflex_mega.algorithms.selectors._npy import read_npy
-from dataflex_mega.algorithms.selectors.tsds import DTYPES, Tsds
+from dataflex_mega.algorithms.selectors.tsds import PROBABILITY_DTYPES, Tsds
 from dataflex_mega.errors import CheckpointError, ConfigError, DataError
 from dataflex_mega.types import SignalTable
 from tests.unit.algorithms.examples import generator, update_context
@@ -101,7 +101,7 @@ def test_more_than_has_a_chance_names_the_numbers(saved: Path) -> None:
 def test_every_layout_of_the_format_is_read_as_numpy_reads_it(saved: Path, kind: str, version: Any) -> None:
     with saved.open("wb") as stream:
         np.lib.format.write_array(stream, np.linspace(0, 1, 7).astype(kind), version=version)
-    assert read_npy(saved, DTYPES, ("N",), "numbers").tolist() == np.load(saved).tolist()
+    assert read_npy(saved, PROBABILITY_DTYPES, ("N",), "numbers").tolist() == np.load(saved).tolist()
 
 
 @pytest.mark.parametrize(
