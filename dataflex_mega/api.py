@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataflex_mega import plugins
+import dataflex_mega.plugins as plugins
 from dataflex_mega.algorithms.base import Algorithm
 from dataflex_mega.algorithms.selectors.less import Less
 from dataflex_mega.config.checks import check_dynamic

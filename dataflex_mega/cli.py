@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from types import ModuleType
 
-from dataflex_mega import commands
+import dataflex_mega.commands as commands
 from dataflex_mega.errors import UserError, did_you_mean
 from dataflex_mega.exit_status import exit_status
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dataflex_mega import plugins
+import dataflex_mega.plugins as plugins
 from dataflex_mega.algorithms.base import Algorithm, Mixer, Reorder, Selector, Weighter
 from dataflex_mega.errors import ConfigError, did_you_mean
 from dataflex_mega.schema.coercion import coerce, type_text

@@ -10,6 +10,6 @@ HELP_ORDER = 110
 
 def main(argv: Sequence[str]) -> int:
     """Forward to doctor.main -> the exit status."""
-    from dataflex_mega import doctor
+    import dataflex_mega.doctor as doctor
 
     return doctor.main(list(argv))

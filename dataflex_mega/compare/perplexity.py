@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dataflex_mega import objective
+import dataflex_mega.objective as objective
 from dataflex_mega.data import manifest
 from dataflex_mega.data.collate import collate
 from dataflex_mega.data.fixed_length import fixed_length_domain

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dataflex_mega import plugins
+import dataflex_mega.plugins as plugins
 from dataflex_mega.config import components, pipelines, proportions
 from dataflex_mega.config.component_parameters import Spec
 from dataflex_mega.config.components import ROLE_OF_TYPE

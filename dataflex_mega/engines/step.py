@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dataflex_mega import objective
+import dataflex_mega.objective as objective
 from dataflex_mega.distributed.collectives import TorchCollectives
 from dataflex_mega.engines.options import StepOptions
 from dataflex_mega.engines.stats import StepAccumulator

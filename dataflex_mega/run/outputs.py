@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dataflex_mega import plots
+import dataflex_mega.plots as plots
 from dataflex_mega.run.averages import write_averages
 from dataflex_mega.run.data import RunData
 from dataflex_mega.run.roles import RunRoles

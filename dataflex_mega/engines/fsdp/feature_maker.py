@@ -8,7 +8,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from dataflex_mega import objective
+import dataflex_mega.objective as objective
 from dataflex_mega.engines.fsdp.gradient_scorer import ADAM_OPTIMIZERS, full_tensor, mark_graph_entry
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
 from dataflex_mega.errors import ConfigError

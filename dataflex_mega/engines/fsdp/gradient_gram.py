@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dataflex_mega import objective
+import dataflex_mega.objective as objective
 from dataflex_mega.engines.fsdp.parallel import set_gradient_sync
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
 from dataflex_mega.signals.gradient_gram import gram_matrix

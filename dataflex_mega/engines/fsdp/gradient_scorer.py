@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from dataflex_mega import objective
+import dataflex_mega.objective as objective
 from dataflex_mega.engines.fsdp.experts import WEIGHTS, ExpertGradientHooks, trained_experts
 from dataflex_mega.engines.fsdp.parallel import set_gradient_sync
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from dataflex_mega import objective
+import dataflex_mega.objective as objective
 from dataflex_mega.distributed.collectives import TorchCollectives
 from dataflex_mega.distributed.parallel_info import ParallelInfo
 from dataflex_mega.engines.fsdp.hidden_states import capture_hidden_states

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from dataflex_mega import objective
+import dataflex_mega.objective as objective
 from dataflex_mega.engines.layer_cache import CACHE_BYTES, LayerCache
 from dataflex_mega.engines.megatron import batches, cpu
 from dataflex_mega.engines.megatron.gradient_hooks import (
