@@ -13,7 +13,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dataflex_mega import integrations
+    import dataflex_mega.integrations as integrations
     from dataflex_mega.algorithms.base import Mixer, Reorder, Selector, Weighter
     from dataflex_mega.algorithms.requests import Request
     from dataflex_mega.api import TrainResult, less_scores, tokenize, train

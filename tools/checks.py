@@ -90,7 +90,8 @@ class Import:
 
 
 def imports(tree: ast.AST, modules: set[str]) -> Iterator[Import]:
-    """Every import below `tree`. `from a import b` is a.b where that is one of `modules`, else a."""
+    """Every import below `tree`. `from a import b` is a.b where that is one of `modules`, else a; from the package itself it
+    is both, since the package answers for its names."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -100,6 +101,8 @@ def imports(tree: ast.AST, modules: set[str]) -> Iterator[Import]:
                 inner = f"{node.module}.{alias.name}"
                 whole = inner in modules or inner in OWNERS
                 yield Import(inner if whole else node.module or "", node.lineno)
+                if whole and node.module == PACKAGE:
+                    yield Import(PACKAGE, node.lineno)
 
 
 def room_of(module: str) -> str:

@@ -277,3 +277,14 @@ def test_the_exit_status_says_whether_a_rule_is_broken(
     (tmp_path / "tools" / "a.py").write_text("def f():\n    global x\n")
     assert checks.main([str(tmp_path)]) == 1
     assert capsys.readouterr().out.splitlines()[1:] == ["tools/a.py:2: global x", "checks: 1 breaches"]
+
+
+def test_an_import_through_the_package_closes_the_circles_of_its_lazy_names(checks: ModuleType, tmp_path: Path) -> None:
+    package = tmp_path / "dataflex_mega"
+    package.mkdir()
+    (package / "__init__.py").write_text("from dataflex_mega.types import A\n")
+    (package / "errors.py").write_text("")
+    (package / "types.py").write_text("from dataflex_mega import errors\n")
+    assert any("import cycle: dataflex_mega, dataflex_mega.types" in str(breach) for breach in checks.check(tmp_path))
+    (package / "types.py").write_text("import dataflex_mega.errors as errors\n")
+    assert not any("import cycle" in str(breach) for breach in checks.check(tmp_path))
