@@ -90,6 +90,14 @@ def test_the_model_is_left_as_it_was_and_its_optimizer_counts(folder):
     assert torch.distributed.is_initialized() == joined_before
 
 
+def test_texts_are_scored_as_rows_with_a_text(folder):
+    model, tokenizer = load(folder)
+    rows = rows_of(folder, "code")[:6]
+    texts = [row["text"] for row in rows]
+    scores = dm.less_scores(model, tokenizer, texts[:4], texts[4:], max_length=24)
+    assert torch.equal(scores, dm.less_scores(model, tokenizer, rows[:4], rows[4:], max_length=24))
+
+
 def test_rows_that_cannot_be_scored_are_named(folder):
     model, tokenizer = load(folder)
     with pytest.raises(dm.DataError, match="row 0: no column 'text'; there is body"):
@@ -147,12 +155,29 @@ def test_it_trains_as_the_command_does_and_writes_nothing(folder):
         assert sum(proportions.values()) == pytest.approx(1)
 
 
-def test_an_algorithm_of_ones_own_is_taken_as_an_instance(folder):
-    config = runs.base(folder, update_step=2, update_times=-1, max_steps=6, output_dir=str(folder / "out" / "own"))
-    call = {"own": True, "folder": str(folder)}
-    metrics, proportions, _, _ = runs.train_many(1, [{**config, **call}], run=train_from_python, plain=True)[0]
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_algorithm_of_ones_own_is_taken_as_an_instance(folder, world):
+    output = str(folder / "out" / f"own{world}")
+    config = runs.base(folder, update_step=2, update_times=-1, max_steps=6, output_dir=output)
+    call = {"own": True, "folder": str(folder), "per_device_train_batch_size": 8 // world}
+    result = runs.train_many(world, [{**config, **call}], run=train_from_python, plain=world == 1)[0]
+    metrics, proportions, _, _ = result
     assert proportions == pytest.approx({"code": 1 / 7, "prose": 1 / 7, "tables": 5 / 7})
     assert len(metrics) == 6
+
+
+def train_checked(config):
+    """Rows of a training from a configuration that is checked already."""
+    from dataflex_mega.config.parse import parse_config
+    from dataflex_mega.llamafactory.args import argument_types
+
+    return dm.train(parse_config(config, argument_types())).metrics, dm.train(config).metrics
+
+
+def test_a_checked_configuration_trains_as_its_keys_do(folder):
+    config = runs.base(folder, **ODM, output_dir=str(folder / "out" / "checked"))
+    checked, keys = runs.train_many(1, [config], run=train_checked, plain=True)[0]
+    assert checked == keys and len(keys) == ODM["max_steps"]
 
 
 def test_files_are_written_when_they_are_wanted(folder):
