@@ -81,8 +81,14 @@ def parse_config(config: Mapping[str, Any], lf_types: Mapping[str, Any], variabl
     )
 
 
+def _nearest_successor(key: str) -> str:
+    """A hint for a misspelt old key: the old one that is nearest, and what it is called now."""
+    old = next((name for name in legacy.OUR_RENAMED if did_you_mean(key, [name])), None)
+    return "" if old is None else f" (did you mean {legacy.OUR_RENAMED[old][0]!r}, formerly {old!r}?)"
+
+
 def _refuse_unknown(config: Mapping[Any, Any], known: list[str]) -> None:
     unknown = [str(key) for key in config if key not in known]
     if unknown:
-        listed = ", ".join(f"{key!r}{did_you_mean(key, known)}" for key in unknown)
+        listed = ", ".join(f"{key!r}{did_you_mean(key, known) or _nearest_successor(key)}" for key in unknown)
         raise ConfigError(f"unknown key{'s' if len(unknown) > 1 else ''} {listed}")

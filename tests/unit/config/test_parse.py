@@ -34,6 +34,11 @@ def test_a_plain_llamafactory_configuration_is_static_and_unchanged(lf_keys):
     assert found.notes == []
 
 
+def test_a_misspelt_old_key_is_told_its_new_name(lf_keys):
+    message = fails({"lookahaed": "exact", "mixer": "odm"}, lf_keys)
+    assert message == "unknown key 'lookahaed' (did you mean 'weight_scope', formerly 'lookahead'?)"
+
+
 def test_our_names_are_not_megatrons():
     assert not OUR_KEYS & MEGATRON_KEYS
 
