@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import torch
 
-from dataflex_mega.config.pipelines import Pipeline, StageArguments
+from dataflex_mega.config.pipelines import Pipeline
 from dataflex_mega.config.reorder_arguments import ReorderArguments
 from dataflex_mega.control.passes import OrderedPasses, OrderOptions
 from dataflex_mega.control.schedule import UpdateSchedule
@@ -16,7 +16,7 @@ from dataflex_mega.data.pool import SamplePool
 from dataflex_mega.data.score_files import read_cached_selection, read_scores
 from dataflex_mega.errors import ConfigError, DataError
 from dataflex_mega.llamafactory.scores import raw_scores
-from dataflex_mega.run.roles import RunRoles
+from dataflex_mega.run.roles import RunRoles, stage_schedule
 from dataflex_mega.run.session import Session
 
 PLAN_RENEWAL_STEPS = 4096  # between plans of an order that is never scored again
@@ -72,10 +72,6 @@ def fingerprint(source: ScoreSource) -> dict[str, str]:
     return {"scores": hashlib.sha256(source.fixed.numpy().tobytes()).hexdigest()[:16]}
 
 
-def _stage_schedule(stage: StageArguments) -> UpdateSchedule:
-    return UpdateSchedule(stage.warmup_step, stage.every, -1, repeat_cycles=False)
-
-
 def stage_config(session: Session, roles: RunRoles, source: ScoreSource, schedule: UpdateSchedule) -> StageConfig:
     """How and when the roles act. `schedule`: that of the keys warmup_step, update_step and update_times.
 
@@ -103,7 +99,7 @@ def _pipeline_stage_config(
 ) -> StageConfig:
     """Every stage acts by its own steps."""
     schedules = {"selector": schedule}
-    schedules |= {role: _stage_schedule(stage) for role, stage in pipeline.role_stages.items()}
+    schedules |= {role: stage_schedule(stage) for role, stage in pipeline.role_stages.items()}
     if pipeline.weighter_stages:
         warmup_steps = min(stage.warmup_step for stage in pipeline.weighter_stages)
         schedules["weighter"] = UpdateSchedule(warmup_steps, 1, -1, repeat_cycles=False)

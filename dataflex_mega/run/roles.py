@@ -9,7 +9,7 @@ from typing import Any
 from dataflex_mega.algorithms.base import Algorithm, Selector, Weighter
 from dataflex_mega.config.components import flatten_spec
 from dataflex_mega.config.parse import RunConfig
-from dataflex_mega.config.pipelines import Pipeline
+from dataflex_mega.config.pipelines import Pipeline, StageArguments
 from dataflex_mega.config.reorder_arguments import ReorderArguments
 from dataflex_mega.control.controller import RoleSet
 from dataflex_mega.control.schedule import UpdateSchedule
@@ -90,8 +90,13 @@ def build_score_selector(reorder: ReorderArguments | None) -> Selector | None:
     return selector
 
 
+def stage_schedule(stage: StageArguments) -> UpdateSchedule:
+    """When a stage of a pipeline acts."""
+    return UpdateSchedule(stage.warmup_step, stage.every, -1, repeat_cycles=False)
+
+
 def build_weighter(pipeline: Pipeline, first: Weighter) -> Weighter:
     """The weighter of a pipeline, a product where it has several; `first`: the one that is built already."""
     weighters = [first, *(build("weighter", spec) for spec in pipeline.weighter_specs[1:])]
-    schedules = [UpdateSchedule(s.warmup_step, s.every, -1, repeat_cycles=False) for s in pipeline.weighter_stages]
+    schedules = [stage_schedule(stage) for stage in pipeline.weighter_stages]
     return combine_weighters(list(zip(weighters, schedules, strict=True)))  # type: ignore[arg-type]  # all are weighters
