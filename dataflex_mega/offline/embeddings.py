@@ -21,7 +21,7 @@ import numpy as np
 from dataflex_mega.errors import CheckpointError
 from dataflex_mega.files import append_durably, atomic_write, replace_file
 from dataflex_mega.offline.gradients import GradientRows
-from dataflex_mega.store.manifest import MANIFEST, check_identity, read_manifest
+from dataflex_mega.store.manifest import MANIFEST, read_manifest, read_own_manifest
 
 VERSION = 1
 ARRAY_FILE = "embeddings.npy"
@@ -131,12 +131,7 @@ class Embeddings:
         atomic_write(self.folder / MANIFEST, json.dumps(content, indent=1))
 
     def _read_manifest(self) -> dict[str, Any] | None:
-        """The manifest, None when there is none. Raises CheckpointError for another identity."""
-        manifest = read_manifest(self.folder / MANIFEST, WHAT, VERSION)
-        if manifest is None:
-            return None
-        check_identity(self.folder, manifest["identity"], self.identity, WHAT)
-        return manifest
+        return read_own_manifest(self.folder, self.identity, WHAT, VERSION)
 
 
 def checksum(values: np.ndarray) -> str:

@@ -16,7 +16,7 @@ from dataflex_mega.errors import CheckpointError
 from dataflex_mega.files import close_durably, replace_file
 from dataflex_mega.store.gradients import VERSION, WHAT, checksum, read_layout, to_bits, write_manifest
 from dataflex_mega.store.layout import CHECKSUM_BYTES, StoreLayout
-from dataflex_mega.store.manifest import MANIFEST, check_identity, read_manifest
+from dataflex_mega.store.manifest import MANIFEST, read_manifest, read_own_manifest
 
 UNFINISHED = ".part"  # the suffix of a file that has not all blocks yet
 
@@ -27,11 +27,10 @@ def create_or_resume(folder: Path, identity: Mapping[str, Any], layout: StoreLay
     One process calls it. Raises CheckpointError for a folder with another identity or other sizes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = read_manifest(folder / MANIFEST, WHAT, VERSION)
+    manifest = read_own_manifest(folder, identity, WHAT, VERSION)
     if manifest is None:
         write_manifest(folder, identity, layout, None)
         return layout
-    check_identity(folder, manifest["identity"], identity, WHAT)
     stored = read_layout(folder, manifest)
     if (stored.num_samples, stored.width, stored.block_size) != (layout.num_samples, layout.width, layout.block_size):
         raise CheckpointError(f"{WHAT}: {folder} has {stored}, this run makes {layout}; name another folder")

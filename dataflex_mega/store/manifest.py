@@ -27,6 +27,15 @@ def read_manifest(path: Path, what: str, version: int) -> dict[str, Any] | None:
     return manifest
 
 
+def read_own_manifest(folder: Path, identity: Mapping[str, Any], what: str, version: int) -> dict[str, Any] | None:
+    """The manifest of a folder that has this identity; None when there is none. Raises CheckpointError for another
+    identity, and as `read_manifest` does."""
+    manifest = read_manifest(folder / MANIFEST, what, version)
+    if manifest is not None:
+        check_identity(folder, manifest["identity"], identity, what)
+    return manifest
+
+
 def identity_differences(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     """`model: abc there, def here; ...` for the entries in which two identities differ; empty when they are equal."""
     plain = json.loads(json.dumps(expected))

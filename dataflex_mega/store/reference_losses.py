@@ -23,7 +23,7 @@ import torch
 
 from dataflex_mega.errors import CheckpointError
 from dataflex_mega.files import atomic_write
-from dataflex_mega.store.manifest import MANIFEST, check_identity, read_manifest
+from dataflex_mega.store.manifest import MANIFEST, read_own_manifest
 
 VERSION = 1
 WHAT = "reference_cache"  # the key, at the beginning of errors
@@ -165,12 +165,7 @@ class ReferenceLossCache:
         return offsets, raw[8 * num_offsets : len(raw) - DIGEST_BYTES].view(NUMPY_DTYPES[self.dtype])
 
     def _read_manifest(self) -> dict[str, Any] | None:
-        """The manifest, None when there is none. Raises CheckpointError for another identity."""
-        manifest = read_manifest(self.folder / MANIFEST, WHAT, VERSION)
-        if manifest is None:
-            return None
-        check_identity(self.folder, manifest["identity"], self.identity, WHAT)
-        return manifest
+        return read_own_manifest(self.folder, self.identity, WHAT, VERSION)
 
 
 def model_fingerprint(folder: Path) -> str:

@@ -10,20 +10,10 @@ import pytest
 import yaml
 
 from dataflex_mega.distributed.testing import free_port
-from tests.support import corpus, runs
+from tests.support import corpus, packages, runs
 
 pytestmark = pytest.mark.exhaustive
 
-PROJECT = """
-[build-system]
-requires = ["setuptools"]
-build-backend = "setuptools.build_meta"
-[project]
-name = "my-data-methods"
-version = "0.1"
-[project.entry-points."dataflex_mega.plugins"]
-mine = "my_data_methods"
-"""
 METHODS = '''
 """Three algorithms."""
 from dataclasses import dataclass
@@ -74,14 +64,7 @@ class FirstOnly(Weighter):
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """A folder as site-packages is, with the package in it."""
-    folder = tmp_path_factory.mktemp("package")
-    source, target = folder / "source", folder / "site"
-    (source / "my_data_methods").mkdir(parents=True)
-    (source / "pyproject.toml").write_text(PROJECT)
-    (source / "my_data_methods" / "__init__.py").write_text(METHODS)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "--target", str(target), str(source)], check=True)
-    return target
+    return packages.install(tmp_path_factory.mktemp("package"), "my_data_methods", METHODS)
 
 
 def with_site(installed):

@@ -2,28 +2,15 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.support import corpus, runs
+from tests.support import corpus, packages, runs
 
 ROOT = Path(__file__).resolve().parents[2]
-PROJECT = """
-[build-system]
-requires = ["setuptools"]
-build-backend = "setuptools.build_meta"
-[project]
-name = "my-signals"
-version = "0.1"
-[project.entry-points."dataflex_mega.plugins"]
-mine = "my_signals"
-[tool.setuptools]
-py-modules = ["my_signals"]
-"""
 
 
 def source_of_the_page():
@@ -34,14 +21,7 @@ def source_of_the_page():
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """A folder as site-packages is, with the package in it."""
-    folder = tmp_path_factory.mktemp("package")
-    source, target = folder / "source", folder / "site"
-    source.mkdir()
-    (source / "pyproject.toml").write_text(PROJECT)
-    (source / "my_signals.py").write_text(source_of_the_page())
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "--target", str(target), str(source)], check=True)
-    return target
+    return packages.install(tmp_path_factory.mktemp("package"), "my_signals", source_of_the_page())
 
 
 def train_with_site(config):

@@ -16,23 +16,11 @@ from dataflex_mega.providers.registry import Provider, find_provider, provides
 from dataflex_mega.providers.server import SignalServer
 from dataflex_mega.signals.pool_share import PoolShare
 from dataflex_mega.types import SampleStats
+from tests.support.rows import EqualTokens
 from tests.unit.providers.contexts import rank_info, signal_context
 from tests.unit.providers.test_registry import Asks
 
 SIZES = (7, 4)
-
-
-class Rows:
-    """Rows of three equal tokens, from `first` on."""
-
-    def __init__(self, count, first):
-        self.count, self.first = count, first
-
-    def __len__(self):
-        return self.count
-
-    def fetch(self, rows):
-        return [(np.full(3, self.first + r), np.full(3, self.first + r)) for r in rows.tolist()]
 
 
 @dataclass(frozen=True)
@@ -98,7 +86,7 @@ def made(monkeypatch):
 
 
 def server(rank=0, ranks=1, engine=None):
-    pool = SamplePool([Domain("a", Rows(SIZES[0], 10)), Domain("b", Rows(SIZES[1], 50))])
+    pool = SamplePool([Domain("a", EqualTokens(SIZES[0], 10)), Domain("b", EqualTokens(SIZES[1], 50))])
     context = signal_context(pool, engine, parallel_info=rank_info(rank, ranks))
     return SignalServer(context, PoolShare(pool, 2, rank, ranks))
 

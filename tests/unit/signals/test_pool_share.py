@@ -8,20 +8,9 @@ from dataflex_mega.data.collate import collate
 from dataflex_mega.data.pool import Domain, SamplePool
 from dataflex_mega.signals.pool_share import PoolShare, evaluate, rank_counts, target_batches
 from dataflex_mega.types import IGNORE_INDEX, SampleStats
+from tests.support.rows import EqualTokens
 
-
-class Rows:
-    def __init__(self, count, first):
-        self.count, self.first = count, first
-
-    def __len__(self):
-        return self.count
-
-    def fetch(self, rows):
-        return [(np.full(3, self.first + r), np.full(3, self.first + r)) for r in rows.tolist()]
-
-
-POOL = SamplePool([Domain("a", Rows(7, 10)), Domain("b", Rows(4, 50))])
+POOL = SamplePool([Domain("a", EqualTokens(7, 10)), Domain("b", EqualTokens(4, 50))])
 
 
 def shares(ranks, size=2, ids=None):
@@ -69,7 +58,7 @@ def test_targets_are_divided_and_fillers_have_no_target():
     def collated(samples):
         return collate(samples, 0)
 
-    groups = [SamplePool([Domain("t", Rows(5, 0))]), SamplePool([Domain("u", Rows(1, 0))])]
+    groups = [SamplePool([Domain("t", EqualTokens(5, 0))]), SamplePool([Domain("u", EqualTokens(1, 0))])]
     parts = [target_batches(groups, collated, 2, rank, 2) for rank in range(2)]
     for number, size in enumerate((5, 1)):
         batches = [batch for part in parts for batch in part[number]]
