@@ -78,13 +78,14 @@ class FakeSignals:
         self.ends = torch.tensor(sizes).cumsum(0)
         shuffled = np.random.default_rng(0).permutation(total).astype(np.float32)
         self.losses = torch.from_numpy(shuffled) if losses is None else losses
-        self.asked_ids, self.updates, self.steps = [], [], []
+        self.asked_ids, self.asked_steps, self.updates, self.steps = [], [], [], []
 
     def signal_names(self, selector):
         return sorted(request.name for request in selector.requests())
 
     def table(self, selector, ids, step):
         self.asked_ids.append(ids)
+        self.asked_steps.append(step)
         ids = torch.arange(len(self.losses)) if ids is None else torch.from_numpy(ids)
         return SignalTable(ids, self.domain_ids(ids), {"loss": self.losses[ids]}), [len(ids)]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dataflex_mega.algorithms.base import DomainInfo, Mixer, Selector
-from dataflex_mega.algorithms.requests import LossSignal
+from dataflex_mega.algorithms.requests import LossSignal, ReferenceLossSignal
 from dataflex_mega.control.controller import DataController, RoleSet
 from dataflex_mega.control.passes import OrderedPasses, OrderOptions
 from dataflex_mega.control.schedule import UpdateSchedule
@@ -34,6 +34,13 @@ class Losses(Selector):
 
     def select(self, scores, count, context, rng):
         return scores.topk(count, largest=False).indices
+
+
+class LossesAndMore(Losses):
+    """Requests more than the losses, so its signals are computed at every call."""
+
+    def requests(self):
+        return (LossSignal(), ReferenceLossSignal())
 
 
 @dataclass
@@ -182,6 +189,13 @@ def test_with_a_mixture_the_counts_are_those_of_the_mixture_and_each_domain_is_i
     for d in range(3):
         here = seen[(seen >= OFFSETS[d]) & (seen < OFFSETS[d + 1])]
         assert here.tolist() == (OFFSETS[d] + np.arange(len(here)) % SIZES[d]).tolist()
+
+
+@pytest.mark.parametrize("selector", [Losses(), LossesAndMore()])
+def test_a_filter_and_the_scores_of_an_order_ask_for_signals_of_their_own_step(selector):
+    made = staged("sorting", roles={"selector": selector}, source=ScoreSource(selector=selector), mode="filter")
+    drive(made, 9)
+    assert made.signals.asked_steps == ([0, 3, 6] if type(selector) is Losses else [0, 0, 3, 6, 6])
 
 
 def test_filter_then_order_never_serves_a_sample_twice_though_the_pool_changes():
