@@ -12,6 +12,7 @@ from tests.parity import megatron
 from tests.support import corpus, runs
 
 pytest.importorskip("megatron.core")
+pytestmark = pytest.mark.exhaustive
 STEPS, FEW = megatron.STEPS, 6
 TWICE = {"warmup_step": 6, "update_step": 7, "update_times": 2}  # re-planning takes most of a run's time
 BY_NAME = {(layout[1], layout[0]): layout for layout in megatron.LAYOUTS}
