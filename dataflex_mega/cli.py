@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import dataflex_mega.commands as commands
@@ -30,6 +33,8 @@ Several processes are started through torchrun, by these variables: NPROC_PER_NO
 MASTER_ADDR, MASTER_PORT, and for elastic runs RDZV_ID, MIN_NNODES, MAX_NNODES, MAX_RESTARTS."""
 
 DELEGATED = ("export", "chat", "api", "webui", "webchat", "eval")
+API, WEB = {"fastapi": "fastapi", "uvicorn": "uvicorn", "sse_starlette": "sse-starlette"}, {"gradio": "gradio"}
+NEEDED = {"api": API, "webui": WEB, "webchat": WEB}  # command -> modules that it imports -> their packages
 LLAMAFACTORY_CLI = "llamafactory-cli"
 HELP_WORDS = ("help", "--help", "-h")
 LAST = 1000  # the place in the help of a command that names none
@@ -84,13 +89,60 @@ def delegate(command: str, arguments: list[str]) -> int:
     """Run a command of llamafactory-cli in this process, as that program would."""
     from dataflex_mega.llamafactory.compat import ensure_importable
 
+    missing = [package for module, package in NEEDED.get(command, {}).items() if find_spec(module) is None]
+    if missing:
+        raise UserError(f"{command}: needs {', '.join(missing)}; pip install {' '.join(missing)}")
     ensure_importable()
     entry_points = metadata.entry_points(group="console_scripts", name=LLAMAFACTORY_CLI)
     if not entry_points:
         raise UserError(f"{command}: {LLAMAFACTORY_CLI} is not installed")
     run_llamafactory = next(iter(entry_points)).load()
-    sys.argv[:] = [LLAMAFACTORY_CLI, command, *arguments]
-    try:
-        return run_llamafactory() or 0
-    except NotImplementedError as error:
-        raise UserError(f"{command}: {LLAMAFACTORY_CLI} no longer does this: {error}") from error
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv[:] = [LLAMAFACTORY_CLI, command, *as_llamafactory_reads(command, arguments, Path(folder))]
+        try:
+            return run_llamafactory() or 0
+        except NotImplementedError as error:
+            raise UserError(f"{command}: {LLAMAFACTORY_CLI} no longer does this: {error}") from error
+
+
+def as_llamafactory_reads(command: str, arguments: list[str], folder: Path) -> list[str]:
+    """Arguments as LLaMA-Factory's parser takes them without printing its whole help: a YAML, and `key=value` after it.
+
+    What is no YAML (`key=value` alone, `--key value`, a JSON file) is written into one in `folder`. Raises UserError for a
+    file that is not there or broken, and for an argument that is none of these.
+    """
+    import yaml
+
+    from dataflex_mega.config.load import load, resolve, with_overrides
+
+    if not arguments and command == "webui":  # it asks for everything
+        return []
+    if not arguments:
+        raise UserError(
+            f"{command}: expected a .yaml or .json file, or key=value, such as model_name_or_path=saves/run"
+        )
+    is_file = "=" not in arguments[0] and not arguments[0].startswith("-")
+    keys = load(arguments[0], arguments[1:]) if is_file else resolve(with_overrides({}, as_pairs(arguments)), command)
+    if is_file and not arguments[0].endswith(".json"):
+        return arguments
+    file = folder / f"{command}.yaml"
+    file.write_text(yaml.safe_dump(keys), encoding="utf-8")
+    return [str(file)]
+
+
+def as_pairs(arguments: list[str]) -> list[str]:
+    """`--key value ...` and `--key` as `key=value`; what is `key=value` stays."""
+    pairs: list[str] = []
+    for argument in arguments:
+        name = argument.removeprefix("--")
+        if argument.startswith("--"):
+            pairs.append(
+                name.replace("-", "_", name.count("-") if "=" not in name else 0) + ("" if "=" in name else "=")
+            )
+        elif "=" in argument and (not pairs or not pairs[-1].endswith("=")):
+            pairs.append(argument)
+        elif pairs and pairs[-1].endswith("="):
+            pairs[-1] += argument
+        else:
+            raise UserError(f"expected key=value, found {argument!r}")
+    return [pair + "true" if pair.endswith("=") else pair for pair in pairs]

@@ -6,7 +6,6 @@ a machine that does not exist.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import platform
 import re
@@ -18,9 +17,13 @@ from importlib import metadata
 from types import ModuleType
 from typing import Any
 
+from dataflex_mega.exit_status import OneLineParser
 from dataflex_mega.log import get_logger
 
 PACKAGE = "dataflex_mega"
+DESCRIPTION = (
+    "Print which software and hardware this machine has, and what can therefore be run. Ends with 1 when nothing can."
+)
 # What importing an installed package raises when it, or a library it needs, does not fit this machine.
 IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError)
 OK, ABSENT, BROKEN, UNFIT = "ok", "absent", "broken", "unfit"
@@ -300,7 +303,7 @@ def list_abilities(findings: list[Finding], torch: Any) -> list[Ability]:
         Ability("FSDP engine on CPU", True, "one process, DDP, FSDP2" if report.state("gloo") == OK else "one process"),
         Ability("FSDP engine on GPU", cuda, describe_gpu_modes(report, torch) if cuda else "no usable CUDA device"),
         megatron_ability(report, cuda),
-        Ability("bf16", not cuda or torch.cuda.is_bf16_supported(), "" if cuda else "on CPU with use_cpu: true"),
+        Ability("bf16", not cuda or torch.cuda.is_bf16_supported(), "" if cuda else "on CPU, slowly"),
         Ability("fp16", cuda, "" if cuda else "needs a CUDA device"),
     ]
     vision = report.state("torchvision") == OK
@@ -372,7 +375,7 @@ def format_report(report: Report) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the report. Returns the exit status: 0 when training is possible, else 1 after one line that says why not."""
-    argparse.ArgumentParser(prog="python -m dataflex_mega.doctor", description=main.__doc__).parse_args(argv)
+    OneLineParser(prog="dataflex-cli env", description=DESCRIPTION).parse_args(argv)
     report = inspect_machine()
     print("\n".join(format_report(report)))
     if report.obstacle is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from types import TracebackType
 
 
 class UserError(Exception):
@@ -20,6 +21,10 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is damaged or belongs to another run. The message names the file or the difference."""
+
+
+class CodeError(ConfigError):
+    """Code that the configuration names (a plug-in, a callback, a reward) has raised. The trace says where in it."""
 
 
 class TrainingFault(RuntimeError):
@@ -42,3 +47,35 @@ def did_you_mean(word: str, known: Iterable[str], count: int = 1) -> str:
     names = {name.lower(): name for name in known}
     similar = difflib.get_close_matches(word.lower(), names, n=count, cutoff=0.6)
     return f" (did you mean {' or '.join(repr(names[s]) for s in similar)}?)" if similar else ""
+
+
+class UserCode:
+    """A block that runs code which the configuration names: `with UserCode("plugins: cannot import 'mine'"): ...`
+
+    Whatever that code raises, sys.exit too, becomes a CodeError that begins with `where`. A UserError passes as it is, and
+    so does an interrupt.
+    """
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, UserError | TrainingFault | KeyboardInterrupt | GeneratorExit):
+            raise CodeError(f"{self.where}: {cause_of(error)}") from error
+
+
+def cause_of(error: BaseException) -> str:
+    """What an exception says, on one line: `ValueError: no such thing`; the place of a syntax error, too."""
+    if isinstance(error, SystemExit):
+        return f"it calls sys.exit({error.code!r})"
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
+    text = " ".join(str(error).split())
+    if isinstance(error, ImportError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -19,7 +19,8 @@ ALL_RANKS = {"all_ranks": True}  # `logger.error(..., extra=ALL_RANKS)`: a line 
 
 def rank() -> int:
     """The number that torchrun gave this process; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
+    value = os.environ.get("RANK", "0")
+    return int(value) if value.isdecimal() else 0  # config.environment refuses what is no number
 
 
 def is_main() -> bool:

@@ -16,9 +16,11 @@ import importlib
 from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import metadata
+from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
-from dataflex_mega.errors import ConfigError
+from dataflex_mega.errors import ConfigError, UserCode
 
 ENTRY_POINT_GROUP = "dataflex_mega.plugins"
 ClassType = TypeVar("ClassType", bound=type)
@@ -93,7 +95,31 @@ def _load_installed_plugins() -> None:
 
 
 def _import_module(module: str, origin: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"{origin}: cannot import {module!r}: {error}") from error
+    import_code(module, f"{origin}: cannot import {module!r}")
+
+
+def import_code(module: str, where: str) -> ModuleType:
+    """Import a module that the configuration names. Raises ConfigError `<where>: cause` for what is no name of a module, is
+    not found, or raises whatever it raises while it is imported."""
+    if not all(part.isidentifier() for part in module.split(".")):
+        hint = " (without .py)" if module.endswith(".py") else ""
+        raise ConfigError(
+            f"{where}: expected the name of a module, such as package.module{hint}; folders belong on PYTHONPATH"
+        )
+    with UserCode(where):
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):
+                raise  # the module is there, and imports one that is not
+            local = Path(*module.split("."))
+            beside = local.with_suffix(".py").is_file() or local.is_dir()
+            hint = f"; {local.with_suffix('.py')} is in the current folder: set PYTHONPATH=." if beside else ""
+            if error.name == "dataflex" or module.startswith("dataflex."):
+                hint += "; docs/coming-from.md shows how a plug-in of DataFlex is moved over"
+            raise ConfigError(f"{where}: {error}{hint}") from error
+        except ImportError as error:
+            if error.name == "dataflex" or "dataflex." in str(error):
+                raise ConfigError(f"{where}: {error}; docs/coming-from.md shows how a plug-in is moved over") from error
+            raise
+    raise AssertionError("UserCode lets nothing pass")

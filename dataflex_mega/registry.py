@@ -19,7 +19,7 @@ from typing import Any
 
 import dataflex_mega.plugins as plugins
 from dataflex_mega.algorithms.base import Algorithm, Mixer, Reorder, Selector, Weighter
-from dataflex_mega.errors import ConfigError, did_you_mean
+from dataflex_mega.errors import ConfigError, UserCode, did_you_mean
 from dataflex_mega.schema.coercion import coerce, type_text
 from dataflex_mega.schema.constraints import constraints_of, field_hints
 
@@ -75,6 +75,8 @@ def load_class(kind: str, name: str) -> type[Algorithm]:
     else:
         names = list_names(kind)
         hint = f"{did_you_mean(name, names)}; available: {', '.join(names)}, or a plug-in as package.module:Class"
+        if not plugins.get_registered_classes(kind):
+            hint += "; plugins: [module] imports one that registers a name"
         raise ConfigError(f"{kind}: no {kind} is called {name!r}{hint}")
     return _check_class(kind, name, cls)
 
@@ -115,10 +117,13 @@ def build(kind: str, spec: Spec) -> Algorithm:
     missing = [key for key, p in known.items() if p.default is dataclasses.MISSING and p.attribute not in values]
     if missing:
         raise ConfigError(f"{kind}.{name}: missing parameter {', '.join(missing)}")
-    try:
-        return load_class(kind, name)(**values)
-    except (TypeError, ValueError) as error:  # a plug-in's own checks
-        raise ConfigError(f"{kind}.{name}: {error}") from error
+    cls = load_class(kind, name)
+    with UserCode(f"{kind}.{name}"):
+        try:
+            return cls(**values)
+        except (TypeError, ValueError) as error:  # a plug-in's own checks
+            raise ConfigError(f"{kind}.{name}: {error}") from error
+    raise AssertionError("UserCode lets nothing pass")
 
 
 def validate(kind: str, spec: Spec) -> list[str]:
@@ -190,10 +195,7 @@ def _load_plug_in_class(kind: str, name: str) -> type:
     module_name, _, class_name = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), class_name]):
         raise ConfigError(f"{kind}: a plug-in is named package.module:Class, found {name!r}")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"{kind}: cannot import {module_name!r} of {name!r}: {error}") from error
+    module = plugins.import_code(module_name, f"{kind}: cannot import {module_name!r} of {name!r}")
     cls = getattr(module, class_name, None)
     if not inspect.isclass(cls):
         classes = [key for key, value in vars(module).items() if inspect.isclass(value)]

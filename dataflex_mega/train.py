@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dataflex_mega.config.checks import check_dynamic, split_names
+from dataflex_mega.config.environment import check_environment
 from dataflex_mega.config.load import load
 from dataflex_mega.config.megatron import engine_of_environment
 from dataflex_mega.config.megatron_checks import check_megatron
 from dataflex_mega.config.parse import RunConfig, parse_config
+from dataflex_mega.config.paths import named_paths
+from dataflex_mega.error_lines import Place
 from dataflex_mega.exit_status import exit_status
 from dataflex_mega.llamafactory import predict
 from dataflex_mega.log import get_logger
@@ -40,15 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0 if argv else 2
-    return exit_status(lambda: run(argv[0], argv[1:]), INTERRUPTED)
+    place = Place()
+    return exit_status(lambda: run(argv[0], argv[1:], place), INTERRUPTED, place)
 
 
-def run(path: str, overrides: Sequence[str] = ()) -> int:
-    """Train as the YAML says -> 0. Raises UserError for mistakes and TrainingFault for faults in the middle."""
+def run(path: str, overrides: Sequence[str] = (), place: Place | None = None) -> int:
+    """Train as the YAML says -> 0. Raises UserError for mistakes and TrainingFault for faults in the middle.
+
+    `place` is told where the run works as soon as the configuration says so.
+    """
     from dataflex_mega.llamafactory.args import argument_types
 
+    check_environment(os.environ)
     variable = engine_of_environment(os.environ)  # before LLaMA-Factory is imported, which removes the variables
     config = parse_config(load(path, overrides), argument_types(), variable)
+    if place is not None:
+        place.folder, place.paths = named_paths(config)
     for note in config.notes:
         get_logger().info("note: %s", note)
     if config.dataflex.train_type == "static" and config.engine == "fsdp":

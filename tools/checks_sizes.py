@@ -9,6 +9,7 @@ from dataclasses import dataclass
 MAX_FILE, MAX_FUNCTION, MAX_NESTING, MAX_PARAMETERS = 400, 60, 4, 8
 BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+LAST_HANDLER = "dataflex_mega/exit_status.py"  # the one file that may catch everything: it ends the program with a line
 
 
 @dataclass(frozen=True, order=True)
@@ -120,7 +121,7 @@ def construct_breaches(file: str, tree: ast.AST) -> Iterator[Breach]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Global):
             yield Breach(file, node.lineno, f"global {', '.join(node.names)}")
-        elif isinstance(node, ast.ExceptHandler) and catches_everything(node):
+        elif isinstance(node, ast.ExceptHandler) and catches_everything(node) and not file.endswith(LAST_HANDLER):
             yield Breach(file, node.lineno, "catches everything; name the exceptions that can come")
         elif isinstance(node, ast.ImportFrom) and node.level:
             yield Breach(file, node.lineno, "relative import; write the whole name")

@@ -21,11 +21,12 @@ from torch.multiprocessing import ProcessRaisedException
 
 from dataflex_mega.config.megatron import MegatronArguments
 from dataflex_mega.errors import ConfigError, UserError
+from dataflex_mega.exit_status import OneLineParser, exit_status
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, description in {
         "check": "Hugging Face -> Megatron -> Hugging Face in memory; lists the tensors that differ",
@@ -99,18 +100,19 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 1 when a check fails, or 2 after one line that names the mistake."""
-    args = parse_arguments(argv)
+    return exit_status(lambda: convert(parse_arguments(argv)))
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Start the processes and convert -> 0, or 1 when a check fails. Raises UserError, that of a process too."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         return run(args)
-    except UserError as error:
-        print(f"convert: {error}", file=sys.stderr)
     except ProcessRaisedException as error:
         last = str(error).strip().splitlines()[-1]  # the traceback of a process ends with its error
         if not last.startswith("dataflex_mega.errors."):
             raise
-        print(f"convert: {last.partition(': ')[2]}", file=sys.stderr)
-    return 2
+        raise UserError(last.partition(": ")[2]) from error
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex_mega.errors import DataError
+from dataflex_mega.exit_status import OneLineParser, exit_status
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE_FILES = {"c4": "data/c4_demo.jsonl", "wiki": "data/wiki_demo.txt", "alpaca": "data/alpaca_en_demo.json"}
@@ -262,7 +263,12 @@ def run(output: Path, source: Path | None, options: Options, cache: Path) -> dic
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, or 2 after one line that names the mistake."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return exit_status(lambda: make(argv))
+
+
+def make(argv: list[str] | None) -> int:
+    """Write the data that the command line asks for -> 0. Raises UserError."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / ".demo" / "data", help="folder to write (.demo/data)")
     parser.add_argument("--source", type=Path, help="a downloaded llamafactory source distribution, instead of pip")
     parser.add_argument("--cache", type=Path, default=ROOT / ".demo" / "cache", help="folder of the download")
@@ -270,9 +276,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         record = run(args.output, args.source, Options(seed=args.seed), args.cache)
-    except (DataError, metadata.PackageNotFoundError) as error:
-        print(f"demo_data: {error}", file=sys.stderr)
-        return 2
+    except metadata.PackageNotFoundError as error:
+        raise DataError(f"package {error}") from error
     print(f"demo data {'is already in' if record is None else 'written to'} {args.output}")
     for line in table(record) if record else ():
         print(line)

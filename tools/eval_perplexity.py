@@ -20,13 +20,14 @@ from typing import Any
 from dataflex_mega.compare import perplexity
 from dataflex_mega.compare.suite import parse_names
 from dataflex_mega.data import manifest
-from dataflex_mega.errors import ConfigError, UserError
+from dataflex_mega.errors import ConfigError
+from dataflex_mega.exit_status import OneLineParser, exit_status
 from dataflex_mega.files import atomic_write
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder with weights and tokenizer; with --config: in place of its output_dir")
     parser.add_argument("--adapter", help="folder of a LoRA adapter for --model")
     parser.add_argument("--config", help="a training YAML")
@@ -106,12 +107,12 @@ def format_table(summary: dict[str, Any]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line. Returns the exit status: 0, or 2 after one line that says what is wrong."""
-    options = build_parser().parse_args(argv)
-    try:
-        summary = run(options)
-    except UserError as error:
-        print(f"eval_perplexity: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: measure(build_parser().parse_args(argv)))
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Evaluate, print, and write what --output asks for -> 0. Raises UserError."""
+    summary = run(options)
     print("\n".join(format_table(summary)))
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dataflex_mega.errors import ConfigError, DataError
+from dataflex_mega.exit_status import OneLineParser, exit_status
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, MixtralForCausalLM, PreTrainedTokenizerFast
@@ -168,7 +169,7 @@ def run(data: Path, output: Path, options: ModelOptions) -> int | None:
 
 def parse_arguments(argv: list[str] | None) -> tuple[Path, Path, ModelOptions]:
     """Parse the command line -> (data folder, output folder, model options)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = ModelOptions()
     parser.add_argument("--data", type=Path, default=ROOT / ".demo" / "data", help="folder of tools/demo_data.py")
     parser.add_argument("--output", type=Path, default=ROOT / ".demo" / "model", help="folder to write (.demo/model)")
@@ -193,13 +194,14 @@ def parse_arguments(argv: list[str] | None) -> tuple[Path, Path, ModelOptions]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, or 2 after one line that names the mistake."""
+    return exit_status(lambda: make_folder(argv))
+
+
+def make_folder(argv: list[str] | None) -> int:
+    """Write the model that the command line asks for -> 0. Raises UserError."""
     data, output, options = parse_arguments(argv)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when transformers is imported, below
-    try:
-        count = run(data, output, options)
-    except (ConfigError, DataError) as error:
-        print(f"tiny_model: {error}", file=sys.stderr)
-        return 2
+    count = run(data, output, options)
     print(f"tiny model {'is already in' if count is None else 'written to'} {output}")
     if count is not None:
         print(f"{count:,} parameters: {options.layers} layers of {options.hidden}, vocabulary {options.vocab}")

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataflex_mega.errors import UserError
 from dataflex_mega.log import get_logger
 
+TORCHRUN = "dataflex_mega.distributed.torchrun"  # torchrun, without its own report of processes that failed
+
 
 def is_needed() -> bool:
     """Whether a command has to start further processes here; see `needs_launcher`."""
@@ -28,12 +30,14 @@ def launch(module: str, arguments: list[str], announce: bool = False) -> int:
 def check_configuration(arguments: list[str]) -> None:
     """Find a user's mistake once, before the processes start. Raises UserError."""
     from dataflex_mega.config.checks import check_dynamic
+    from dataflex_mega.config.environment import check_environment
     from dataflex_mega.config.load import load
     from dataflex_mega.config.megatron import engine_of_environment
     from dataflex_mega.config.megatron_checks import check_megatron
     from dataflex_mega.config.parse import parse_config
     from dataflex_mega.llamafactory import predict
 
+    check_environment(os.environ)
     keys = load(arguments[0], arguments[1:])  # before LLaMA-Factory is imported, which takes seconds
     variable = engine_of_environment(os.environ)
     from dataflex_mega.llamafactory.args import argument_types
@@ -94,7 +98,7 @@ def torchrun_command(
         if rank >= nodes:
             raise UserError(f"NODE_RANK: must be below NNODES, which is {nodes}, found {rank}")
         options += [f"--nnodes={nodes}", f"--node_rank={rank}", f"--master_addr={address}", f"--master_port={port}"]
-    return [sys.executable, "-m", "torch.distributed.run", *options, "-m", module, *arguments]
+    return [sys.executable, "-m", TORCHRUN, *options, "-m", module, *arguments]
 
 
 def elastic_nodes(environment: Mapping[str, str], nodes: int) -> str:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from dataflex_mega.commands import _launcher
+from dataflex_mega.error_lines import Place
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.exit_status import exit_status
 
@@ -38,14 +39,16 @@ def main(argv: Sequence[str]) -> int:
 def run_here(arguments: Sequence[str]) -> int:
     """Build the cache in this process. 0 when it is complete; see `exit_status` for mistakes."""
 
+    place = Place()
+
     def action() -> int:
-        build_cache(arguments[0], arguments[1:])
+        build_cache(arguments[0], arguments[1:], place)
         return 0
 
-    return exit_status(action)
+    return exit_status(action, place=place)
 
 
-def build_cache(path: str, overrides: Sequence[str] = ()) -> None:
+def build_cache(path: str, overrides: Sequence[str] = (), place: Place | None = None) -> None:
     """Build the cache of a configuration. Raises UserError."""
     from dataflex_mega.commands._configuration import read_dynamic_config
     from dataflex_mega.distributed.parallel_info import shutdown_distributed
@@ -55,7 +58,7 @@ def build_cache(path: str, overrides: Sequence[str] = ()) -> None:
     from dataflex_mega.run.session import Session
 
     without_role = "reference: the configuration has no role; it must have one that reads the losses, such as doremi"
-    config = read_dynamic_config(path, overrides, without_role)
+    config = read_dynamic_config(path, overrides, without_role, place)
     if config.dataflex.reference_model is None:
         raise ConfigError("reference_model: missing; expected the folder of the model whose losses are to be written")
     finished = False

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataflex_mega.commands import _launcher
+from dataflex_mega.error_lines import Place
 from dataflex_mega.errors import CheckpointError, ConfigError
 from dataflex_mega.exit_status import exit_status
 
@@ -145,15 +146,17 @@ def main(argv: Sequence[str]) -> int:
 def run_here(argv: Sequence[str]) -> int:
     """0 when done; 1 for a store that `verify` finds damaged; see `exit_status` for mistakes."""
 
+    place = Place()
+
     def action() -> int:
         options = parse_arguments(argv)
         if options.command == "info":
             return info(Path(options.what))
         if options.command == "verify":
             return verify(Path(options.what))
-        return on_run(options)
+        return on_run(options, place)
 
-    return exit_status(action)
+    return exit_status(action, place=place)
 
 
 # -- a folder alone ------------------------------------------------------------------------------------------------------
@@ -218,13 +221,13 @@ class StoreRun:
         return folder or store_path(self.context, self.request, identity)
 
 
-def on_run(options: argparse.Namespace) -> int:
+def on_run(options: argparse.Namespace, place: Place | None = None) -> int:
     """`build` and `score`. Raises UserError."""
     from dataflex_mega.commands._configuration import read_dynamic_config
     from dataflex_mega.distributed.parallel_info import shutdown_distributed
 
     without_role = "store: the configuration has no selector; it must have one with a store, such as less"
-    config = read_dynamic_config(options.what, options.overrides, without_role)
+    config = read_dynamic_config(options.what, options.overrides, without_role, place)
     finished = False
     try:
         _build_or_score(config, options)

@@ -29,14 +29,18 @@ def load(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         ConfigError: no such file, a syntax error (with its line), a key given twice, something else than a mapping, an
             override that is not `key=value`. One line.
     """
-    data = read_mapping(path)
-    for override in overrides:
-        _apply(data, override)
-    plain = resolve(data, path)
+    plain = resolve(with_overrides(read_mapping(path), overrides), path)
     for key, value in plain.items():
         if isinstance(key, str) and key.endswith("_strategy") and value is False:
             plain[key] = "no"  # YAML reads `no` as false
     return plain
+
+
+def with_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`data` itself, each `key=value` set in it. Raises ConfigError as `load`."""
+    for override in overrides:
+        _apply(data, override)
+    return data
 
 
 def read_mapping(path: str | Path, key: str = "config") -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dataflex_mega.corpus.input_files import KINDS, FieldRule, InputFile, open_i
 from dataflex_mega.corpus.prepare import BAD_ROWS, PrepareJob, PrepareResult, prepare
 from dataflex_mega.corpus.progress import ProgressDisplay
 from dataflex_mega.errors import ConfigError, DataError, did_you_mean
-from dataflex_mega.exit_status import exit_status
+from dataflex_mega.exit_status import OneLineParser, exit_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: Sequence[str]) -> int:
     """Prepare the corpus of the command line and print its domains. Raises UserError."""
-    options = parser().parse_args(arguments)
+    options = parser().parse_args(arguments or ["--help"])
     progress = ProgressDisplay()
     try:
         result = prepare(build_job(options), progress)
@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `dataflex-cli corpus`."""
-    result = argparse.ArgumentParser(
+    result = OneLineParser(
         prog="dataflex-cli corpus", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = result.add_argument

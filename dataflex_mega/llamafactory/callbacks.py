@@ -10,7 +10,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from dataflex_mega.errors import ConfigError
+from dataflex_mega.errors import ConfigError, UserCode
 from dataflex_mega.llamafactory.args import LFArgs
 
 
@@ -21,15 +21,17 @@ def load_callbacks(names: list[str]) -> list[Any]:
     instances = []
     for name in names:
         module, _, attribute = name.partition(":")
-        try:
-            cls = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(
-                f"callbacks: {name!r} cannot be loaded: {error}; expected package.module:Class"
-            ) from error
+        with UserCode(f"callbacks: {name!r} cannot be loaded"):
+            try:
+                cls = getattr(importlib.import_module(module), attribute)
+            except (ModuleNotFoundError, AttributeError) as error:
+                raise ConfigError(
+                    f"callbacks: {name!r} cannot be loaded: {error}; expected package.module:Class"
+                ) from error
         if not (isinstance(cls, type) and issubclass(cls, TrainerCallback)):
             raise ConfigError(f"callbacks: {name!r} is not a transformers.TrainerCallback")
-        instances.append(cls())
+        with UserCode(f"callbacks: {name!r} cannot be made without arguments"):
+            instances.append(cls())
     return instances
 
 

@@ -15,7 +15,8 @@ import torch
 
 from dataflex_mega.distributed.collectives import TorchCollectives
 from dataflex_mega.distributed.parallel_info import ParallelInfo, init_distributed, shutdown_distributed
-from dataflex_mega.errors import ConfigError, UserError
+from dataflex_mega.errors import ConfigError
+from dataflex_mega.exit_status import OneLineParser, exit_status
 from dataflex_mega.files import atomic_write
 from dataflex_mega.log import get_logger
 from dataflex_mega.offline import encoders, transport
@@ -76,10 +77,10 @@ Writes [N] float64 that sum to 1, as DataFlex does, and OUTPUT.json, from which 
 
 def parser() -> argparse.ArgumentParser:
     """The options of all three commands."""
-    result = argparse.ArgumentParser(prog="dataflex-cli", description=__doc__)
+    result = OneLineParser(prog="dataflex-cli", description=__doc__)
     commands = result.add_subparsers(dest="command", required=True)
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
+    def command(name: str, text: str) -> OneLineParser:
         formatter = argparse.RawDescriptionHelpFormatter
         return commands.add_parser(name, description=text, formatter_class=formatter)
 
@@ -122,7 +123,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str], open_run: OpenRun) -> int:
-    """The exit status: 0; 2 after one line for a user's mistake. `open_run` opens a training configuration as a source."""
+    """The exit status: 0; see `exit_status` for mistakes. `open_run` opens a training configuration as a source."""
+    return exit_status(lambda: run(argv, open_run))
+
+
+def run(argv: Sequence[str], open_run: OpenRun) -> int:
+    """One of the three commands -> 0. Raises UserError."""
     options = parser().parse_args(list(argv))
     finished = False
     try:
@@ -140,9 +146,6 @@ def main(argv: Sequence[str], open_run: OpenRun) -> int:
         finally:
             progress.close()
         finished = True
-    except UserError as error:  # every rank raises it; the logger drops it on all but one
-        get_logger().error("error: %s", error)
-        return 2
     finally:
         shutdown_distributed(orderly=finished)
     return 0

@@ -257,4 +257,4 @@ def test_the_tool_checks_and_refuses_in_one_line(run_tool, folder, tmp_path, cap
     ):
         assert run_tool(*arguments) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("convert: ") and message in error
+        assert error.startswith("error: ") and message in error

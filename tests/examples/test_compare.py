@@ -146,7 +146,7 @@ def test_perplexity_of_a_run_is_that_of_its_own_last_evaluation_and_of_the_tool(
         assert results[1]["domains"][name]["loss"] == pytest.approx(results[0]["domains"][name]["loss"], rel=1e-6)
         assert results[0]["domains"][name]["perplexity"] == math.exp(results[0]["domains"][name]["loss"])
     wrong = subprocess.run([sys.executable, tool, "--dataset", "prose"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].startswith("eval_perplexity: --model is missing")
+    assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].startswith("error: --model is missing")
 
 
 @pytest.mark.slow

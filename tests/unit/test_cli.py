@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,7 +30,7 @@ def devices(count):
 def options(environment, count=0):
     """The torchrun options of an environment, as name -> value."""
     command = _launcher.torchrun_command(environment, ARGUMENTS, devices(count), "dataflex_mega.train")
-    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert command[:3] == [sys.executable, "-m", "dataflex_mega.distributed.torchrun"]
     assert command[-4:] == ["-m", "dataflex_mega.train", *ARGUMENTS]
     return dict(option.removeprefix("--").split("=", 1) for option in command[3:-4])
 
@@ -275,26 +276,77 @@ class Script:
 
     def __call__(self):
         self.seen = list(sys.argv)
+        last = Path(sys.argv[-1])
+        self.content = last.read_text() if last.is_file() else None
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """What stands for llamafactory-cli; nothing is missing of what its commands need."""
+    script = Script()
+    monkeypatch.setattr(sys, "argv", ["dataflex-cli"])
+    monkeypatch.setattr(cli.metadata, "entry_points", lambda **_: [script])
+    monkeypatch.setattr(cli, "find_spec", lambda _: True)
+    return script
 
 
 @pytest.mark.parametrize("command", cli.DELEGATED)
-def test_other_commands_go_to_llamafactory_with_their_arguments(command, monkeypatch):
-    script = Script()
-    monkeypatch.setattr(sys, "argv", ["dataflex-cli", command])
-    monkeypatch.setattr(cli.metadata, "entry_points", lambda **_: [script])
-    assert cli.main([command, "run.yaml", "a=b"]) == 0
-    assert script.seen == ["llamafactory-cli", command, "run.yaml", "a=b"]
+def test_other_commands_go_to_llamafactory_with_their_arguments(command, script, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model_name_or_path: base\n")
+    assert cli.main([command, str(file), "a=b"]) == 0
+    assert script.seen == ["llamafactory-cli", command, str(file), "a=b"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["model_name_or_path=base", "temperature=0.5"], ["--model_name_or_path", "base", "--temperature=0.5"],
+     ["--model-name-or-path", "base", "--temperature", "0.5"]],
+)  # fmt: skip
+def test_keys_without_a_file_become_a_file(arguments, script):
+    assert cli.main(["chat", *arguments]) == 0
+    command, word, file = script.seen
+    assert (command, word) == ("llamafactory-cli", "chat") and file.endswith(".yaml")
+    assert script.content == "model_name_or_path: base\ntemperature: 0.5\n"
+
+
+def test_a_json_file_becomes_one_that_llamafactory_reads(script, tmp_path):
+    file = tmp_path / "run.json"
+    file.write_text('{"model_name_or_path": "base", "flags": [1, 2]}')
+    assert cli.main(["export", str(file), "flags=[3]"]) == 0
+    assert script.content == "flags:\n- 3\nmodel_name_or_path: base\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [([], "expected a .yaml"), (["none.yaml"], "none.yaml not found"), (["a=1", "stray"], "'stray'"),
+     (["model"], ".yaml"), (["broken.yaml"], "line 1")],
+)  # fmt: skip
+def test_other_arguments_end_in_one_line(arguments, words, script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.yaml").write_text("a: [")
+    assert cli.main(["export", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and words in said and said.count("\n") == 1 and script.seen is None
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(script, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("fastapi", "gradio") else True)
+    assert cli.main(["api", "model_name_or_path=x"]) == 2
+    assert capsys.readouterr().err == "error: api: needs fastapi; pip install fastapi\n"
+    assert cli.main(["webui"]) == 2
+    assert capsys.readouterr().err == "error: webui: needs gradio; pip install gradio\n"
 
 
 def test_what_llamafactory_gave_up_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["dataflex-cli"])
-    assert cli.main(["eval"]) == 2
+    assert cli.main(["eval", "model_name_or_path=x"]) == 2
     assert capsys.readouterr().err.startswith("error: eval: llamafactory-cli no longer does this")
 
 
 def test_without_its_command_the_absence_is_named(capsys, monkeypatch):
     monkeypatch.setattr(cli.metadata, "entry_points", lambda **_: [])
-    assert cli.main(["chat"]) == 2
+    assert cli.main(["chat", "model_name_or_path=x"]) == 2
     assert capsys.readouterr().err == "error: chat: llamafactory-cli is not installed\n"
 
 
