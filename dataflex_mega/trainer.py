@@ -23,14 +23,19 @@ MAX_NAMED_SAMPLES = 8  # in the message about a loss that is not finite
 class TrainerHooks(Protocol):
     """When to log, evaluate, save and stop: llamafactory.callbacks.CallbackHooks, which needs transformers.
 
-    What `on_step_end` and `on_evaluate` return has the flags of transformers' TrainerControl.
+    `control` is transformers' TrainerControl: its flags say what was asked for at the last event.
     """
 
-    def on_train_begin(self, step: int, epoch: float) -> None: ...
-    def on_step_end(self, step: int, epoch: float, tokens: int) -> Any: ...
+    control: Any
+
+    def on_train_begin(self, step: int, epoch: float) -> bool: ...
+    def on_step_begin(self) -> None: ...
+    def on_step_end(self, step: int, epoch: float, tokens: int) -> None: ...
+    def on_epoch_end(self) -> bool: ...
     def on_log(self, logs: dict[str, float]) -> None: ...
-    def on_evaluate(self, metrics: dict[str, float]) -> Any: ...
+    def on_evaluate(self, metrics: dict[str, float]) -> float | None: ...
     def on_save(self) -> None: ...
+    def stop_reason(self) -> str: ...
     def on_train_end(self) -> None: ...
     def plot_loss(self) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -55,20 +60,31 @@ class Trainer:
     # (plan, step) of a checkpoint with another global batch size -> the same plan, counted in batches of this run
     restate_plan: Callable[[SamplingPlan, int], SamplingPlan] | None = None
     phase_seconds: dict[str, float] = field(default_factory=dict, init=False)  # of the current step
+    outcome: str = field(default="", init=False)  # of `fit`: `done: 40 steps`, or where and why it stopped before
     _learning_rate: float = field(default=0.0, init=False)
+    _last_logged: int = field(default=0, init=False)  # the step at which the window of the log ended
 
     def fit(self, resume: Path | None = None) -> TrainState:
         """Train to `max_steps`, from the start or from a checkpoint. Raises TrainingFault naming step and samples."""
         state = self._initial_state(resume)
+        self._last_logged = state.step
         self.metrics.on_train_begin(state)
-        self.hooks.on_train_begin(state.step, state.samples_seen / self.pool_size)
-        stop = False
+        stop = self.hooks.on_train_begin(state.step, state.samples_seen / self.pool_size)
+        if resume is not None:
+            self._end_epoch(state)  # of the checkpoint's step, which was saved before
         while state.step < self.max_steps and not stop:
+            self.hooks.on_step_begin()
             self.step(state)
             stop = self._run_callbacks(state)
         self.hooks.on_train_end()
         self.metrics.on_train_end(state)
+        self.outcome = self._describe_end(state)
         return state
+
+    def _describe_end(self, state: TrainState) -> str:
+        if state.step >= self.max_steps:
+            return f"done: {state.step} steps"
+        return f"stopped at step {state.step} of {self.max_steps}: {self.hooks.stop_reason()}"
 
     def step(self, state: TrainState) -> None:
         """One optimizer step, with a new plan before it when the controller needs one. Changes `state`."""
@@ -118,24 +134,34 @@ class Trainer:
 
     def _run_callbacks(self, state: TrainState) -> bool:
         """Log, evaluate and save as the hooks ask -> whether to stop."""
-        epoch = state.samples_seen / self.pool_size
-        control = self.hooks.on_step_end(state.step, epoch, state.tokens_seen)
-        if control.should_log:
+        self.hooks.on_step_end(state.step, state.samples_seen / self.pool_size, state.tokens_seen)
+        self._do_what_hooks_ask(state)
+        self._end_epoch(state)
+        return bool(self.hooks.control.should_training_stop)
+
+    def _end_epoch(self, state: TrainState) -> None:
+        """Where a step ends an epoch or the run, what the hooks ask for then."""
+        if self.hooks.on_epoch_end():
+            self._do_what_hooks_ask(state)
+
+    def _do_what_hooks_ask(self, state: TrainState) -> None:
+        """Log, evaluate and save, in the order of Hugging Face's loop."""
+        if self.hooks.control.should_log and state.step > self._last_logged:
+            self._last_logged = state.step
             self.hooks.on_log(self.metrics.flush(state))
-        if control.should_evaluate and self.evaluate is not None:
+        if self.hooks.control.should_evaluate and self.evaluate is not None:
             with self._timed("evaluate"):
                 results = self.evaluate()
             self.hooks.on_log(results)
             self.metrics.on_evaluate(state, results)
-            control = self.hooks.on_evaluate(results)
-        if control.should_save:
+            self.hooks.on_evaluate(results)
+        if self.hooks.control.should_save:
             with self._timed("save"):
                 extra = {"controller": self.controller.state_dict(), "hooks": self.hooks.state_dict()}
                 self.checkpointer.save(state, self.engine, extra)
             self.hooks.on_save()
-        stop = bool(control.should_training_stop)
+        control = self.hooks.control
         control.should_log = control.should_evaluate = control.should_save = False
-        return stop
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

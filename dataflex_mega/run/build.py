@@ -10,7 +10,7 @@ from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.engines.base import Engine
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.providers.registry import requests_at
-from dataflex_mega.run import outputs, reference
+from dataflex_mega.run import outputs, preflight, reference
 from dataflex_mega.run.assemble import assemble
 from dataflex_mega.run.data import RunData
 from dataflex_mega.run.outputs import OutputOptions
@@ -39,6 +39,7 @@ def prepare(config: RunConfig, instances: Mapping[str, Algorithm] | None = None)
     session = Session.start(config)
     data = RunData.load(session, roles)
     schedule = RunSchedule.plan(session, roles, data)
+    preflight.check(session, data, schedule)
     cache = reference.find_cache(session, roles, data.pool)
     resume = ResumePoint.find(session, roles, data, schedule, cache)
     if cache is not None:

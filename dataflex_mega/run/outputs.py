@@ -48,6 +48,4 @@ def write_results(
         write_averages(folder, str(roles.specs["mixer"]["name"]), data.pool.names, averages)
     pictures = plots.plot_run(folder) if options.plots and options.logs else []
     if options.export:
-        session.report(
-            f"done: {schedule.max_steps} steps; model and logs in {folder}", *(f"plot: {p}" for p in pictures)
-        )
+        session.report(f"{trainer.outcome}; model and logs in {folder}", *(f"plot: {p}" for p in pictures))

@@ -20,7 +20,7 @@ class Parts:
     """Everything that a trainer joins, in one object that writes down what is asked of it."""
 
     def __init__(self, bad_ids=None):
-        self.calls, self.bad_ids = [], bad_ids
+        self.calls, self.bad_ids, self.epoch_ends = [], bad_ids, False
         self.control = SimpleNamespace(
             should_log=False, should_evaluate=False, should_save=False, should_training_stop=False
         )
@@ -84,11 +84,22 @@ class Parts:
     def on_train_begin(self, *arguments):
         self.calls.append("begin")
 
+    def on_step_begin(self):
+        self.epoch_ends = False
+
     def on_step_end(self, *arguments):
         if isinstance(arguments[0], TrainState):
-            return None
+            return
         self.control.should_log = self.control.should_evaluate = self.control.should_save = arguments[0] == 2
-        return self.control
+
+    def on_epoch_end(self):
+        ends, self.epoch_ends = self.epoch_ends, False
+        if ends:
+            self.calls.append("epoch ends")
+        return ends
+
+    def stop_reason(self):
+        return "a reason"
 
     def on_plan(self, state, report):
         self.calls.append(f"plan {state.plan.start_step} {report.mixer}")
@@ -101,7 +112,6 @@ class Parts:
 
     def on_evaluate(self, *arguments):
         self.control.should_training_stop = arguments[-1]["eval_loss"] < 1
-        return self.control
 
     def on_save(self):
         self.calls.append("saved")
@@ -132,8 +142,18 @@ def test_a_run_asks_its_parts_in_order():
 
 def test_a_run_stops_when_the_hooks_say_so_after_an_evaluation():
     parts = Parts()
-    assert trainer(parts, evaluate=lambda: {"eval_loss": 0.5}).fit().step == 2
+    loop = trainer(parts, evaluate=lambda: {"eval_loss": 0.5})
+    assert loop.fit().step == 2 and loop.outcome == "stopped at step 2 of 4: a reason"
     assert "saved" in parts.calls and parts.calls[-1] == "end"
+
+
+def test_an_epoch_that_ended_after_the_checkpoint_was_written_ends_when_the_run_goes_on():
+    parts = Parts()
+    parts.epoch_ends = True
+    loop = trainer(parts)
+    loop.fit(Path("there"))
+    assert parts.calls[:5] == ["load of controller", "load of hooks", "begin", "begin", "epoch ends"]
+    assert loop.outcome == "done: 4 steps"
 
 
 def test_a_run_goes_on_from_a_checkpoint_with_its_plan_restated():
