@@ -154,7 +154,9 @@ class Trainer:
                 results = self.evaluate()
             self.hooks.on_log(results)
             self.metrics.on_evaluate(state, results)
-            self.hooks.on_evaluate(results)
+            watched = self.hooks.on_evaluate(results)
+            if watched is not None:
+                self.engine.adapt_learning_rate(watched)
         if self.hooks.control.should_save:
             with self._timed("save"):
                 extra = {"controller": self.controller.state_dict(), "hooks": self.hooks.state_dict()}

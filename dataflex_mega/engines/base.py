@@ -111,6 +111,10 @@ class Engine(Protocol):
         """Of the first parameter group, for the step to come."""
         ...
 
+    def adapt_learning_rate(self, metric: float) -> None:
+        """After an evaluation: move a schedule that goes by its result; others are left alone."""
+        ...
+
     # -- forward only, in evaluation mode, without gradient
 
     def token_losses(self, batch: Batch) -> Tensor:

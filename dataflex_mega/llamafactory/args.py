@@ -16,6 +16,8 @@ from dataflex_mega.llamafactory.compat import ensure_importable
 
 ENGINE_KEYS = ("fsdp", "fsdp_config")  # ours to act on in dynamic runs, so accelerate must not see them
 REFUSALS = (ValueError, TypeError, ImportError, OSError, NotImplementedError)  # by which libraries say no
+# What else comes out of a library that was given a wrong value and did not look at it first.
+FAILURES = (*REFUSALS, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError)
 PREDICTION_KEYS = ("do_predict", "predict_with_generate")  # llamafactory.predict acts on them when the training is over
 
 

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-from dataflex_mega.llamafactory.args import LFArgs
+from dataflex_mega.errors import ConfigError, did_you_mean
+from dataflex_mega.llamafactory.args import FAILURES, LFArgs, first_line
+
+ADAM_BETAS = ("adam_beta1", "adam_beta2")
+FINITE = ("learning_rate", "weight_decay", "adam_epsilon")
+LORAPLUS = ("loraplus_lr_ratio", "loraplus_lr_embedding")
+# What transformers reads from optim_args and no key sets, and the keys that set the rest.
+SETTABLE = {
+    "sgd": ("momentum", "dampening", "nesterov"),
+    "adagrad": ("lr_decay", "eps"),
+    "rmsprop": ("momentum", "alpha", "eps", "centered"),
+}
+OWN_KEYS = {
+    "lr": "learning_rate", "weight_decay": "weight_decay", "betas": "adam_beta1 and adam_beta2", "eps": "adam_epsilon",
+}  # fmt: skip
+TRUTHS = (
+    "true",
+    "1",
+    "yes",
+    "false",
+    "0",
+    "no",
+)  # as transformers reads them; what is not among them it takes for false
+WITHOUT_ARGUMENTS = ("constant", "constant_with_warmup")  # schedules that do not look at lr_scheduler_kwargs
 
 
 def build_optimizer(args: LFArgs, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -41,3 +65,93 @@ def build_scheduler(args: LFArgs, optimizer: torch.optim.Optimizer, steps: int) 
         num_training_steps=steps,
         scheduler_specific_kwargs=args.training.lr_scheduler_kwargs,
     )
+
+
+def check_optimizer(args: LFArgs) -> torch.optim.Optimizer:
+    """An optimizer over one number, of the class and with the arguments of the run's.
+
+    Raises ConfigError naming the key that torch or transformers would refuse, or take no notice of.
+    """
+    from transformers import Trainer
+
+    training = args.training
+    for key in ADAM_BETAS:
+        if not 0.0 <= getattr(training, key) < 1.0:
+            raise ConfigError(f"{key}: must be >= 0 and < 1, found {getattr(training, key)}")
+    values = {key: getattr(training, key) for key in FINITE}
+    values |= {key: getattr(args.finetuning, key) for key in LORAPLUS if getattr(args.finetuning, key) is not None}
+    for key, value in values.items():
+        if not 0.0 <= value < math.inf:
+            raise ConfigError(f"{key}: must be a finite number >= 0, found {value}")
+    if not training.max_grad_norm >= 0:
+        raise ConfigError(f"max_grad_norm: must be >= 0, found {training.max_grad_norm}")
+    name = _name_of(training.optim)
+    for key, value in _split_arguments(training.optim_args).items():
+        _check_argument(name, key, value)
+    try:
+        cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(training)
+    except FAILURES as error:  # whatever transformers refuses it with
+        raise ConfigError(f"optim {name}, optim_args {training.optim_args!r}: {first_line(error)}") from error
+    try:
+        return cls([{"params": [torch.zeros(1, requires_grad=True)], "weight_decay": training.weight_decay}], **kwargs)
+    except FAILURES as error:
+        raise ConfigError(f"optim {name}, optim_args {training.optim_args!r}: {first_line(error)}") from error
+
+
+def _name_of(choice: Any) -> str:
+    return str(getattr(choice, "value", choice))
+
+
+def _split_arguments(text: str | None) -> dict[str, str]:
+    arguments = {}
+    for part in (text or "").replace(" ", "").split(",") if text else []:
+        key, equals, value = part.partition("=")
+        if not (key and equals and value) or "=" in value:
+            raise ConfigError(f"optim_args: expected key=value,key=value, found {text!r}")
+        arguments[key] = value
+    return arguments
+
+
+def _check_argument(name: str, key: str, value: str) -> None:
+    """Raises ConfigError for an argument that transformers would drop without a word."""
+    known = SETTABLE.get(name, ())
+    if key in OWN_KEYS and key not in known:
+        raise ConfigError(f"optim_args: {key} is set with the key {OWN_KEYS[key]}")
+    if key not in known:
+        takes = ", ".join(known) if known else "no arguments"
+        raise ConfigError(f"optim_args: {name} takes {takes}, found {key!r}{did_you_mean(key, known)}")
+    if key in ("nesterov", "centered") and value.lower() not in TRUTHS:
+        raise ConfigError(f"optim_args: {key} is true or false, found {value!r}")
+
+
+def check_schedule(args: LFArgs, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Build the schedule on `optimizer`, which is not the run's, and look at its rates.
+
+    Raises ConfigError naming lr_scheduler_kwargs where they are missing or wrong.
+    """
+    name, arguments = _name_of(args.training.lr_scheduler_type), args.training.lr_scheduler_kwargs
+    if arguments and name in WITHOUT_ARGUMENTS:
+        raise ConfigError(f"lr_scheduler_kwargs: lr_scheduler_type {name} takes none, found {arguments}")
+    try:
+        scheduler = build_scheduler(args, optimizer, steps)
+        factors = [factor(step) for factor in getattr(scheduler, "lr_lambdas", ()) for step in _some_steps(args, steps)]
+        rates = [float(factor) for factor in factors]
+        if not factors:  # it goes by the results of evaluations
+            scheduler.step(1.0)
+            scheduler.step(2.0)
+    except FAILURES as error:  # whatever the schedule's arithmetic raises for the values it was given
+        given = f"{arguments}" if arguments else "none given"
+        message = f"lr_scheduler_kwargs ({given}) of lr_scheduler_type {name}: {first_line(error)}"
+        raise ConfigError(message) from error
+    wrong = next((rate for rate in rates if not 0.0 <= rate < math.inf), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"lr_scheduler_kwargs {arguments} of lr_scheduler_type {name}: the learning rate becomes {wrong} times "
+            "learning_rate; it must stay finite and >= 0"
+        )
+
+
+def _some_steps(args: LFArgs, steps: int) -> list[int]:
+    warmup = args.training.get_warmup_steps(steps)
+    chosen = {0, 1, warmup - 1, warmup, warmup + 1, *(steps * part // 16 for part in range(17)), steps - 1}
+    return sorted(step for step in chosen if 0 <= step <= steps)

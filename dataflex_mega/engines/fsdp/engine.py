@@ -29,6 +29,7 @@ from dataflex_mega.engines.fsdp.routers import FSDPRouterCounter
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
 from dataflex_mega.engines.options import StepOptions
 from dataflex_mega.engines.per_sample import PerSampleFn, per_sample_values, stack_values, width_of
+from dataflex_mega.engines.schedules import follows_evaluations
 from dataflex_mega.engines.stats import StepAccumulator
 from dataflex_mega.engines.step import (
     StepLoss,
@@ -131,9 +132,14 @@ class FSDPEngine:
         elif self.options.on_non_finite == "stop" and (sample_ids or not self.loss_scaler.enabled):
             self.optimizer.zero_grad(set_to_none=True)
             raise NotFinite(not_finite_message(value, sample_ids), sample_ids)
-        self.scheduler.step()
+        if not follows_evaluations(self.scheduler):
+            self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return value
+
+    def adapt_learning_rate(self, metric: float) -> None:
+        if follows_evaluations(self.scheduler):
+            self.scheduler.step(metric)
 
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])

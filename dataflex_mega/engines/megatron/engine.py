@@ -158,6 +158,9 @@ class MegatronEngine:
     def learning_rate(self) -> float:
         return self.lr_scheduler.learning_rate
 
+    def adapt_learning_rate(self, metric: float) -> None:
+        self.lr_scheduler.step_by_metric(metric)
+
     # -- forward only: where there is a pipeline, a batch goes through it in micro-batches -----------------------
 
     def token_losses(self, batch: Batch) -> Tensor:

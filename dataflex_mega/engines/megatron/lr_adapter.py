@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from dataflex_mega.engines.schedules import follows_evaluations, plain_state
+
 
 class LRSchedulerAdapter:
     """Runs a scheduler on a dummy optimizer with one scalar parameter and copies its rate to Megatron's parameter groups."""
@@ -24,8 +26,15 @@ class LRSchedulerAdapter:
     def step(self) -> None:
         """Set the learning rate of the next optimizer step."""
         self.proxy_optimizer.step()  # a scheduler warns when it moves before its optimizer
-        self.scheduler.step()
-        self._apply()
+        if not follows_evaluations(self.scheduler):
+            self.scheduler.step()
+            self._apply()
+
+    def step_by_metric(self, metric: float) -> None:
+        """After an evaluation: the same for a scheduler that goes by its result."""
+        if follows_evaluations(self.scheduler):
+            self.scheduler.step(metric)
+            self._apply()
 
     def _apply(self) -> None:
         for group in self.megatron_optimizer.param_groups:
@@ -34,8 +43,7 @@ class LRSchedulerAdapter:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values of the scheduler's state."""
-        state = self.scheduler.state_dict()
-        return {key: value for key, value in state.items() if isinstance(value, int | float | list | str | bool | None)}
+        return plain_state(self.scheduler)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
