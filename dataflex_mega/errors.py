@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from types import TracebackType
 
+MAX_CAUSE = 300  # characters of another exception's text in one of ours
+
 
 class UserError(Exception):
     """A mistake in the configuration, the data or the command line. The message names the key, the row or the file."""
@@ -40,6 +42,38 @@ class NotFinite(TrainingFault):
     def __init__(self, message: str, sample_ids: list[int]) -> None:
         super().__init__(message)
         self.sample_ids = sample_ids
+
+
+class Blame:
+    """`with Blame("selector my:Thing.score"): ...` around a call of code that is not the package's own.
+
+    What it raises becomes a TrainingFault of one line with the original as its cause. A UserError and a TrainingFault say
+    enough already, and an interrupt is nobody's fault; they pass.
+    """
+
+    def __init__(self, who: str) -> None:
+        self.who = who
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, (UserError, TrainingFault)):
+            text = " ".join(str(error).split())
+            text = text if len(text) <= MAX_CAUSE else f"{text[:MAX_CAUSE]}..."
+            cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
+            raise TrainingFault(f"{self.who} raised {cause}{_raised_at(error)}") from error
+
+
+def _raised_at(error: BaseException) -> str:
+    """` (thing.py, line 12)`, where it was raised."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return ""
+    return f" ({trace.tb_frame.f_code.co_filename.rpartition('/')[2]}, line {trace.tb_lineno})"
 
 
 def did_you_mean(word: str, known: Iterable[str], count: int = 1) -> str:

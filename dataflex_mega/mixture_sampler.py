@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Sampler as TorchSampler
 
 from dataflex_mega.algorithms.base import DomainInfo, Mixer
+from dataflex_mega.control import contracts
 from dataflex_mega.control.schedule import UpdateSchedule
 from dataflex_mega.data.loader import BatchPartition
 from dataflex_mega.data.sampler import Sampler
@@ -89,7 +90,7 @@ class MixtureBatchSampler(TorchSampler[list[int]]):
         self.domains = DomainInfo(names, counts, _initial(proportions, counts, mixer is not None))
         self.mixer = _build_mixer(mixer)
         if self.mixer is not None:
-            self.mixer.setup(self.domains)
+            contracts.setup(self.mixer, self.domains)
         self.schedule = UpdateSchedule(warmup_steps, update_every, -1, repeat_cycles=False)
         self.seed, self.total_steps = seed, options.get("total_steps", 0)
         self.prefetch = options.get("prefetch", 0)
@@ -147,9 +148,9 @@ class MixtureBatchSampler(TorchSampler[list[int]]):
             return next(plan for plan in reversed(self._plans) if plan.start_step <= step)
         self._apply_until(step)
         context = UpdateContext(step, self.total_steps, self.schedule.update_index(step), self.seed)
-        proportions = self.mixer.proportions(context, generator(self.seed, step, RngStream.MIXER)).double().tolist()
-        weights = self.mixer.loss_weights()
-        loss_weights = None if weights is None else weights.double().tolist()
+        rng = generator(self.seed, step, RngStream.MIXER)
+        proportions = contracts.proportions(self.mixer, context, rng, len(self.domains))
+        loss_weights = contracts.loss_weights(self.mixer, proportions)
         self._plans.append(self._sampler.next_plan(last, step, proportions, domain_loss_weights=loss_weights))
         return self._plans[-1]
 
@@ -192,7 +193,7 @@ class MixtureBatchSampler(TorchSampler[list[int]]):
             self._applied += 1
             mean = float(sums.sum() / tokens.sum().clamp(min=1))
             stats = StepStats(mean, 0.0, sums, tokens, counts, int(tokens.sum()))
-            self.mixer.observe(stats, plan.proportions, self._applied)
+            contracts.observe(self.mixer, stats, plan.proportions, self._applied)
 
     # -- restart ---------------------------------------------------------------------------------------------------
 
@@ -206,7 +207,7 @@ class MixtureBatchSampler(TorchSampler[list[int]]):
             "identity": self._identity(),
             "plans": [{k: v for k, v in asdict(plan).items() if v is not None} for plan in self._plans],
             "waiting": [[sums.tolist(), tokens.tolist()] for sums, tokens in self._waiting],
-            "mixer": None if self.mixer is None else _to_plain(self.mixer.state_dict()),
+            "mixer": None if self.mixer is None else _to_plain(contracts.state_dict(self.mixer)),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -228,7 +229,7 @@ class MixtureBatchSampler(TorchSampler[list[int]]):
             for sums, tokens in state["waiting"]
         )
         if self.mixer is not None:
-            self.mixer.load_state_dict(_from_plain(state["mixer"]))
+            contracts.load_state_dict(self.mixer, _from_plain(state["mixer"]))
 
     def _identity(self) -> dict[str, Any]:
         schedule = self.schedule

@@ -119,6 +119,7 @@ class Trainer:
             try:
                 return self.engine.train_step(micro_batches, self.controller.weight_fn(state))
             except NotFinite as fault:
+                self.controller.check_weights(state)
                 raise TrainingFault(
                     f"step {state.step + 1}: {fault}{self._describe(fault.sample_ids)}; parameters and checkpoints are "
                     "as before this step (on_non_finite: continue would skip it)"

@@ -61,7 +61,7 @@ LAYERS: dict[str, set[str]] = {
     "offline": {"data", "distributed", "exit_status", "store"},
     "llamafactory": {"data"},
     "doctor": {"exit_status"},
-    "mixture_sampler": {"algorithms.base", "control.schedule", "data", "registry"},
+    "mixture_sampler": {"algorithms.base", "control.contracts", "control.schedule", "data", "registry"},
     "integrations": {"mixture_sampler"},
     "api": {"*"},
     "compare": {"checkpoint", "config", "data", "llamafactory", "metrics", "objective", "signals"},

@@ -88,7 +88,7 @@ class Selector(Algorithm):
     @abstractmethod
     def score(self, table: SignalTable) -> Tensor:
         """Candidates of one rank, n rows with the columns of its requests -> their scores, [n] float32; or [n, m] where
-        `select` needs m numbers of each.
+        `select` needs m numbers of each. NaN: the candidate has no score; not all may be NaN.
 
         Called on every rank with the candidates of that rank: a row depends on that candidate alone.
         """
@@ -104,6 +104,7 @@ class Selector(Algorithm):
     @abstractmethod
     def select(self, scores: Tensor, count: int, context: UpdateContext, rng: torch.Generator) -> Tensor:
         """Scores of all candidates, [N] (or [N, m]) float32 -> [count] int64 positions in 0..N-1, the samples to train on.
+        None twice, unless a parameter `replacement` of the selector is true or there are fewer than `count` candidates.
 
         With a mixer this is called once per domain, with the candidates of that domain and its part of the count.
         """
@@ -156,7 +157,8 @@ class Weighter(Algorithm):
 
     @abstractmethod
     def weights(self, samples: SampleStats, step: int, total_steps: int) -> Tensor:
-        """All n samples of the data-parallel batch, in an order that is the same on all ranks -> [n] weights, mean 1."""
+        """All n samples of the data-parallel batch, in an order that is the same on all ranks -> [n] weights,
+        finite and >= 0, with mean 1 over the samples of a step."""
 
 
 class Reorder(Algorithm):

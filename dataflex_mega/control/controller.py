@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import DomainInfo, Mixer, Reorder, Selector, Weighter
+from dataflex_mega.control import contracts
 from dataflex_mega.control.loss_cache import LossCache
 from dataflex_mega.control.ordered_plans import OrderedPlanner, count_domains, drop_empty_domains
 from dataflex_mega.control.passes import OrderedPasses
@@ -21,6 +22,7 @@ from dataflex_mega.control.schedule import UpdateSchedule
 from dataflex_mega.control.selection import SelectionRunner
 from dataflex_mega.control.signal_source import SignalSource
 from dataflex_mega.control.stages import StageConfig
+from dataflex_mega.control.weight_checks import CheckedWeighter
 from dataflex_mega.control.weights import build_weight_fn
 from dataflex_mega.data.candidates import CandidateRotation
 from dataflex_mega.data.limits import ProportionLimits
@@ -63,6 +65,7 @@ class DataController:
     learning_rate: Any = None  # () -> the engine's learning rate for the step to come
     loss_cache: LossCache = field(init=False)
     selection: SelectionRunner = field(init=False)
+    weighter: CheckedWeighter | None = field(init=False)
     ordered: OrderedPlanner | None = field(init=False)
     # The latest decisions of the roles.
     selected_ids: Tensor | None = field(default=None, init=False)  # [m]; None: the whole pool
@@ -80,7 +83,8 @@ class DataController:
         if self.passes is not None:
             self.ordered = OrderedPlanner(self.passes, self.stages, domains, sampler, self.loss_cache, seed)
         for algorithm in self._algorithms().values():
-            algorithm.setup(domains)
+            contracts.setup(algorithm, domains)
+        self.weighter = None if self.roles.weighter is None else CheckedWeighter(self.roles.weighter, self.collectives)
 
     def _algorithms(self) -> dict[str, Any]:
         by_role = {role: getattr(self.roles, role) for role in ("selector", "mixer", "reorder", "weighter")}
@@ -198,10 +202,9 @@ class DataController:
         assert mixer is not None
         self.signals.before_update(mixer, step)
         rng = generator(self.seed, step, RngStream.MIXER)
-        proportions = tuple(mixer.proportions(self._context("mixer", step), rng).double().tolist())
-        weights = mixer.loss_weights()
+        proportions = contracts.proportions(mixer, self._context("mixer", step), rng, len(self.domains))
         self.proportions = self._apply_limits(proportions, step)
-        self.domain_loss_weights = None if weights is None else tuple(weights.double().tolist())
+        self.domain_loss_weights = contracts.loss_weights(mixer, self.proportions)
 
     def _run_selector(self, step: int, old: SamplingPlan) -> None:
         """Choose the samples of the next window (draw), or filter the pool."""
@@ -245,15 +248,24 @@ class DataController:
 
     def weight_fn(self, state: TrainState) -> WeightFn | None:
         """The function that weighs the samples of the next step, or None when all weigh the same."""
-        weighter = self.roles.weighter if self._is_active("weighter", state.step) else None
+        weighter = self.weighter if self._is_active("weighter", state.step) else None
         if weighter is not None:
-            self.signals.before_step(weighter, state.step, lambda: self.sampler.global_batch(state.plan, state.step))
+            self.signals.before_step(
+                weighter.weighter, state.step, lambda: self.sampler.global_batch(state.plan, state.step)
+            )
         return build_weight_fn(weighter, self.roles.mixer, state, self.total_steps, self.collectives)
 
     def observe(self, stats: StepStats, state: TrainState) -> None:
-        """Hand the reduced sums of the step just done (number state.step) to the mixer."""
+        """After step number state.step: check the weights that it was done with, hand its reduced sums to the mixer."""
+        if self.weighter is not None and self._is_active("weighter", state.step - 1):
+            self.weighter.end_step(state.step - 1, last=state.step == self.total_steps)
         if self.roles.mixer is not None:
-            self.roles.mixer.observe(stats, state.plan.proportions, state.step)
+            contracts.observe(self.roles.mixer, stats, state.plan.proportions, state.step)
+
+    def check_weights(self, state: TrainState) -> None:
+        """Raises TrainingFault when the weights of the step under way are the reason why it is not finite."""
+        if self.weighter is not None:
+            self.weighter.check_values(state.step)
 
     def plan_report(self, state: TrainState) -> PlanReport:
         """What the roles did for the plan that was made after `state.step` steps."""
@@ -262,7 +274,7 @@ class DataController:
         order = None if self.ordered is None else self.ordered.last_record
         names = [] if selector is None else self.signals.signal_names(selector)
         return PlanReport(
-            mixer=mixer.report() if mixer is not None and state.plan.phase == "train" else {},
+            mixer=contracts.report(mixer) if mixer is not None and state.plan.phase == "train" else {},
             selection=selection if selection is not None and selection.step == state.step else None,
             signal_name=names[0] if names else "score",
             order=order if order is not None and order.step == state.step else None,
@@ -273,7 +285,7 @@ class DataController:
 
     def state_dict(self) -> dict[str, Any]:
         """The states of the algorithms by role, and the controller's own; tensors may be anywhere in it."""
-        state: dict[str, Any] = {role: algorithm.state_dict() for role, algorithm in self._algorithms().items()}
+        state: dict[str, Any] = {role: contracts.state_dict(one) for role, one in self._algorithms().items()}
         if self.selection.previous_ids is not None:
             state["previous_selection"] = self.selection.previous_ids
         if self.candidates is not None and (scores := self.candidates.state_dict()):
@@ -299,7 +311,7 @@ class DataController:
             found = f"{sorted(saved_roles)}, this run needs {sorted(algorithms)}"
             raise CheckpointError(f"the checkpoint has state of {found}")
         for role, algorithm in algorithms.items():
-            algorithm.load_state_dict(state[role])
+            contracts.load_state_dict(algorithm, state[role])
         if self.candidates is not None:
             self.candidates.load_state_dict(state.get("candidates", {}))
         self.selection.previous_ids = state.get("previous_selection")

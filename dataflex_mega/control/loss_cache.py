@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dataflex_mega.algorithms.base import Selector
 from dataflex_mega.algorithms.requests import LossSignal
+from dataflex_mega.control import contracts
 from dataflex_mega.control.signal_source import SignalSource
 from dataflex_mega.distributed.protocol import Collectives
 from dataflex_mega.types import SignalTable
@@ -63,11 +64,13 @@ class LossCache:
     def _score_cached(self, selector: Selector, ids: Tensor) -> Tensor:
         """Every rank scores all samples: that is arithmetic on numbers that all ranks have."""
         table = SignalTable(ids, self.signals.domain_ids(ids), {"loss": self.losses[ids]})
-        return selector.score(table).float()
+        scores = contracts.local_scores(selector, table)
+        contracts.note_unscored(selector, scores)
+        return scores
 
     def _score_now(self, selector: Selector, ids: Tensor, step: int) -> Tensor:
         table, counts = self.signals.table(selector, ids.numpy(), step)
-        return self.collectives.all_gather_uneven(selector.score(table).float(), counts)
+        return contracts.gather_scores(selector, table, counts, self.collectives)
 
     def state_dict(self) -> dict[str, Any]:
         """The losses and the steps at which they were computed."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import DomainInfo
+from dataflex_mega.control import contracts
 from dataflex_mega.control.loss_cache import LossCache
 from dataflex_mega.control.passes import OrderedPasses
 from dataflex_mega.control.plan_report import OrderRecord
@@ -111,7 +112,7 @@ class OrderedPlanner:
         scores = torch.full((len(ids),), torch.nan)
         max_age = self.stages.max_score_age.get("reorder", 0)
         new_scores = self.loss_cache.score(source.selector, ids[scored], context.step, max_age)
-        scores[scored] = source.selector.combine_updates(ids[scored], new_scores, context)
+        scores[scored] = contracts.combine_updates(source.selector, ids[scored], new_scores, context)
         passes.set_scores(scores, ids)
         return len(scored)
 

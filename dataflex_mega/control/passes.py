@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import Reorder
+from dataflex_mega.control import contracts
 from dataflex_mega.errors import DataError
 
 
@@ -35,7 +36,7 @@ class OrderOptions:
 
 def pattern_ranks(pattern: Reorder, count: int, options: OrderOptions) -> Tensor:
     """[count] int64: the rank at each position of a pass, with blocks of `shuffle_block` positions shuffled."""
-    ranks = pattern.rank_order(count, options.seed)
+    ranks = contracts.rank_order(pattern, count, options.seed)
     if options.shuffle_block > 1:
         shuffled, rng = ranks.numpy().copy(), np.random.default_rng(options.seed)
         for start in range(0, count, options.shuffle_block):

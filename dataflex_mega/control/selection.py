@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.base import DomainInfo, Selector
+from dataflex_mega.control import contracts
 from dataflex_mega.control.loss_cache import LossCache
 from dataflex_mega.control.plan_report import SelectionRecord
 from dataflex_mega.control.signal_source import SignalSource
@@ -44,14 +45,14 @@ class SelectionRunner:
         quota = None if proportions is None else self._quota(old, context.step, proportions, num_steps)
         scored_ids = None if self.candidates is None else self.candidates.ids(context.update_index, quota)
         table, counts = self.signals.table(selector, scored_ids, context.step)
-        scores = self.collectives.all_gather_uneven(selector.score(table).float(), counts)
+        scores = contracts.gather_scores(selector, table, counts, self.collectives)
         candidate_ids = torch.arange(len(scores)) if scored_ids is None else torch.from_numpy(scored_ids)
-        scores = selector.combine_updates(candidate_ids, scores, context)
+        scores = contracts.combine_updates(selector, candidate_ids, scores, context)
         if self.candidates is not None and scored_ids is not None:
             candidate_ids, scores = self.candidates.merge_scores(scored_ids, scores)
         rng = generator(self.seed, context.step, RngStream.SELECTOR)
         if quota is None:
-            positions = selector.select(scores, self.sampler.batch_size * num_steps, context, rng)
+            positions = contracts.select(selector, scores, self.sampler.batch_size * num_steps, context, rng)
         else:
             positions = self._select_by_domain(selector, (candidate_ids, scores), context, rng, quota)
         positions = positions.sort().values
@@ -62,10 +63,10 @@ class SelectionRunner:
         """[m] ascending ids, the best `keep_ratio` of the pool. `max_age`: how many steps old a loss may be."""
         all_ids = torch.arange(sum(self.domains.num_samples))
         scores = self.loss_cache.score(selector, all_ids, context.step, max_age)
-        scores = selector.combine_updates(all_ids, scores, context)
+        scores = contracts.combine_updates(selector, all_ids, scores, context)
         count = max(1, int(len(scores) * keep_ratio))
         rng = generator(self.seed, context.step, RngStream.SELECTOR)
-        selected_ids = selector.select(scores, count, context, rng).unique()
+        selected_ids = contracts.select(selector, scores, count, context, rng).unique()
         self._record(context.step, selected_ids, scores[selected_ids], scores)
         return selected_ids
 
@@ -93,7 +94,7 @@ class SelectionRunner:
             if count >= end - first:
                 positions.append(torch.arange(first, end))
             elif count > 0:
-                positions.append(selector.select(scores[first:end], count, context, rng) + first)
+                positions.append(contracts.select(selector, scores[first:end], count, context, rng) + first)
             first = end
         return torch.cat(positions)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from dataflex_mega.algorithms.base import DomainInfo, Weighter
 from dataflex_mega.algorithms.requests import Request
 from dataflex_mega.control.schedule import UpdateSchedule
+from dataflex_mega.control.weight_checks import reduced, weights_of
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.types import SampleStats
 
@@ -41,7 +42,7 @@ class ProductWeighter(Weighter):
 
     def reduce(self, samples: SampleStats) -> SampleStats:
         for weighter, _ in self.members:
-            samples = weighter.reduce(samples)
+            samples = reduced(weighter, samples)
         return samples
 
     def weights(self, samples: SampleStats, step: int, total_steps: int) -> Tensor:
@@ -49,7 +50,7 @@ class ProductWeighter(Weighter):
         product = torch.ones_like(samples.loss_sum, dtype=torch.float64)
         for weighter, schedule in self.members:
             if not schedule.in_warmup(step):
-                product = product * weighter.weights(samples, step, total_steps).double()
+                product = product * weights_of(weighter, samples, step, total_steps).double()
         total = product.sum()
         return torch.where(total > 0, product * (len(product) / total), 1.0).float()
 

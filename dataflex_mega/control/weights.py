@@ -7,30 +7,32 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dataflex_mega.algorithms.base import Mixer, Weighter
+from dataflex_mega.algorithms.base import Mixer
+from dataflex_mega.control import contracts
 from dataflex_mega.control.domain_weights import (
     PerStepDomainFactors,
     domain_loss_factors,
     scale_keeping_sum,
     uniform_weights,
 )
+from dataflex_mega.control.weight_checks import CheckedWeighter, token_selection
 from dataflex_mega.distributed.protocol import Collectives
 from dataflex_mega.types import SampleStats, TokenWeightFn, TrainState, WeightFn
 
 
 def build_weight_fn(
-    weighter: Weighter | None, mixer: Mixer | None, state: TrainState, total_steps: int, collectives: Collectives
+    weighter: CheckedWeighter | None, mixer: Mixer | None, state: TrainState, total_steps: int, collectives: Collectives
 ) -> WeightFn | None:
     """The weights of the next step, or None when all samples weigh the same. `weighter`: None where none is active."""
     weight_fn = _sample_weight_fn(weighter, mixer, state, total_steps, collectives)
-    selection = None if weighter is None else weighter.token_selection()
+    selection = None if weighter is None else token_selection(weighter.weighter)
     return weight_fn if selection is None else TokenWeightFn(weight_fn or uniform_weights, selection)
 
 
 def _sample_weight_fn(
-    weighter: Weighter | None, mixer: Mixer | None, state: TrainState, total_steps: int, collectives: Collectives
+    weighter: CheckedWeighter | None, mixer: Mixer | None, state: TrainState, total_steps: int, collectives: Collectives
 ) -> WeightFn | None:
-    per_step = None if mixer is None else mixer.step_loss_weights()
+    per_step = None if mixer is None else contracts.step_loss_weights(mixer, len(state.plan.proportions))
     factors: Tensor | WeightFn | None = domain_loss_factors(state.plan)
     if per_step is not None and state.plan.domain_loss_weights is not None:
         proportions = torch.tensor(state.plan.proportions).double()
@@ -46,7 +48,7 @@ def _sample_weight_fn(
 class CombinedWeights:
     """A WeightFn: gathers the samples of all ranks, weighs them alike everywhere, and returns this rank's rows."""
 
-    weighter: Weighter | None
+    weighter: CheckedWeighter | None
     domain_loss_factors: Tensor | WeightFn | None  # [k] factors, or a function of samples
     step: int
     total_steps: int

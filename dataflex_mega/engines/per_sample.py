@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dataflex_mega.errors import Blame, TrainingFault
 from dataflex_mega.types import Batch
 
 PerSampleFn = Callable[[Tensor, Tensor], Tensor]
@@ -29,8 +30,24 @@ def per_sample_values(
             continue
         of_sample = gather_vocabulary(logits[rows, positions])
         of_sample = of_sample if of_sample.dtype == torch.float64 else of_sample.float()
-        values[index] = fn(of_sample, batch.labels[rows, positions]).reshape(-1).float()
+        values[index] = _checked(fn, of_sample, batch.labels[rows, positions])
+    widths = {len(value) for value in values.values()}
+    if len(widths) > 1:
+        raise TrainingFault(f"{_name_of(fn)} returned {sorted(widths)} numbers for samples; equally many were expected")
     return values
+
+
+def _checked(fn: PerSampleFn, logits: Tensor, labels: Tensor) -> Tensor:
+    """[m] float32. Raises TrainingFault when the function raises or returns something else than a tensor."""
+    with Blame(_name_of(fn)):
+        value = fn(logits, labels)
+    if not isinstance(value, Tensor) or value.is_complex():
+        raise TrainingFault(f"{_name_of(fn)} returned a {type(value).__name__}, a scalar or [m] tensor was expected")
+    return value.reshape(-1).float()
+
+
+def _name_of(fn: PerSampleFn) -> str:
+    return f"per_sample function {getattr(fn, '__module__', '')}:{getattr(fn, '__qualname__', type(fn).__name__)}"
 
 
 def stack_values(values: dict[int, Tensor], num_samples: int, width: int, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dataflex_mega.errors import ConfigError, UserCode, did_you_mean
+from dataflex_mega.errors import Blame, ConfigError, UserCode, did_you_mean
 from dataflex_mega.llamafactory.args import LFArgs
 from dataflex_mega.log import get_logger
 
@@ -44,6 +44,25 @@ NEVER_CALLED = ("on_substep_end", "on_prediction_step", "on_predict", "on_push_b
 AROUND_THE_UPDATE = ("on_pre_optimizer_step", "on_optimizer_step")
 
 
+def _make_handler(*arguments: Any) -> Any:
+    """transformers' CallbackHandler, which names the callback that raises; a callback of the user's may."""
+    from transformers.trainer_callback import CallbackHandler
+
+    class NamingHandler(CallbackHandler):
+        def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            every = self.callbacks
+            try:
+                for callback in every:
+                    self.callbacks = [callback]
+                    with Blame(f"callback {type(callback).__module__}:{type(callback).__name__}.{event}"):
+                        control = super().call_event(event, args, state, control, **kwargs)
+            finally:
+                self.callbacks = every
+            return control
+
+    return NamingHandler(*arguments)
+
+
 class CallbackHooks:
     """What the loop asks at every step, answered by Hugging Face callbacks in the order of Hugging Face's loop."""
 
@@ -55,7 +74,6 @@ class CallbackHooks:
         from llamafactory.train.callbacks import LogCallback, ReporterCallback
         from transformers import EarlyStoppingCallback
         from transformers.trainer_callback import (
-            CallbackHandler,
             DefaultFlowCallback,
             TrainerControl,
             TrainerState,
@@ -78,7 +96,7 @@ class CallbackHooks:
         self.state = TrainerState(max_steps=max_steps, is_world_process_zero=self.args.process_index == 0)
         self.state.is_local_process_zero = self.args.local_process_index == 0
         self.state.compute_steps(self.args, max_steps)
-        self.handler = CallbackHandler(
+        self.handler = _make_handler(
             callbacks, parts["model"], parts["processing_class"], parts["optimizer"], parts["lr_scheduler"]
         )
         self._attach_to_update(parts["optimizer"])

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 from dataflex_mega.algorithms.base import Algorithm
 from dataflex_mega.algorithms.requests import Request
 from dataflex_mega.engines.capabilities import describe_missing
-from dataflex_mega.errors import ConfigError, did_you_mean
+from dataflex_mega.errors import Blame, ConfigError, did_you_mean
 from dataflex_mega.providers.context import SignalContext
 
 Scope = Literal["candidates", "plan", "batch", "forward"]
@@ -163,7 +163,7 @@ def check_requests(role: str, algorithm: Algorithm, engine: EngineInfo) -> None:
     Raises ConfigError naming the algorithm, the capability, and the engines that have it.
     """
     who = f"{role} {display_name(algorithm)}"
-    for request in algorithm.requests():
+    for request in _checked_requests(algorithm, who):
         entry = find_provider(request, who)
         if role not in ROLES_AT[entry.scope] and not entry.needs_reference:
             roles = " or ".join(ROLES_AT[entry.scope])
@@ -175,6 +175,19 @@ def check_requests(role: str, algorithm: Algorithm, engine: EngineInfo) -> None:
             needed = " or ".join(entry.stages)
             raise ConfigError(f"stage: {who} needs stage: {needed}, found {engine.stage}")
         entry.provider.check(request, engine, who)
+
+
+def _checked_requests(algorithm: Algorithm, who: str) -> tuple[Request, ...]:
+    """What an algorithm asks for. Raises ConfigError for anything but a tuple of requests."""
+    with Blame(f"{who}.requests"):
+        requests = algorithm.requests()
+    expected = "a tuple of requests of dataflex_mega.algorithms.requests, such as (LossSignal(),)"
+    if not isinstance(requests, (tuple, list)):
+        raise ConfigError(f"{who}.requests returned a {type(requests).__name__} ({requests!r}), expected {expected}")
+    for request in requests:
+        if not isinstance(request, Request):
+            raise ConfigError(f"{who}.requests returned {request!r} among others, expected {expected}")
+    return tuple(requests)
 
 
 def needs_targets(algorithm: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import dataflex_mega.plots as plots
+from dataflex_mega.control import contracts
 from dataflex_mega.run.averages import write_averages
 from dataflex_mega.run.data import RunData
 from dataflex_mega.run.roles import RunRoles
@@ -43,7 +44,7 @@ def write_results(
     if options.plots and session.args.finetuning.plot_loss:
         trainer.hooks.plot_loss()
     mixer = roles.algorithms.mixer
-    averages = None if mixer is None else mixer.average_weights()
+    averages = None if mixer is None else contracts.average_weights(mixer, len(data.pool.names))
     if options.logs and averages is not None:
         write_averages(folder, str(roles.specs["mixer"]["name"]), data.pool.names, averages)
     pictures = plots.plot_run(folder) if options.plots and options.logs else []

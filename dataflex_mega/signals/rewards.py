@@ -10,10 +10,10 @@ import importlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
-from dataflex_mega.errors import ConfigError, TrainingFault, did_you_mean
+from dataflex_mega.errors import Blame, ConfigError, TrainingFault, did_you_mean
 
 Reward = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float]]
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
@@ -69,13 +69,22 @@ def load_reward(name: str) -> Reward:
 def compute_rewards(
     reward: Reward, prompts: Sequence[str], answers: Sequence[str], references: Sequence[str]
 ) -> list[float]:
-    """One reward per answer. Raises TrainingFault when their number is another or one is not finite."""
+    """One reward per answer. Raises TrainingFault, which names the function, when it raises, when their number is another or
+    one is not a finite number."""
     if not answers:
         return []
-    values = [float(value) for value in reward(prompts, answers, references)]
+    who = f"reward {getattr(reward, '__module__', '')}:{getattr(reward, '__name__', type(reward).__name__)}"
+    with Blame(who):
+        given = reward(prompts, answers, references)
+    expected = f"{len(answers)} numbers were expected, one for each answer"
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise TrainingFault(f"{who} returned {given!r}, {expected}")
+    values = list(given)
     if len(values) != len(answers):
-        raise TrainingFault(f"reward: {len(answers)} answers got {len(values)} rewards")
-    bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
-    if bad is not None:
-        raise TrainingFault(f"reward: {values[bad]} for the answer {answers[bad]!r}")
-    return values
+        raise TrainingFault(f"{who}: {len(answers)} answers got {len(values)} rewards")
+    for value, answer in zip(values, answers, strict=True):
+        if isinstance(value, (str, bytes)) or not hasattr(type(value), "__float__"):
+            raise TrainingFault(f"{who} returned {value!r} for the answer {answer!r}, {expected}")
+        if not math.isfinite(float(value)):
+            raise TrainingFault(f"{who}: {float(value)} for the answer {answer!r}")
+    return [float(value) for value in values]

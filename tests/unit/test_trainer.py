@@ -54,6 +54,9 @@ class Parts:
     def next_update_step(self, step, last):
         return min(last, step + 2)
 
+    def check_weights(self, state):
+        pass
+
     def weight_fn(self, state):
         return None
 

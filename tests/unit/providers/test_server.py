@@ -11,6 +11,7 @@ import torch
 from dataflex_mega.algorithms.base import Mixer
 from dataflex_mega.algorithms.requests import LossSignal, Request
 from dataflex_mega.data.pool import Domain, SamplePool
+from dataflex_mega.errors import TrainingFault
 from dataflex_mega.providers import registry
 from dataflex_mega.providers.registry import Provider, find_provider, provides
 from dataflex_mega.providers.server import SignalServer
@@ -168,7 +169,5 @@ def test_a_batch_is_not_drawn_for_an_algorithm_that_does_not_ask_for_it(made):
 
 
 def test_an_algorithm_without_receive_is_named(made):
-    with pytest.raises(
-        NotImplementedError, match=r"Asks makes the request PlanNumber\(factor=1\) and has no `receive`"
-    ):
+    with pytest.raises(TrainingFault, match=r"Asks makes the request PlanNumber\(factor=1\) and has no `receive`"):
         server().before_update(Asks(PlanNumber()), 0)
