@@ -7,12 +7,15 @@ folder that holds the new name is flushed after it. All renames of the package a
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+LEFTOVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")  # a name that `temporary_path` made
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -36,6 +39,17 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 def temporary_path(path: Path) -> Path:
     """A name beside `path` that no other process or thread uses."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders that killed processes left in a folder. Only who holds its lock may do that."""
+    for path in folder.iterdir():
+        if not LEFTOVER.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def replace_file(source: Path, target: Path) -> None:

@@ -6,7 +6,6 @@ inputs alone: not on the number of workers, not on where a unit ends, not on int
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -17,7 +16,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
@@ -32,6 +30,7 @@ from dataflex_mega.data import manifest
 from dataflex_mega.data.manifest import Corpus, CorpusDomain
 from dataflex_mega.errors import DataError
 from dataflex_mega.files import atomic_write
+from dataflex_mega.locks import locked
 
 WORK_FOLDER, BAD_ROWS = ".unfinished", "bad_rows.jsonl"
 PRELOAD = ("dataflex_mega.corpus.encoded_units", "transformers.models.auto.tokenization_auto")
@@ -83,7 +82,7 @@ def prepare(job: PrepareJob, progress: ProgressDisplay) -> PrepareResult:
     tokenizer = document_tokenizer(job.tokenizer)
     recipe = _recipe(job, tokenizer.identity().fingerprint)
     job.output.mkdir(parents=True, exist_ok=True)
-    with _locked(job.output):
+    with locked(job.output, f"--output: another process is writing {job.output}: {{holder}}"):
         existing = _existing_corpus(job, recipe)
         if existing is not None:
             return PrepareResult(existing, {}, is_new=False)
@@ -145,19 +144,6 @@ def _open_work_folder(job: PrepareJob, recipe: str) -> Path:
     if not file.is_file():
         atomic_write(file, expected)
     return work
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock the folder; the system unlocks it however this process ends. Raises DataError when it is locked."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise DataError(f"--output: another process is writing {folder}") from error
-    finally:
-        os.close(handle)
 
 
 # -- units -------------------------------------------------------------------------------------------------------------

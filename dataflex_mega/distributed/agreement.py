@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar, cast
 
 from dataflex_mega.distributed.protocol import Collectives
 from dataflex_mega.errors import CheckpointError, UserError
+from dataflex_mega.locks import FolderLock
 
 T = TypeVar("T")
+WAIT_SECONDS = 1.0  # between two looks at a lock that another job holds
 
 
 def run_on_main(collectives: Collectives, action: Callable[[], T]) -> T:
-    """The main process's result of `action`, on every process. A UserError becomes a CheckpointError on all of them."""
+    """The main process's result of `action`, on every process. A UserError or an OSError becomes a CheckpointError on all of
+    them."""
     value, error = None, None
     if collectives.parallel_info.is_main:
         try:
             value = action()
-        except UserError as raised:
-            error = str(raised)
+        except (UserError, OSError) as raised:
+            error = _one_line(raised)
     value, error = collectives.broadcast_object((value, error))
     if error is not None:
         raise CheckpointError(error)
@@ -26,13 +31,37 @@ def run_on_main(collectives: Collectives, action: Callable[[], T]) -> T:
 
 
 def run_and_agree(collectives: Collectives, action: Callable[[], T]) -> T:
-    """This process's own result of `action`. Raises CheckpointError on every process when one of them raises it."""
+    """This process's own result of `action`. Raises CheckpointError on every process when one of them raises it, or an
+    OSError."""
     value, error = None, None
     try:
         value = action()
-    except CheckpointError as raised:
-        error = str(raised)
+    except (CheckpointError, OSError) as raised:
+        error = _one_line(raised)
     errors = [one for one in collectives.all_gather_objects(error) if one is not None]
     if errors:
         raise CheckpointError(errors[0])
     return cast("T", value)
+
+
+def _one_line(error: Exception) -> str:
+    """The message of an error; of one from the system, the file and the cause."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+@contextmanager
+def waited_lock(collectives: Collectives, lock: FolderLock, report: Callable[[str], None]) -> Iterator[None]:
+    """Hold a folder's lock for a block that all processes run; the main one holds it. While another job does, wait, and
+    `report` once who that is."""
+    waited = False
+    while (holder := run_on_main(collectives, lock.try_acquire)) is not None:
+        if not waited:
+            report(f"waiting for {lock.folder}, held by {holder}")
+            waited = True
+        time.sleep(WAIT_SECONDS)
+    try:
+        yield
+    finally:
+        lock.release()

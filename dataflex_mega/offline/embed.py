@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from dataflex_mega.distributed.agreement import run_on_main
+from dataflex_mega.distributed.agreement import run_on_main, waited_lock
 from dataflex_mega.distributed.collectives import TorchCollectives
 from dataflex_mega.distributed.parallel_info import ParallelInfo
+from dataflex_mega.locks import FolderLock
+from dataflex_mega.log import get_logger
 from dataflex_mega.offline.embeddings import Embeddings
 from dataflex_mega.offline.encoders import Encoder
 from dataflex_mega.offline.sample_sources import SampleSource
@@ -32,6 +35,22 @@ def embed(
     collectives = TorchCollectives(parallel_info)
     identity = {"data": source.identity, **encoder.identity()}
     embeddings = Embeddings(folder, identity, (len(source), encoder.size), dtype, block_size)
+    if run_on_main(collectives, embeddings.is_complete):
+        progress(len(source), len(source))
+        return embeddings
+    with waited_lock(collectives, FolderLock(folder), partial(get_logger().info, "%s")):
+        _write_missing(source, encoder, embeddings, collectives, progress)
+    return embeddings
+
+
+def _write_missing(
+    source: SampleSource,
+    encoder: Encoder,
+    embeddings: Embeddings,
+    collectives: TorchCollectives,
+    progress: Progress,
+) -> None:
+    parallel_info = collectives.parallel_info
     missing = run_on_main(collectives, lambda: create_or_resume(embeddings))
     done = len(source) - sum(len(embeddings.rows_of_block(block)) for block in missing)
     progress(done, len(source))
@@ -42,10 +61,9 @@ def embed(
         done = min(done + len(rows) * parallel_info.world_size, len(source))
         progress(done, len(source))
     collectives.barrier()
-    if missing and parallel_info.is_main:
-        embeddings.finalize()
+    if missing:
+        run_on_main(collectives, embeddings.finalize)
     collectives.barrier()
-    return embeddings
 
 
 def create_or_resume(embeddings: Embeddings) -> list[int]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dataflex_mega.errors import CheckpointError
-from dataflex_mega.files import append_durably, atomic_write, replace_file
+from dataflex_mega.files import append_durably, atomic_write, replace_file, temporary_path
 from dataflex_mega.offline.gradients import GradientRows
 from dataflex_mega.store.manifest import MANIFEST, read_manifest, read_own_manifest
 
@@ -63,7 +63,7 @@ class Embeddings:
             self._remove_records()
             self._write_manifest(None)
         if not self.path.is_file():
-            temporary = self.path.with_suffix(".tmp")
+            temporary = temporary_path(self.path)
             # Sparse: the file has its size at once, blocks fill it.
             np.lib.format.open_memmap(temporary, mode="w+", dtype=self.dtype, shape=self.shape).flush()
             replace_file(temporary, self.path)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dataflex_mega.algorithms.requests import StoredGradientSignal
 from dataflex_mega.data.lockstep import lockstep_batches
-from dataflex_mega.distributed.agreement import run_and_agree, run_on_main
+from dataflex_mega.distributed.agreement import run_and_agree, run_on_main, waited_lock
 from dataflex_mega.engines.capabilities import Capability
+from dataflex_mega.locks import FolderLock
 from dataflex_mega.progress import ProgressCounter
 from dataflex_mega.providers.context import CandidateScope, SignalContext
 from dataflex_mega.providers.gradient_features import GradientFeatures
@@ -55,8 +56,11 @@ def open_or_build(
 ) -> GradientStore:
     """The store in `folder`, built to the end when it is not whole. Raises CheckpointError for one of something else."""
     collectives = features.context.collectives
-    if not run_on_main(collectives, partial(build.is_complete, folder)):
-        build_missing_blocks(features, folder, identity, block_size)
+    is_complete = partial(build.is_complete, folder)
+    if not run_on_main(collectives, is_complete):
+        with waited_lock(collectives, FolderLock(folder), features.context.report):
+            if not run_on_main(collectives, is_complete):  # another job may have built it meanwhile
+                build_missing_blocks(features, folder, identity, block_size)
     return run_and_agree(collectives, partial(GradientStore, folder, identity))
 
 

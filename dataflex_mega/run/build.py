@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from dataflex_mega.algorithms.base import Algorithm
 from dataflex_mega.config.parse import RunConfig
+from dataflex_mega.distributed.agreement import run_on_main
 from dataflex_mega.engines.base import Engine
 from dataflex_mega.errors import ConfigError
+from dataflex_mega.locks import FolderLock, Held
 from dataflex_mega.providers.registry import requests_at
 from dataflex_mega.run import outputs, preflight, reference
 from dataflex_mega.run.assemble import assemble
@@ -31,20 +34,39 @@ class PreparedRun:
     data: RunData
     schedule: RunSchedule
     resume: ResumePoint
+    held: ExitStack  # gives up what the run alone may use, the lock of output_dir
 
 
 def prepare(config: RunConfig, instances: Mapping[str, Algorithm] | None = None) -> PreparedRun:
-    """Check a configuration and read its data. `instances`: role -> an algorithm to use as it is. Raises UserError."""
+    """Check a configuration and read its data. `instances`: role -> an algorithm to use as it is.
+
+    Raises UserError, also when another process is training in output_dir.
+    """
     roles = RunRoles.from_config(config, instances)
     session = Session.start(config)
-    data = RunData.load(session, roles)
-    schedule = RunSchedule.plan(session, roles, data)
-    preflight.check(session, data, schedule)
-    cache = reference.find_cache(session, roles, data.pool)
-    resume = ResumePoint.find(session, roles, data, schedule, cache)
-    if cache is not None:
-        reference.ensure_complete(session, data, cache)
-    return PreparedRun(session, roles, data.with_references(cache), schedule, resume)
+    with ExitStack() as stack:
+        data = RunData.load(session, roles)
+        schedule = RunSchedule.plan(session, roles, data)
+        preflight.check(session, data, schedule)
+        stack.enter_context(lock_output_dir(session))
+        cache = reference.find_cache(session, roles, data.pool)
+        resume = ResumePoint.find(session, roles, data, schedule, cache)
+        if cache is not None:
+            reference.ensure_complete(session, data, cache)
+        return PreparedRun(session, roles, data.with_references(cache), schedule, resume, stack.pop_all())
+
+
+@contextmanager
+def lock_output_dir(session: Session) -> Iterator[None]:
+    """Hold the lock of output_dir, by the main process. Raises UserError on all processes when another run holds it."""
+    lock = FolderLock(session.output_dir)
+    holder = run_on_main(session.collectives, lock.try_acquire)
+    if holder is not None:
+        raise Held(f"output_dir: {session.output_dir} is in use by {holder}; wait for its end or name another folder")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def build_engine(run: PreparedRun) -> Engine:
@@ -68,7 +90,11 @@ def build(
 ) -> tuple[PreparedRun, Trainer]:
     """A configuration -> (its stages, the loop with all its parts). Raises UserError."""
     run = prepare(config, instances)
-    return run, assemble(run.session, run.roles, run.data, run.schedule, run.resume, build_engine(run), options)
+    with ExitStack() as stack:
+        stack.enter_context(run.held)
+        trainer = assemble(run.session, run.roles, run.data, run.schedule, run.resume, build_engine(run), options)
+        stack.pop_all()
+    return run, trainer
 
 
 def run_training(
@@ -78,9 +104,10 @@ def run_training(
 ) -> tuple[PreparedRun, Trainer, TrainState]:
     """Build, train, and write what the run gives -> its stages, its loop, and the state after the last step."""
     run, trainer = build(config, instances, options)
-    try:
-        state = trainer.fit(run.resume.path)
-    finally:
-        trainer.loader.close()
-    outputs.write_results(run.session, run.roles, run.data, run.schedule, trainer, options or OutputOptions())
+    with run.held:
+        try:
+            state = trainer.fit(run.resume.path)
+        finally:
+            trainer.loader.close()
+        outputs.write_results(run.session, run.roles, run.data, run.schedule, trainer, options or OutputOptions())
     return run, trainer, state

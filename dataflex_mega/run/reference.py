@@ -15,10 +15,11 @@ from torch import Tensor
 
 from dataflex_mega.data.lockstep import lockstep_batches
 from dataflex_mega.data.pool import SamplePool
-from dataflex_mega.distributed.agreement import run_on_main
+from dataflex_mega.distributed.agreement import run_on_main, waited_lock
 from dataflex_mega.engines.fsdp.parallel import parallelize, read_layout
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
 from dataflex_mega.errors import CheckpointError, ConfigError
+from dataflex_mega.locks import FolderLock
 from dataflex_mega.run.data import RunData
 from dataflex_mega.run.roles import RunRoles
 from dataflex_mega.run.session import Session
@@ -70,7 +71,9 @@ def ensure_complete(session: Session, data: RunData, cache: ReferenceLossCache) 
     if not run_on_main(collectives, cache.is_complete):
         if session.config.dataflex.reference_model is None:
             raise CheckpointError(f"reference_cache: {cache.folder} is not finished; set reference_model to finish it")
-        build_cache(session, data, cache, Path(session.config.dataflex.reference_model).expanduser())
+        with waited_lock(collectives, FolderLock(cache.folder), session.report):
+            if not run_on_main(collectives, cache.is_complete):  # another job may have built it meanwhile
+                build_cache(session, data, cache, Path(session.config.dataflex.reference_model).expanduser())
     per_rank = collectives.all_gather_objects(cache.integrity_errors(info.rank, info.world_size))
     errors = [error for errors in per_rank for error in errors]
     if errors:

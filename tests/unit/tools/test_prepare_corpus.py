@@ -14,6 +14,7 @@ import pytest
 
 from dataflex_mega.corpus import command
 from dataflex_mega.data import manifest
+from dataflex_mega.locks import LOCK_FILE, FolderLock
 from tests.support import corpus as texts
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -191,15 +192,15 @@ def test_unfinished_work_on_an_input_that_has_changed_is_refused(folder, tmp_pat
 
 
 def test_two_runs_into_one_folder_are_refused(folder, tmp_path, capsys):
-    import fcntl
-
     output = tmp_path / "out"
-    output.mkdir()
-    handle = os.open(output, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
+    lock = FolderLock(output)
+    assert lock.try_acquire() is None
     assert prepare(folder, output, folder / "mixed.jsonl", *MIXED) == 2
-    os.close(handle)
-    assert "another process is writing" in capsys.readouterr().err
+    lock.release()
+    message = capsys.readouterr().err
+    assert "another process is writing" in message and f"process {os.getpid()} on " in message
+    assert prepare(folder, output, folder / "mixed.jsonl", *MIXED) == 0
+    assert not (output / LOCK_FILE).exists()
 
 
 # -- bad rows ----------------------------------------------------------------------------------------------------------
