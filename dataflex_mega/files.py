@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 LEFTOVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")  # a name that `temporary_path` made
+REPLACED = ".replaced-"  # prefix of a folder whose successor is being renamed in
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -60,16 +61,46 @@ def replace_file(source: Path, target: Path) -> None:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Rename a finished folder beside `target` and remove a former `target`; all its content reaches the disk first."""
-    for path in source.rglob("*"):
+    """Rename a finished folder beside `target`, over a former `target`; all its content reaches the disk first.
+
+    The former one is renamed aside and removed when the new one is durable. A power failure in between leaves it aside:
+    `restore_replaced` brings it back.
+    """
+    fsync_tree(source)
+    aside = target.with_name(REPLACED + target.name)
+    if os.path.lexists(target):
+        remove_tree(aside)
+        target.rename(aside)
+    source.rename(target)
+    fsync_directory(target.parent)
+    remove_tree(aside)
+
+
+def restore_replaced(target: Path) -> None:
+    """Undo or finish what `replace_folder` was doing with `target` when the power failed."""
+    aside = target.with_name(REPLACED + target.name)
+    if not os.path.lexists(target):
+        aside.rename(target)
+        fsync_directory(target.parent)
+    remove_tree(aside)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder, a file or a link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush every file of a folder to the disk, then its folders and itself."""
+    for path in folder.rglob("*"):
         if path.is_dir():
             fsync_directory(path)
         else:
             fsync_file(path)
-    fsync_directory(source)
-    shutil.rmtree(target, ignore_errors=True)
-    source.rename(target)
-    fsync_directory(target.parent)
+    fsync_directory(folder)
 
 
 def append_durably(path: Path, text: str) -> None:
