@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataflex_mega.checkpoint import truncate_log
 from dataflex_mega.control.plan_report import LossCacheView, OrderRecord, PlanReport, SelectionRecord
 from dataflex_mega.files import atomic_write
+from dataflex_mega.log_files import move_aside, truncate_log
 from dataflex_mega.progress import TrainingProgressBar
 from dataflex_mega.types import SamplingPlan, StepStats, TrainState
 
@@ -91,6 +91,8 @@ class Metrics:
             truncate_log(path, state.step - 1)
         truncate_log(self.folder / "trainer_log.jsonl", state.step, key="current_steps")
         own_selections = self.folder / "selections"
+        if own_selections.exists() and not own_selections.is_dir():
+            move_aside(own_selections)
         if self.selection_folder == own_selections:  # another folder may be shared with other runs
             for path in own_selections.glob("step_*.json"):
                 number = path.stem.removeprefix("step_")

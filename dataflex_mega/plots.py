@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from dataflex_mega.log_files import read_rows
 from dataflex_mega.metrics import STEPS_FILE
 
 
 def plot_run(folder: Path) -> list[Path]:
     """Write proportions.png and domain_loss.png into `folder` -> their paths, none with fewer than two logged steps."""
-    rows = [json.loads(line) for line in (folder / STEPS_FILE).read_text().splitlines()]
+    rows = read_rows(folder / STEPS_FILE)
     if len(rows) < 2:
         return []
     return [_plot_proportions(rows, folder / "proportions.png"), _plot_losses(rows, folder / "domain_loss.png")]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dataflex_mega.compare.results import MACRO, OVERALL, Comparison, read_jsonl
+from dataflex_mega.compare.results import MACRO, OVERALL, Comparison
+from dataflex_mega.log_files import read_rows
 from dataflex_mega.metrics import STEPS_FILE
 
 MAX_COLUMNS = 3  # panels side by side
@@ -20,7 +21,7 @@ def plot_comparison(comparison: Comparison) -> list[Path]:
     """
     logs = {
         summary.method: [
-            log for r in comparison.results_of(summary.method) if len(log := read_jsonl(r.folder / STEPS_FILE)) > 1
+            log for r in comparison.results_of(summary.method) if len(log := read_rows(r.folder / STEPS_FILE)) > 1
         ]
         for summary in comparison.summaries
     }

@@ -14,6 +14,7 @@ from dataflex_mega.compare import step_times
 from dataflex_mega.compare.runner import is_finished
 from dataflex_mega.compare.suite import Suite, TrainingRun, parse_names
 from dataflex_mega.files import atomic_write
+from dataflex_mega.log_files import read_rows
 from dataflex_mega.metrics import STEPS_FILE
 
 PERPLEXITY_FILE = "perplexity.json"
@@ -139,8 +140,8 @@ def _result(phases: Sequence[TrainingRun], evaluate: Evaluate) -> RunResult:
 
 def read_cost(folder: Path) -> Cost:
     """The cost of one training, from its logs."""
-    times = read_jsonl(folder / step_times.STEP_TIMES_FILE)
-    steps = read_jsonl(folder / STEPS_FILE)
+    times = read_rows(folder / step_times.STEP_TIMES_FILE)
+    steps = read_rows(folder / STEPS_FILE)
     tokens = sum(int(row["tokens"]) for row in steps) if steps else None
     return Cost(tokens, math.fsum(row["seconds"] for row in times), len(times))
 
@@ -150,11 +151,6 @@ def sum_costs(costs: Sequence[Cost]) -> Cost:
     counts = [c.tokens for c in costs if c.tokens is not None]
     known = len(counts) == len(costs)
     return Cost(sum(counts) if known else None, math.fsum(c.seconds for c in costs), sum(c.steps for c in costs))
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; an empty list when the file does not exist."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def summarize(results: Sequence[RunResult], baseline: Mapping[int, RunResult], domains: Sequence[str]) -> MethodSummary:

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from dataflex_mega.checkpoint import PREFIX
+from dataflex_mega.checkpoint_folder import PREFIX
 from dataflex_mega.compare import step_times
 from dataflex_mega.compare.suite import Suite, TrainingRun
 from dataflex_mega.errors import ConfigError, did_you_mean

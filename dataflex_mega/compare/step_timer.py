@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from dataflex_mega.checkpoint import truncate_log
 from dataflex_mega.compare.step_times import STEP_TIMES_FILE
+from dataflex_mega.log_files import truncate_log
 
 
 class StepTimer(TrainerCallback):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from dataflex_mega.log_files import parse_line
 
 STEP_TIMES_FILE = "times.jsonl"
 
@@ -15,5 +16,5 @@ def read_last_step(folder: Path) -> int:
         return 0
     with path.open("rb") as stream:
         stream.seek(max(0, path.stat().st_size - 4096))
-        lines = [line for line in stream.read().decode(errors="replace").splitlines() if line.endswith("}")]
-    return int(json.loads(lines[-1])["step"]) if lines and lines[-1].startswith("{") else 0
+        rows = [row for line in stream.read().split(b"\n") if (row := parse_line(line)) is not None]
+    return int(rows[-1].get("step", 0)) if rows else 0

@@ -10,6 +10,7 @@ import pytest
 
 from dataflex_mega.compare import plots, report, results, step_timer, suite
 from dataflex_mega.compare.results import Cost, RunResult
+from dataflex_mega.log_files import read_rows
 from tests.unit.compare.test_suite import BASE
 
 LOSS = {"plain": {1: 2.0, 2: 2.5, 3: 2.2}, "odm": {1: 1.9, 2: 2.6, 3: 2.0}}
@@ -157,7 +158,7 @@ def test_the_step_timer_writes_one_line_per_step_and_drops_repeated_steps(tmp_pa
     second.on_train_begin(args, state, None)
     state.global_step = 2
     second.on_step_end(args, state, None)
-    assert results.read_jsonl(tmp_path / "run" / "times.jsonl") == [
+    assert read_rows(tmp_path / "run" / "times.jsonl") == [
         {"step": 1, "seconds": 1.0},
         {"step": 2, "seconds": 4.0},
     ]
