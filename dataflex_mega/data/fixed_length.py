@@ -48,6 +48,7 @@ class FixedLengthRows:
         self._starts: np.ndarray = self._dataset.index.sequence_pointers  # [documents] int64 bytes, memory-mapped
         self.documents = len(self._starts)
         self.tokens = self._count_tokens()
+        self.content: str | None = None  # what identifies all rows, when a manifest says it
 
     def __len__(self) -> int:
         return self.tokens // self.length
@@ -141,4 +142,5 @@ def fixed_length_domain(corpus: Corpus, domain: CorpusDomain, length: int, key: 
         )
     if len(rows) == 0:
         raise DataError(f"{key}: domain {domain.name!r} has {domain.tokens} tokens, a row of cutoff_len has {length}")
+    rows.content = f"{corpus.dtype} {domain.bin_sha256} in rows of {length}"
     return Domain(domain.name, rows)

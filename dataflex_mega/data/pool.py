@@ -5,7 +5,6 @@ Domain d's rows have the ids offset[d] .. offset[d] + size[d] - 1, so an id says
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -132,19 +131,6 @@ class SamplePool:
         """`c4 row 17`, for messages."""
         domain_ids, rows = self.locate(np.asarray([sample_id]))
         return f"{self.names[int(domain_ids[0])]} row {int(rows[0])}"
-
-    def fingerprint(self, probes: int = 64) -> dict[str, str]:
-        """Domain name -> a hash of its size and of `probes` rows spread over it. It is part of a checkpoint's identity."""
-        hashes = {}
-        for domain in self.domains:
-            size = len(domain.rows)
-            sha = hashlib.sha256(str(size).encode())
-            rows = np.unique(np.linspace(0, size - 1, num=min(probes, size)).astype(np.int64))
-            for input_ids, labels in domain.rows.fetch(rows):
-                sha.update(input_ids.tobytes())
-                sha.update(labels.tobytes())
-            hashes[domain.name] = sha.hexdigest()[:16]
-        return hashes
 
     def content_hash(self) -> dict[str, str]:
         """Domain name -> XXH3-128 of all its rows: the identity of files that were computed from these data.

@@ -56,6 +56,14 @@ class DatasetRows:
             labels = [np.where(ids == self._no_loss_on, -100, ids) for ids in inputs]
         return list(zip(inputs, labels, strict=True))
 
+    def read_block(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows first .. stop - 1 -> (their lengths, all their input_ids, all their labels), int64."""
+        table = self._dataset[first:stop]
+        lengths, ids = _flat(table["input_ids"])
+        if "labels" in table.column_names:
+            return lengths, ids, _flat(table["labels"])[1]
+        return lengths, ids, np.where(ids == self._no_loss_on, -100, ids)
+
 
 def _arrays(column: Any) -> list[np.ndarray]:
     """A column of lists in Arrow's memory -> int64 arrays of their own.
@@ -67,6 +75,13 @@ def _arrays(column: Any) -> list[np.ndarray]:
         values, ends = chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
         arrays += [values[a:b].astype(np.int64) for a, b in itertools.pairwise(ends)]
     return arrays
+
+
+def _flat(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    """A column of lists in Arrow's memory -> ([rows] lengths, [values] all of them), int64."""
+    ends = [chunk.offsets.to_numpy() for chunk in column.chunks]
+    values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    return np.concatenate([np.diff(e) for e in ends]).astype(np.int64), np.concatenate(values).astype(np.int64)
 
 
 def load_data(args: LFArgs, tokenizer_module: dict[str, Any], template: Any) -> DataBundle:

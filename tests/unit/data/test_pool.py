@@ -36,15 +36,6 @@ def test_fetch_keeps_the_order_asked_for_and_repeats():
     ]  # fmt: skip
 
 
-def test_fingerprint_notices_another_size_and_other_content():
-    first = pool(3, 5).fingerprint()
-    assert first == pool(3, 5).fingerprint()
-    assert first["d1"] != pool(3, 6).fingerprint()["d1"] and first["d0"] == pool(3, 6).fingerprint()["d0"]
-    changed = pool(3, 5)
-    changed.domains[1].rows.rows[4][1] = 99
-    assert changed.fingerprint()["d1"] != first["d1"]
-
-
 def test_the_content_of_every_row_counts_and_how_rows_are_cut():
     many = 5000  # more rows than a fingerprint looks at, and than are read at once
     first = pool(3, many).content_hash()
