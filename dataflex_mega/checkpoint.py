@@ -1,11 +1,11 @@
-"""Checkpoints that a kill cannot break: written beside, checked by hash, renamed in as the last act.
+"""Checkpoints that neither a kill nor a power failure breaks: written beside, flushed, checked by hash, renamed in last.
 
     checkpoint-120/
       engine/            parameters, optimizer, learning-rate scheduler, in the engine's own format
       state.json         step, plan, counters, algorithm state, identity of the run; tensors by name only
       state.safetensors  the tensors of state.json
       rng-0.safetensors  random generators of rank 0; one file per rank
-      manifest.json      size and SHA-256 of every other file; a folder without it is no checkpoint
+      manifest.json      step, lineage, size and SHA-256 of every other file; a folder without it is no checkpoint
 
 The state does not depend on the number of processes. It names the data and the configuration that it belongs to, and any
 other run is refused with the difference.
@@ -13,23 +13,26 @@ other run is refused with the difference.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+import dataflex_mega.checkpoint_folder as checkpoint_folder
+import dataflex_mega.checkpoint_format as checkpoint_format
+from dataflex_mega.checkpoint_folder import PREFIX, WRITING, CheckpointFolder
+from dataflex_mega.checkpoint_format import ENGINE, MANIFEST, STATE, TENSORS, VERSION, FileHash, Lineage, Manifest
+from dataflex_mega.distributed.agreement import run_on_main
 from dataflex_mega.distributed.protocol import Collectives
 from dataflex_mega.errors import CheckpointError
-from dataflex_mega.files import atomic_write, replace_folder
+from dataflex_mega.files import fsync_tree, remove_tree, replace_folder
+from dataflex_mega.log_files import flush_logs
 from dataflex_mega.types import SamplingPlan, TrainState
-
-VERSION = 2
-PREFIX, TEMPORARY = "checkpoint-", ".writing-checkpoint-"
 
 
 class EngineState(Protocol):
@@ -50,6 +53,10 @@ class Checkpointer:
     identity: dict[str, Any]  # what a checkpoint must agree with, by name; JSON values
     save_total_limit: int | None = None  # how many checkpoints stay; None: all
     ignored_differences: tuple[str, ...] = ()  # names of `identity` that may differ (the key resume_ignore)
+    lineage: Lineage = field(default_factory=Lineage)
+    superseded: list[CheckpointFolder] = field(default_factory=list)  # they go when the next checkpoint is durable
+    former_logs: Path | None = None  # a folder that goes with them
+    kept: tuple[Path, ...] = ()  # never removed: the checkpoint that resume_from_checkpoint names
 
     @property
     def _rank(self) -> int:
@@ -63,26 +70,28 @@ class Checkpointer:
 
     def save(self, state: TrainState, engine: EngineState, extra: dict[str, Any]) -> Path:
         """Write a checkpoint of `state.step` -> its folder. `extra`: any nesting of JSON values and tensors, equal on all
-        ranks. An older checkpoint of the same step is replaced."""
-        final = self.folder / f"{PREFIX}{state.step}"
-        writing = self.folder / f"{TEMPORARY}{state.step}"
-        if self._rank == 0:
-            shutil.rmtree(writing, ignore_errors=True)
-            (writing / "engine").mkdir(parents=True)
-        self.collectives.barrier()
-        engine.save_state(writing / "engine")
+        ranks. An older checkpoint of the same step is replaced; one of another tool is not.
+
+        When this returns, all of it is on the disk, and only then were older ones removed. Raises CheckpointError when it
+        cannot be written.
+        """
+        final, writing = self.folder / f"{PREFIX}{state.step}", self.folder / f"{WRITING}{state.step}"
+        run_on_main(self.collectives, partial(self._open, writing, final))
+        engine.save_state(writing / ENGINE)
         save_file(engine.rng_state(), writing / f"rng-{self._rank}.safetensors")
         self.collectives.barrier()
-        if self._rank == 0:
-            self._write_state(writing, state, extra)
-        self.collectives.barrier()
-        hashes = self._hashes(writing)
-        if self._rank == 0:
-            _write_json(writing / "manifest.json", {"version": VERSION, "files": hashes})
-            replace_folder(writing, final)  # over a damaged one, or one that was passed over on purpose
-            self._prune()
-        self.collectives.barrier()
+        run_on_main(self.collectives, partial(self._write_state, writing, state, extra))
+        hashes = self._flushed_hashes(writing)
+        run_on_main(self.collectives, partial(self._publish, writing, final, state.step, hashes))
+        self.superseded, self.lineage = [], replace(self.lineage, supersedes=())
         return final
+
+    def _open(self, writing: Path, final: Path) -> None:
+        if final.exists() and not checkpoint_folder.inspect(final).may_be_replaced:
+            raise CheckpointError(f"{final} is not a checkpoint of this run and is not overwritten; move it away")
+        flush_logs(self.folder)  # after a power failure they reach at least as far as the checkpoint
+        remove_tree(writing)
+        (writing / ENGINE).mkdir(parents=True)
 
     def _write_state(self, folder: Path, state: TrainState, extra: dict[str, Any]) -> None:
         tensors: dict[str, torch.Tensor] = {}
@@ -96,56 +105,82 @@ class Checkpointer:
             "plan": {f.name: getattr(state.plan, f.name) for f in fields(SamplingPlan)},
             "extra": extra,
         }
-        _write_json(folder / "state.json", _extract_tensors(content, "", tensors))
-        save_file(tensors, folder / "state.safetensors")
+        checkpoint_format.write_json(folder / STATE, checkpoint_format.extract_tensors(content, "", tensors))
+        save_file(tensors, folder / TENSORS)
 
-    def _hashes(self, folder: Path) -> dict[str, Any]:
-        """File name -> size and SHA-256. Every rank hashes some of the files."""
-        files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
-        local = {str(p.relative_to(folder)): _fingerprint(p) for p in files[self._rank :: self._world_size]}
+    def _flushed_hashes(self, folder: Path) -> dict[str, FileHash]:
+        """File name -> size and SHA-256. Every rank hashes some of the files while all of them go to the disk.
+
+        Every rank flushes every file: on a shared file system only its writer can flush it.
+        """
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+        with ThreadPoolExecutor(1) as pool:
+            flushed = pool.submit(fsync_tree, folder)
+            local = {str(p.relative_to(folder)): FileHash.of(p) for p in files[self._rank :: self._world_size]}
+            flushed.result()
         by_rank = self.collectives.all_gather_objects(local)
         return {name: value for hashes in by_rank for name, value in hashes.items()}
 
-    def _prune(self) -> None:
-        for leftover in self.folder.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        if self.save_total_limit and self.save_total_limit > 0:
-            for step in _steps(self.folder)[: -self.save_total_limit]:
-                shutil.rmtree(self.folder / f"{PREFIX}{step}")
+    def _publish(self, writing: Path, final: Path, step: int, hashes: dict[str, FileHash]) -> None:
+        void = [one.manifest.digest for one in self.superseded if one.manifest is not None and one.path != final]
+        lineage = replace(self.lineage, supersedes=tuple(void))
+        Manifest(VERSION, step, lineage, dict(sorted(hashes.items()))).write(writing)
+        replace_folder(writing, final)
+        self._remove_superseded(final)
+        found = checkpoint_folder.survey(self.folder)
+        for path in checkpoint_folder.choose_for_removal(found, step, self.save_total_limit, self._kept()):
+            checkpoint_folder.remove(path)
+
+    def finish(self) -> None:
+        """The training is over and its results are written: what it supersedes goes, even if it has saved nothing."""
+        run_on_main(self.collectives, self._remove_superseded)
+        self.superseded = []
+
+    def _remove_superseded(self, written: Path | None = None) -> None:
+        for old in self.superseded:
+            if old.path != written and old.path.resolve() not in self._kept() and old.path.is_dir():
+                checkpoint_folder.remove(old.path)
+        if self.former_logs is not None:
+            remove_tree(self.former_logs)
+
+    def _kept(self) -> set[Path]:
+        return {path.resolve() for path in self.kept}
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def latest(self) -> tuple[Path | None, list[str]]:
-        """(the newest undamaged checkpoint or None, a line for each damaged one that is newer). Equal on all ranks."""
-        notes: list[str] = []
-        for step in reversed(self.collectives.broadcast_object(_steps(self.folder))):
-            candidate = self.folder / f"{PREFIX}{step}"
-            by_rank = self.collectives.all_gather_objects(self._integrity_errors(candidate))
-            errors = sorted({error for errors in by_rank for error in errors})
-            if not errors:
-                return candidate, notes
-            notes.append(f"{candidate} is damaged ({errors[0]}); looking for an older one")
-        return None, notes
+    def survey(self) -> list[CheckpointFolder]:
+        """The `checkpoint-N` in `folder`, by step; equal on all ranks."""
+        return run_on_main(self.collectives, partial(checkpoint_folder.survey, self.folder))
+
+    def newest_whole(self, candidates: Sequence[CheckpointFolder]) -> tuple[CheckpointFolder | None, list[str]]:
+        """(the newest of `candidates` without a fault, each with every file hashed, or None; the faults of the newer ones,
+        a line for each). Equal on all ranks."""
+        faults: list[str] = []
+        for candidate in reversed(candidates):
+            fault = candidate.fault or next(iter(self._integrity_errors(candidate.path)), None)
+            if fault is None:
+                return candidate, faults
+            name = candidate.path.name
+            faults.append(f"{name} {fault}" if candidate.is_renamed else f"{name} is damaged ({fault})")
+        return None, faults
+
+    def verify(self, path: Path) -> Manifest:
+        """Hash every file of a checkpoint, wherever it lies -> its manifest. Raises CheckpointError naming what is wrong."""
+        errors = self._integrity_errors(path)
+        if errors:
+            raise CheckpointError(f"{path} is damaged: {errors[0]}")
+        manifest = Manifest.read(path)
+        checkpoint_folder.step_of(path, manifest)
+        return manifest
 
     def _integrity_errors(self, folder: Path) -> list[str]:
-        """What is wrong with the files that this rank checks; every rank checks some of them."""
-        manifest = folder / "manifest.json"
-        if not manifest.is_file():
-            return ["manifest.json is missing"]
+        """What is wrong with a folder's files, sorted; every rank hashes some of them."""
         try:
-            files = json.loads(manifest.read_text())["files"]
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
-            return ["manifest.json cannot be read"]
-        errors = []
-        for name in sorted(files)[self._rank :: self._world_size]:
-            path = folder / name
-            if not path.is_file():
-                errors.append(f"{name} is missing")
-            elif path.stat().st_size != files[name]["size"]:
-                errors.append(f"{name} has {path.stat().st_size} bytes instead of {files[name]['size']}")
-            elif _fingerprint(path) != files[name]:
-                errors.append(f"{name} has another SHA-256 than when it was written")
-        return errors
+            manifest = Manifest.read(folder)
+            errors = manifest.faults(folder, sorted(manifest.files)[self._rank :: self._world_size])
+        except checkpoint_format.Damaged as damage:
+            errors = [str(damage)]
+        return sorted({error for rank_errors in self.collectives.all_gather_objects(errors) for error in rank_errors})
 
     def restore(self, path: Path, engine: EngineState) -> tuple[TrainState, dict[str, Any]]:
         """Load a checkpoint into the engine -> (state, extra). Raises CheckpointError when it belongs to another run.
@@ -153,9 +188,9 @@ class Checkpointer:
         Random generators are restored where the number of processes is the same.
         """
         saved = self.read(path)
-        engine.load_state(path / "engine")
+        engine.load_state(path / ENGINE)
         if saved["world_size"] == self._world_size:
-            engine.set_rng_state(load_file(path / f"rng-{self._rank}.safetensors"))
+            engine.set_rng_state(checkpoint_format.read_tensors(path, f"rng-{self._rank}.safetensors"))
         values = ((f.name, saved["plan"][f.name]) for f in fields(SamplingPlan))
         plan: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values}
         state = TrainState(saved["step"], SamplingPlan(**plan), saved["tokens_seen"], saved["samples_seen"])
@@ -167,102 +202,25 @@ class Checkpointer:
         Raises:
             CheckpointError: it is not a checkpoint, of another format version, or of another run.
         """
-        state_file = path / "state.json"
-        if not state_file.is_file():
-            raise CheckpointError(f"{path} is not a checkpoint of dataflex_mega: state.json is missing")
-        saved = json.loads(state_file.read_text())
-        if saved.get("version") != VERSION:
-            raise CheckpointError(f"{path} has format version {saved.get('version')}, this program reads {VERSION}")
+        saved = checkpoint_format.read_state(path)
         self._check_identity(path, saved["identity"])
-        return _insert_tensors(saved, load_file(path / "state.safetensors"))
+        try:
+            return checkpoint_format.insert_tensors(saved, checkpoint_format.read_tensors(path))
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged: {TENSORS} has no tensor {error}") from error
 
-    def _check_identity(self, path: Path, saved: dict[str, Any]) -> None:
-        differences = [
-            f"{name}: {_abbreviate(saved.get(name))} there, {_abbreviate(self.identity.get(name))} here"
+    def differences(self, saved: dict[str, Any]) -> list[str]:
+        """What the identity of a checkpoint has otherwise than this run, a text for each name."""
+        return [
+            f"{name}: {checkpoint_format.abbreviate(saved.get(name))} there, "
+            f"{checkpoint_format.abbreviate(self.identity.get(name))} here"
             for name in sorted(set(saved) | set(self.identity))
             if name not in self.ignored_differences
-            and _to_builtin(saved.get(name)) != _to_builtin(self.identity.get(name))
+            and checkpoint_format.to_builtin(saved.get(name)) != checkpoint_format.to_builtin(self.identity.get(name))
         ]
+
+    def _check_identity(self, path: Path, saved: dict[str, Any]) -> None:
+        differences = self.differences(saved)
         if differences:
             hint = "another output_dir, overwrite_output_dir: true, or resume_ignore: [...] with the names to accept"
             raise CheckpointError(f"{path} belongs to another run: {'; '.join(differences)} (use {hint})")
-
-
-def _steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints in `folder`, ascending."""
-    names = [p.name.removeprefix(PREFIX) for p in folder.glob(f"{PREFIX}*") if p.is_dir()]
-    return sorted(int(name) for name in names if name.isdigit())
-
-
-def remove_later_than(folder: Path, step: int) -> int:
-    """Remove the checkpoints in `folder` of steps beyond `step`, which a run from there writes again -> their number."""
-    later = [saved for saved in _steps(folder) if saved > step]
-    for saved in later:
-        shutil.rmtree(folder / f"{PREFIX}{saved}")
-    return len(later)
-
-
-def truncate_log(path: Path, step: int, key: str = "step") -> None:
-    """Drop the lines of a JSON-lines file whose `key` is beyond `step`, and an incomplete last line: they will be written
-    again. Does nothing without the file."""
-    if not path.is_file():
-        return
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if row.get(key, 0) <= step:
-            lines.append(line)
-    atomic_write(path, "".join(line + "\n" for line in lines))
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, default=_as_json))
-
-
-def _as_json(value: Any) -> Any:
-    if hasattr(value, "item"):
-        return value.item()
-    if hasattr(value, "__dataclass_fields__"):
-        return asdict(value)
-    raise TypeError(f"cannot be written as JSON: {type(value).__name__}")
-
-
-def _to_builtin(value: Any) -> Any:
-    """The value as JSON would return it, so that tuples equal lists."""
-    return json.loads(json.dumps(value, default=_as_json))
-
-
-def _abbreviate(value: Any) -> str:
-    text = json.dumps(value, default=_as_json)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _extract_tensors(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Replace every tensor by {"tensor": name} and put it into `tensors`, on the CPU."""
-    if isinstance(value, torch.Tensor):
-        tensors[name] = value.detach().cpu().contiguous().clone()
-        return {"tensor": name}
-    if isinstance(value, dict):
-        return {key: _extract_tensors(item, f"{name}/{key}", tensors) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_extract_tensors(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]
-    return value
-
-
-def _insert_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """The inverse of `_lift_tensors` (tuples come back as lists)."""
-    if isinstance(value, dict):
-        if set(value) == {"tensor"}:
-            return tensors[value["tensor"]]
-        return {key: _insert_tensors(item, tensors) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_insert_tensors(item, tensors) for item in value]
-    return value

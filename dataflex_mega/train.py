@@ -63,8 +63,10 @@ def run(path: str, overrides: Sequence[str] = (), place: Place | None = None) ->
         get_logger().info("note: %s", note)
     if config.dataflex.train_type == "static" and config.engine == "fsdp":
         from dataflex_mega.llamafactory.static import run_static
+        from dataflex_mega.run.output_folder import refuse_own_run
 
         datasets = [name for key in ("dataset", "eval_dataset") for name in split_names(config.llamafactory.get(key))]
+        refuse_own_run(config.llamafactory)
         run_static(config.llamafactory, list(config.dataflex.callbacks), datasets)
         return 0
     check_dynamic(config)

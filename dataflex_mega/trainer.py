@@ -59,6 +59,7 @@ class Trainer:
     describe_sample: Callable[[int], str] = str  # sample id -> where it comes from, for messages
     # (plan, step) of a checkpoint with another global batch size -> the same plan, counted in batches of this run
     restate_plan: Callable[[SamplingPlan, int], SamplingPlan] | None = None
+    on_loaded: Callable[[], None] | None = None  # before the first file of output_dir is changed
     phase_seconds: dict[str, float] = field(default_factory=dict, init=False)  # of the current step
     outcome: str = field(default="", init=False)  # of `fit`: `done: 40 steps`, or where and why it stopped before
     _learning_rate: float = field(default=0.0, init=False)
@@ -68,6 +69,8 @@ class Trainer:
         """Train to `max_steps`, from the start or from a checkpoint. Raises TrainingFault naming step and samples."""
         state = self._initial_state(resume)
         self._last_logged = state.step
+        if self.on_loaded is not None:
+            self.on_loaded()
         self.metrics.on_train_begin(state)
         stop = self.hooks.on_train_begin(state.step, state.samples_seen / self.pool_size)
         if resume is not None:

@@ -63,6 +63,7 @@ def assemble(
         evaluate=partial(_evaluate, session, roles, data, engine) if data.evaluation else None,
         describe_sample=data.pool.describe,
         restate_plan=resume.restate_plan,
+        on_loaded=resume.begin,
     )
 
 

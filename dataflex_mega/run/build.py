@@ -13,7 +13,7 @@ from dataflex_mega.engines.base import Engine
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.locks import FolderLock, Held
 from dataflex_mega.providers.registry import requests_at
-from dataflex_mega.run import outputs, preflight, reference
+from dataflex_mega.run import output_folder, outputs, preflight, reference
 from dataflex_mega.run.assemble import assemble
 from dataflex_mega.run.data import RunData
 from dataflex_mega.run.outputs import OutputOptions
@@ -43,6 +43,7 @@ def prepare(config: RunConfig, instances: Mapping[str, Algorithm] | None = None)
     Raises UserError, also when another process is training in output_dir.
     """
     roles = RunRoles.from_config(config, instances)
+    output_folder.refuse_other_runs(config.llamafactory)
     session = Session.start(config)
     with ExitStack() as stack:
         data = RunData.load(session, roles)
@@ -110,4 +111,5 @@ def run_training(
         finally:
             trainer.loader.close()
         outputs.write_results(run.session, run.roles, run.data, run.schedule, trainer, options or OutputOptions())
+        run.resume.finish()
     return run, trainer, state

@@ -35,6 +35,7 @@ class Session:
         """Check what can be checked by one process, then join the processes. Raises ConfigError."""
         factory = engine_factory(config)
         args = lf_args.parse_arguments(lf_args.prepare_arguments(corpus.lf_keys(config)))
+        args.training.overwrite_output_dir = False  # LLaMA-Factory's callback would remove logs; see run.resume
         callbacks = load_callbacks(list(config.dataflex.callbacks))
         tokenizer_module, template = load_tokenizer(args)
         builder = factory.init_processes(args, len(tokenizer_module["tokenizer"]))

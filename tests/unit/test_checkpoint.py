@@ -1,13 +1,12 @@
 """Checkpoints with a small fake engine: what is restored, what is refused, and the state after a kill."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dataflex_mega.checkpoint import Checkpointer, remove_later_than, truncate_log
+from dataflex_mega.checkpoint import Checkpointer
 from dataflex_mega.errors import CheckpointError
 from dataflex_mega.types import SamplingPlan, TrainState
 
@@ -15,7 +14,7 @@ from dataflex_mega.types import SamplingPlan, TrainState
 class Alone:
     """Collectives of one process."""
 
-    parallel_info = SimpleNamespace(rank=0, world_size=1)
+    parallel_info = SimpleNamespace(rank=0, world_size=1, is_main=True)
 
     def barrier(self):
         pass
@@ -45,9 +44,17 @@ class FakeEngine:
 
 
 def checkpointer(folder, save_total_limit=None, ignored_differences=(), **identity):
+    folder.mkdir(parents=True, exist_ok=True)
     return Checkpointer(
         folder, Alone(), {"seed": 1, "global_batch_size": 8, **identity}, save_total_limit, ignored_differences
     )
+
+
+def latest(folder):
+    """(the newest whole checkpoint or None, what is wrong with newer ones)."""
+    reader = checkpointer(folder)
+    found, faults = reader.newest_whole(reader.survey())
+    return found and found.path, faults
 
 
 def state(step, chosen=None):
@@ -75,7 +82,7 @@ def test_state_plan_and_tensors_come_back_exactly(tmp_path):
     checkpointer(tmp_path).save(before, FakeEngine(5), EXTRA)
     drawn = torch.rand(3)
     engine = FakeEngine(0)
-    path, notes = checkpointer(tmp_path).latest()
+    path, notes = latest(tmp_path)
     after, extra = checkpointer(tmp_path).restore(path, engine)
     assert notes == [] and path.name == "checkpoint-5"
     assert (
@@ -107,7 +114,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, dama
         manifest.write_text("{")
     else:
         manifest.unlink()
-    path, notes = checkpointer(tmp_path).latest()
+    path, notes = latest(tmp_path)
     assert path.name == "checkpoint-5"
     assert (
         len(notes) == 1 and "checkpoint-10" in notes[0] and ("part.safetensors" in notes[0] or "manifest" in notes[0])
@@ -124,9 +131,9 @@ def test_a_kill_while_writing_leaves_the_older_one(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         checkpointer(tmp_path).save(state(10), Killed(10), EXTRA)
-    assert checkpointer(tmp_path).latest()[0].name == "checkpoint-5"
+    assert latest(tmp_path)[0].name == "checkpoint-5"
     checkpointer(tmp_path).save(state(10), FakeEngine(10), EXTRA)
-    assert checkpointer(tmp_path).latest()[0].name == "checkpoint-10"
+    assert latest(tmp_path)[0].name == "checkpoint-10"
     assert not list(tmp_path.glob(".writing*"))
 
 
@@ -145,17 +152,8 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3, 10):
         checkpointer(tmp_path, save_total_limit=2).save(state(step), FakeEngine(step), EXTRA)
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-3"]
-    assert remove_later_than(tmp_path, 3) == 1 and checkpointer(tmp_path).latest()[0].name == "checkpoint-3"
-    assert remove_later_than(tmp_path, -1) == 1 and checkpointer(tmp_path).latest() == (None, [])
 
 
 def test_a_folder_of_another_program_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"state\.json is missing"):
         checkpointer(tmp_path).read(tmp_path)
-
-
-def test_log_lines_after_the_checkpoint_are_dropped(tmp_path):
-    log = tmp_path / "metrics.jsonl"
-    log.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3, 4)) + '{"step": 5, "lo')
-    truncate_log(log, 3)
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]
