@@ -18,6 +18,7 @@ from dataflex_mega.error_lines import Place
 from dataflex_mega.exit_status import exit_status
 from dataflex_mega.llamafactory import predict
 from dataflex_mega.log import get_logger
+from dataflex_mega.preemption import Stopped, default_actions, stop_requests
 
 HELP = """usage: python -m dataflex_mega.train CONFIG.yaml [key=value ...]
        torchrun --nproc_per_node N -m dataflex_mega.train CONFIG.yaml [key=value ...]
@@ -38,13 +39,17 @@ INTERRUPTED = "interrupted; a run with a role continues from its last checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 when trained, 2 for a user's mistake, 1 when training failed, 130 when interrupted."""
+    """Exit status: 0 when trained, 2 for a user's mistake, 1 when training failed, 130 when interrupted.
+
+    Raises preemption.Stopped, which ends the program with status 143, after SIGTERM or SIGUSR1.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0 if argv else 2
     place = Place()
-    return exit_status(lambda: run(argv[0], argv[1:], place), INTERRUPTED, place)
+    with stop_requests():  # until the run listens itself
+        return exit_status(lambda: run(argv[0], argv[1:], place), INTERRUPTED, place)
 
 
 def run(path: str, overrides: Sequence[str] = (), place: Place | None = None) -> int:
@@ -67,7 +72,8 @@ def run(path: str, overrides: Sequence[str] = (), place: Place | None = None) ->
 
         datasets = [name for key in ("dataset", "eval_dataset") for name in split_names(config.llamafactory.get(key))]
         refuse_own_run(config.llamafactory)
-        run_static(config.llamafactory, list(config.dataflex.callbacks), datasets)
+        with default_actions():
+            run_static(config.llamafactory, list(config.dataflex.callbacks), datasets)
         return 0
     check_dynamic(config)
     if predict.is_requested(config.llamafactory):
@@ -89,6 +95,9 @@ def run_dynamic(config: RunConfig) -> None:
         if predict.is_requested(config.llamafactory):
             predict.predict(config.llamafactory, Path(config.llamafactory["output_dir"]))
         finished = True
+    except Stopped as stop:
+        finished = stop.agreed
+        raise
     finally:
         shutdown_distributed(orderly=finished)
 

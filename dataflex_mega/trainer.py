@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from dataflex_mega.checkpoint import Checkpointer
 from dataflex_mega.control.controller import DataController
@@ -15,7 +15,7 @@ from dataflex_mega.data.loader import Loader
 from dataflex_mega.engines.base import Engine
 from dataflex_mega.errors import NotFinite, TrainingFault
 from dataflex_mega.metrics import Metrics
-from dataflex_mega.types import Batch, SamplingPlan, StepStats, TrainState
+from dataflex_mega.types import Batch, RunPosition, SamplingPlan, StepStats, TrainState
 
 MAX_NAMED_SAMPLES = 8  # in the message about a loss that is not finite
 
@@ -60,8 +60,12 @@ class Trainer:
     # (plan, step) of a checkpoint with another global batch size -> the same plan, counted in batches of this run
     restate_plan: Callable[[SamplingPlan, int], SamplingPlan] | None = None
     on_loaded: Callable[[], None] | None = None  # before the first file of output_dir is changed
+    position: RunPosition = field(default_factory=RunPosition)
+    stop: Callable[[int, str], NoReturn] | None = None  # (step, its checkpoint): leave the run as a signal asked
     phase_seconds: dict[str, float] = field(default_factory=dict, init=False)  # of the current step
     outcome: str = field(default="", init=False)  # of `fit`: `done: 40 steps`, or where and why it stopped before
+    _stop_requested: bool = field(default=False, init=False)
+    _saved_step: int = field(default=-1, init=False)
     _learning_rate: float = field(default=0.0, init=False)
     _last_logged: int = field(default=0, init=False)  # the step at which the window of the log ended
 
@@ -79,6 +83,8 @@ class Trainer:
             self.hooks.on_step_begin()
             self.step(state)
             stop = self._run_callbacks(state)
+            if self._stop_requested and self.stop is not None:
+                self._leave(state, self.stop)
         self.hooks.on_train_end()
         self.metrics.on_train_end(state)
         self.outcome = self._describe_end(state)
@@ -89,8 +95,23 @@ class Trainer:
             return f"done: {state.step} steps"
         return f"stopped at step {state.step} of {self.max_steps}: {self.hooks.stop_reason()}"
 
+    def _leave(self, state: TrainState, stop: Callable[[int, str], NoReturn]) -> None:
+        """End the run after a step because a signal asked for it, with a checkpoint of that step."""
+        if self._saved_step != state.step:
+            self._save(state)
+        self.metrics.on_train_end(state)
+        stop(state.step, f"checkpoint-{state.step}")
+
+    def _save(self, state: TrainState) -> None:
+        with self._timed("save"):
+            extra = {"controller": self.controller.state_dict(), "hooks": self.hooks.state_dict()}
+            self.checkpointer.save(state, self.engine, extra)
+        self._saved_step = state.step
+        self.hooks.on_save()
+
     def step(self, state: TrainState) -> None:
         """One optimizer step, with a new plan before it when the controller needs one. Changes `state`."""
+        self.position.step = state.step + 1
         if self.controller.needs_new_plan(state):
             with self._timed("plan"):
                 state.plan = self.controller.next_plan(state)
@@ -99,6 +120,7 @@ class Trainer:
             end = self.controller.next_update_step(state.step, self.max_steps)
             micro_batches = self.loader.micro_batches(state.plan, state.step, end)
         stats = self._train_step(state, micro_batches)
+        self._stop_requested = stats.stop_requested
         state.step += 1
         state.tokens_seen += stats.num_tokens
         state.samples_seen += self.global_batch_size
@@ -162,15 +184,13 @@ class Trainer:
             if watched is not None:
                 self.engine.adapt_learning_rate(watched)
         if self.hooks.control.should_save:
-            with self._timed("save"):
-                extra = {"controller": self.controller.state_dict(), "hooks": self.hooks.state_dict()}
-                self.checkpointer.save(state, self.engine, extra)
-            self.hooks.on_save()
+            self._save(state)
         control = self.hooks.control
         control.should_log = control.should_evaluate = control.should_save = False
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
+        self.position.phase = phase
         yield
         self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + time.perf_counter() - start

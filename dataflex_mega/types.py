@@ -173,6 +173,18 @@ class TokenWeightFn:
         return self.weight_fn(samples)
 
 
+@dataclass
+class RunPosition:
+    """Where a process is in its run, for messages."""
+
+    step: int = 0  # the step that is being made, or was made last
+    phase: str = "the start"
+
+    def enter(self, phase: str) -> None:
+        """A phase begins."""
+        self.phase = phase
+
+
 @dataclass(frozen=True)
 class StepStats:
     """Additive sums of one optimizer step over all ranks and micro-batches, equal on every rank."""
@@ -188,6 +200,7 @@ class StepStats:
     domain_excess_loss: Tensor | None = None
     # [layers, k, E] float64, tokens of a domain that went to an expert; None without an algorithm that reads it
     expert_load: Tensor | None = None
+    stop_requested: bool = False  # whether a rank was asked to leave after this step
 
     @property
     def mean_loss(self) -> float:

@@ -30,6 +30,7 @@ LAYERS: dict[str, set[str]] = {
     "exit_status": {"error_lines"},
     "files": set(),
     "locks": set(),
+    "preemption": set(),
     "rng_streams": set(),
     "data": set(),
     "distributed": {"locks"},

@@ -52,6 +52,7 @@ def build_cache(path: str, overrides: Sequence[str] = (), place: Place | None = 
     """Build the cache of a configuration. Raises UserError."""
     from dataflex_mega.commands._configuration import read_dynamic_config
     from dataflex_mega.distributed.parallel_info import shutdown_distributed
+    from dataflex_mega.distributed.peers import NamedPeers
     from dataflex_mega.run.data import RunData
     from dataflex_mega.run.reference import configured_cache, ensure_complete
     from dataflex_mega.run.roles import RunRoles
@@ -63,12 +64,13 @@ def build_cache(path: str, overrides: Sequence[str] = (), place: Place | None = 
         raise ConfigError("reference_model: missing; expected the folder of the model whose losses are to be written")
     finished = False
     try:
-        roles = RunRoles.from_config(config)
-        session = Session.start(config)
-        data = RunData.load(session, roles)
-        cache = configured_cache(session, data.pool)
-        ensure_complete(session, data, cache)
-        session.report(f"reference: {cache.num_samples} samples in {cache.folder}")
+        with NamedPeers():
+            roles = RunRoles.from_config(config)
+            session = Session.start(config)
+            data = RunData.load(session, roles)
+            cache = configured_cache(session, data.pool)
+            ensure_complete(session, data, cache)
+            session.report(f"reference: {cache.num_samples} samples in {cache.folder}")
         finished = True
     finally:
         shutdown_distributed(orderly=finished)

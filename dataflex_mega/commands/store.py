@@ -225,12 +225,14 @@ def on_run(options: argparse.Namespace, place: Place | None = None) -> int:
     """`build` and `score`. Raises UserError."""
     from dataflex_mega.commands._configuration import read_dynamic_config
     from dataflex_mega.distributed.parallel_info import shutdown_distributed
+    from dataflex_mega.distributed.peers import NamedPeers
 
     without_role = "store: the configuration has no selector; it must have one with a store, such as less"
     config = read_dynamic_config(options.what, options.overrides, without_role, place)
     finished = False
     try:
-        _build_or_score(config, options)
+        with NamedPeers():
+            _build_or_score(config, options)
         gc.collect()  # the model's wrappers hold the process group, which must not end inside them
         finished = True
     finally:

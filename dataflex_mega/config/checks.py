@@ -78,6 +78,7 @@ LF_MIN_VALUES = {
     "max_samples": 1, "lora_rank": 1, "save_total_limit": 1, "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0,
     "warmup_steps": 0, "warmup_ratio": 0, "dataloader_num_workers": 0, "seed": 0, "data_seed": 0, "val_size": 0,
     "early_stopping_steps": 1, "adam_epsilon": 0, "preprocessing_num_workers": 1,
+    "ddp_timeout": 1,
 }  # fmt: skip
 
 

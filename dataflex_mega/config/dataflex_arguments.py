@@ -175,6 +175,15 @@ class RunArguments:
     on_non_finite: Literal["stop", "continue"] = field(
         default="stop", metadata={"help": "at a loss or gradient that is not finite: stop, or skip the step"}
     )
+    save_on_signal: bool = field(
+        default=True,
+        metadata={
+            "help": (
+                "after SIGTERM or SIGUSR1 on any process: finish the step, write a checkpoint and end with status 143, also "
+                "with `save_strategy: no`. A second signal, 5 seconds later or more, ends the program at once"
+            )
+        },
+    )
     resume_ignore: list[str] = field(
         default_factory=list,
         metadata={"help": "differences from the checkpoint to accept, such as `global_batch_size`"},

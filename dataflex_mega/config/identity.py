@@ -22,7 +22,7 @@ FREE_KEYS = frozenset(
     hub_private_repo disable_gradient_checkpointing use_reentrant_gc max_steps num_train_epochs train_step
     save_only_model dataset_dir corpus_dir eval_corpus_dir media_dir tokenized_path data_shared_file_system
     callbacks resume_ignore score_batch_size prefetch tensorboard on_non_finite engine components_cfg_file component_name
-    train_type selector mixer reorder pipeline weighter
+    save_on_signal train_type selector mixer reorder pipeline weighter
     """.split()
 )
 # Those of Megatron's keys that decide what is computed. The others say how the same is laid out.

@@ -39,6 +39,16 @@ class TorchCollectives:
         dist.all_reduce(total, group=self.parallel_info.dp_pp_group)
         return total.to(values.device)
 
+    def sum_over_model_ranks(self, value: int) -> int:
+        """The sum of a number over all processes, where tensor- or context-parallel ranks share samples; what
+        `all_reduce_sum_with_pipeline` has summed is complete without them."""
+        info = self.parallel_info
+        if info.dp_size * info.pipeline_stages == info.world_size:
+            return value
+        total = torch.tensor(float(value), device=info.device)
+        dist.all_reduce(total)
+        return int(total)
+
     def all_reduce_min_max(self, low: Tensor, high: Tensor) -> tuple[float, float]:
         """(smallest low, largest high) over data-parallel ranks and pipeline stages, of two scalars."""
         both = torch.stack([-low, high]).to(self.parallel_info.device)

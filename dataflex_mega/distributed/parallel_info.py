@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterator
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from dataflex_mega.distributed.orphans import die_with_launcher
+from dataflex_mega.distributed.peers import end_watch, watch_peers
+
+DEFAULT_TIMEOUT = timedelta(minutes=30)  # of a collective: a process may read data that long while others wait
+UNLIMITED = (1800, 180000000)  # what Hugging Face and LLaMA-Factory set ddp_timeout to where the configuration does not
 
 
 @dataclass(frozen=True)
@@ -40,8 +51,19 @@ def data_parallel(rank: int, world_size: int, device: torch.device) -> ParallelI
     return ParallelInfo(rank, world_size, device, dp_rank=rank, dp_size=world_size)
 
 
-def init_distributed() -> ParallelInfo:
-    """Join the process group that torchrun describes, or create one of a single process. Safe to call twice."""
+def timeout_of(keys: Mapping[str, Any]) -> timedelta | None:
+    """How long a collective may wait, from the key `ddp_timeout`; None where it has its default, which is years."""
+    seconds = keys.get("ddp_timeout")
+    return None if seconds is None or seconds in UNLIMITED else timedelta(seconds=float(seconds))
+
+
+def init_distributed(timeout: timedelta | None = None) -> ParallelInfo:
+    """Join the process group that torchrun describes, or create one of a single process. Safe to call twice.
+
+    `timeout`: how long a collective may wait for another process; None: DEFAULT_TIMEOUT. A process that torchrun started
+    ends with torchrun from here on.
+    """
+    die_with_launcher()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -52,10 +74,20 @@ def init_distributed() -> ParallelInfo:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=timeout or DEFAULT_TIMEOUT)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    set_timeouts(timeout or DEFAULT_TIMEOUT)
+    watch_peers(timeout)
     return data_parallel(rank, world_size, device)
+
+
+def set_timeouts(timeout: timedelta) -> None:
+    """Let every process group that exists, whoever made it, wait that long and no longer."""
+    if dist.get_world_size() > 1:
+        with warnings.catch_warnings(action="ignore"):  # about backends that have no timeout
+            for group in list(distributed_c10d._world.pg_map):
+                distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def shutdown_distributed(orderly: bool) -> None:
@@ -64,7 +96,21 @@ def shutdown_distributed(orderly: bool) -> None:
     if dist.is_initialized():
         if orderly:
             dist.barrier()
-        dist.destroy_process_group()
+        end_watch()
+        with _ends_in_time():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _ends_in_time(seconds: float = 20.0) -> Iterator[None]:
+    """End the program when a block, which waits for processes that may be gone, takes longer."""
+    timer = threading.Timer(seconds, os._exit, [1])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from dataflex_mega.distributed.orphans import die_with_parent
 from dataflex_mega.distributed.parallel_info import init_distributed, shutdown_distributed
 
 
@@ -39,6 +40,7 @@ def run_distributed_test(
 def _entry(
     rank: int, world_size: int, port: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
+    die_with_parent(os.getppid())
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

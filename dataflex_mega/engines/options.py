@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dataflex_mega.objective import Normalization
@@ -19,3 +20,4 @@ class StepOptions:
     on_non_finite: str = "stop"  # or "continue": skip the step
     count_router_loads: bool = False  # whether a mixer wants to know where routers send tokens
     embedding_spec: EmbeddingSpec | None = None  # what a weighter wants of the training forward, besides losses
+    stop_requested: Callable[[], bool] | None = None  # whether this process was asked to leave after the step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from dataflex_mega.distributed.collectives import TorchCollectives
 from dataflex_mega.signals.router_load import RouterLoadCounter
 from dataflex_mega.types import Batch, SampleStats, StepStats, WeightStats
+
+STOP_UNIT = 1 << 40  # more tokens than a step can have; sums of it are exact in float64 for 8192 ranks
 
 
 class StepAccumulator:
@@ -45,11 +48,20 @@ class StepAccumulator:
         """Sample ids of this rank whose loss is NaN or infinite."""
         return [i for samples in self.samples for i in samples.sample_ids[~torch.isfinite(samples.loss_sum)].tolist()]
 
-    def reduce(self, collectives: TorchCollectives, grad_norm: float, has_weights: bool) -> StepStats:
+    def reduce(
+        self,
+        collectives: TorchCollectives,
+        grad_norm: float,
+        has_weights: bool,
+        stop_requested: Callable[[], bool] | None = None,
+    ) -> StepStats:
         """Sums over ranks and pipeline stages -> StepStats, equal on every rank.
 
-        Stages that saw no losses add nothing. `has_weights`: whether a weighter ran, on whatever stage.
+        Stages that saw no losses add nothing. `has_weights`: whether a weighter ran, on whatever stage. A request to stop
+        travels in the number of tokens, far above any such number, so that it costs nothing and changes no sum.
         """
+        stops = int(stop_requested is not None and stop_requested())
+        self.num_tokens += stops * STOP_UNIT
         k = self.domain_sums.shape[1]
         flat = torch.cat(
             [self.domain_sums.flatten(), torch.stack([self.loss_sum, self.num_tokens, self.num_with_excess])]
@@ -63,16 +75,20 @@ class StepAccumulator:
         flat = collectives.all_reduce_sum_with_pipeline(flat).cpu()
         domain = flat[: 4 * k].view(4, k)
         loss, tokens, with_excess, *of_weights = flat[4 * k : ahead].tolist()
+        stops, tokens = divmod(int(tokens), STOP_UNIT)
+        if stop_requested is not None:
+            stops = collectives.sum_over_model_ranks(stops)
         return StepStats(
             loss=loss,
             grad_norm=grad_norm,
             domain_loss=domain[0],
             domain_tokens=domain[1],
             domain_samples=domain[2],
-            num_tokens=int(tokens),
+            num_tokens=tokens,
             weights=self._weight_stats(weights, of_weights, collectives) if has_weights else None,
             domain_excess_loss=domain[3] if with_excess else None,
             expert_load=None if self.router_loads is None else flat[ahead:].view_as(self.router_loads.counts).clone(),
+            stop_requested=stops > 0,
         )
 
     @staticmethod

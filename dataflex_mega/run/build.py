@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from dataflex_mega.algorithms.base import Algorithm
 from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.distributed.agreement import run_on_main
+from dataflex_mega.distributed.parallel_info import DEFAULT_TIMEOUT, set_timeouts, timeout_of
+from dataflex_mega.distributed.peers import POSITION, NamedPeers
 from dataflex_mega.engines.base import Engine
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.locks import FolderLock, Held
+from dataflex_mega.preemption import StopRequest, stop_requests, when_stopped
 from dataflex_mega.providers.registry import requests_at
 from dataflex_mega.run import output_folder, outputs, preflight, reference
 from dataflex_mega.run.assemble import assemble
@@ -34,10 +37,15 @@ class PreparedRun:
     data: RunData
     schedule: RunSchedule
     resume: ResumePoint
+    stop_request: StopRequest
     held: ExitStack  # gives up what the run alone may use, the lock of output_dir
 
 
-def prepare(config: RunConfig, instances: Mapping[str, Algorithm] | None = None) -> PreparedRun:
+def prepare(
+    config: RunConfig,
+    instances: Mapping[str, Algorithm] | None = None,
+    stop_request: StopRequest | None = None,
+) -> PreparedRun:
     """Check a configuration and read its data. `instances`: role -> an algorithm to use as it is.
 
     Raises UserError, also when another process is training in output_dir.
@@ -54,7 +62,8 @@ def prepare(config: RunConfig, instances: Mapping[str, Algorithm] | None = None)
         resume = ResumePoint.find(session, roles, data, schedule, cache)
         if cache is not None:
             reference.ensure_complete(session, data, cache)
-        return PreparedRun(session, roles, data.with_references(cache), schedule, resume, stack.pop_all())
+        request, with_references = stop_request or StopRequest(), data.with_references(cache)
+        return PreparedRun(session, roles, with_references, schedule, resume, request, stack.pop_all())
 
 
 @contextmanager
@@ -72,7 +81,7 @@ def lock_output_dir(session: Session) -> Iterator[None]:
 
 def build_engine(run: PreparedRun) -> Engine:
     """Build the model with what the algorithms ask of the training forward pass."""
-    options: dict[str, object] = {}
+    options: dict[str, object] = {"stop_requested": run.stop_request.requested}
     for _, algorithm in run.roles.active_algorithms():
         for request, entry in requests_at(algorithm, "forward"):
             for name, value in entry.provider.step_options(request).items():
@@ -81,19 +90,26 @@ def build_engine(run: PreparedRun) -> Engine:
                         f"two algorithms want another {name} of the training forward pass; keep one of them"
                     )
     tokenizer, num_domains = run.session.tokenizer, len(run.data.pool.sizes)
-    return run.session.engine_builder.build_engine(tokenizer, num_domains, run.schedule.max_steps, options)
+    engine = run.session.engine_builder.build_engine(tokenizer, num_domains, run.schedule.max_steps, options)
+    set_timeouts(
+        timeout_of(run.session.config.llamafactory) or DEFAULT_TIMEOUT
+    )  # of the groups that the model has made
+    return engine
 
 
 def build(
     config: RunConfig,
     instances: Mapping[str, Algorithm] | None = None,
     options: OutputOptions | None = None,
+    stop_request: StopRequest | None = None,
 ) -> tuple[PreparedRun, Trainer]:
     """A configuration -> (its stages, the loop with all its parts). Raises UserError."""
-    run = prepare(config, instances)
+    run = prepare(config, instances, stop_request)
     with ExitStack() as stack:
         stack.enter_context(run.held)
         trainer = assemble(run.session, run.roles, run.data, run.schedule, run.resume, build_engine(run), options)
+        trainer.position = POSITION
+        trainer.stop = when_stopped(run.stop_request, run.session.collectives.all_gather_objects)
         stack.pop_all()
     return run, trainer
 
@@ -103,13 +119,20 @@ def run_training(
     instances: Mapping[str, Algorithm] | None = None,
     options: OutputOptions | None = None,
 ) -> tuple[PreparedRun, Trainer, TrainState]:
-    """Build, train, and write what the run gives -> its stages, its loop, and the state after the last step."""
-    run, trainer = build(config, instances, options)
-    with run.held:
-        try:
-            state = trainer.fit(run.resume.path)
-        finally:
-            trainer.loader.close()
-        outputs.write_results(run.session, run.roles, run.data, run.schedule, trainer, options or OutputOptions())
-        run.resume.finish()
+    """Build, train, and write what the run gives -> its stages, its loop, and the state after the last step.
+
+    Raises preemption.Stopped after a signal that asks the run to leave, where its checkpoint stays.
+    """
+    options = options or OutputOptions()
+    with stop_requests(config.dataflex.save_on_signal and options.logs) as stop_request, NamedPeers():
+        run, trainer = build(config, instances, options, stop_request)
+        with run.held:
+            stop_request.training = True
+            try:
+                state = trainer.fit(run.resume.path)
+            finally:
+                trainer.loader.close()
+            POSITION.enter("export")
+            outputs.write_results(run.session, run.roles, run.data, run.schedule, trainer, options)
+            run.resume.finish()
     return run, trainer, state

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dataflex_mega.config.parse import RunConfig
-from dataflex_mega.distributed.parallel_info import ParallelInfo, init_distributed
+from dataflex_mega.distributed.parallel_info import ParallelInfo, init_distributed, timeout_of
 from dataflex_mega.engines.fsdp.engine import FSDPEngine
 from dataflex_mega.engines.fsdp.parallel import FSDPLayout, parallelize, read_layout, unwrap
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
@@ -24,7 +24,7 @@ class FSDPFactory:
 
     def init_processes(self, args: Any, num_tokens: int) -> FSDPBuilder:
         """Join the processes; a Hugging Face model can grow, so any number of tokens fits."""
-        parallel_info = init_distributed()
+        parallel_info = init_distributed(timeout_of(self.config.llamafactory))
         return FSDPBuilder(self.config, args, parallel_info, read_layout(self.config.llamafactory, parallel_info))
 
 

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dataflex_mega.config.parse import RunConfig
-from dataflex_mega.distributed.parallel_info import ParallelInfo, init_distributed
+from dataflex_mega.distributed.parallel_info import (
+    DEFAULT_TIMEOUT,
+    ParallelInfo,
+    init_distributed,
+    timeout_of,
+)
 from dataflex_mega.engines.megatron import checkpoint, cpu, process_groups, weights
 from dataflex_mega.engines.megatron.build import build_chunks, build_engine
 from dataflex_mega.engines.megatron.decoder_config import DecoderConfig
@@ -57,7 +62,10 @@ class MegatronFactory:
             )
         settings = self._settings(self._training_settings(args))
         with cpu.cuda_calls_on_cpu():
-            parallel_info = process_groups.init_model_parallel(init_distributed(), self.layout)
+            timeout = timeout_of(self.config.llamafactory)
+            parallel_info = process_groups.init_model_parallel(
+                init_distributed(timeout), self.layout, timeout or DEFAULT_TIMEOUT
+            )
         return MegatronBuilder(self.config, args, parallel_info, self.layout, self.decoder, settings)
 
     def _settings(self, training: TrainingSettings) -> MegatronSettings:

@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 import yaml
 
 from dataflex_mega import plots
+from dataflex_mega.distributed.orphans import die_with_parent
 from dataflex_mega.distributed.testing import free_port, run_distributed_test
 
 
@@ -71,6 +72,7 @@ def _fork_server():
 
 
 def _process(rank, world, port, configs, plain, queue, run):
+    die_with_parent(os.getppid())
     torch.set_num_threads(1)
     if plain:
         results = [run(config) for config in configs]
@@ -118,7 +120,10 @@ def train_here(config):
         contextlib.nullcontext() if config.get("plot_loss") else mock.patch.object(plots, "plot_run", lambda _: [])
     )
     with contextlib.redirect_stderr(stderr), pictures:
-        status = main([str(path)])
+        try:
+            status = main([str(path)])
+        except SystemExit as stop:  # after a signal
+            status = stop.code
     return status, stderr.getvalue()
 
 
@@ -138,12 +143,20 @@ def start(config, world):
 
 
 def _forked(rank, world, port, config):
+    die_with_parent(os.getppid())
     torch.set_num_threads(1)
     as_torchrun(rank, world, port)
     status, stderr = train_here(config)
+    stderr_of(config, rank).write_text(stderr)
     if status:
         print(stderr)
     os._exit(status)
+
+
+def stderr_of(config, rank):
+    """The file into which a process of `start` writes what it printed."""
+    output = Path(config["output_dir"])
+    return output.parent / f"{output.name}.{rank}.err"
 
 
 def finish(processes, timeout=120):

@@ -34,6 +34,25 @@ def test_sums_are_by_domain_over_all_micro_batches():
     assert stats.num_tokens == 12 and stats.loss == 1.0 and stats.mean_loss == 15 / 24 and stats.weights is None
 
 
+@pytest.mark.parametrize("stopping", [0, 1, 8192])
+def test_a_request_to_stop_changes_no_sum(stopping):
+    """As if that many ranks with 12 tokens each were summed."""
+
+    class Summed(TorchCollectives):
+        def all_reduce_sum_with_pipeline(self, values):
+            others = values.clone()
+            others[3 * 4 + 1] = 12.0 + 2.0**40  # loss, tokens, ... come after four sums by domain
+            return values + others * (stopping - 1)
+
+    sums = StepAccumulator(3, torch.device("cpu"))
+    samples = SampleStats(torch.arange(2), torch.tensor([0, 2]), torch.ones(2), torch.tensor([5, 7]))
+    for _ in range(2):
+        sums.add(samples, batch_of(2), torch.tensor(0.5), None)
+    collectives = Summed(ALONE.parallel_info) if stopping else ALONE
+    stats = sums.reduce(collectives, 1.0, has_weights=False, stop_requested=lambda: stopping > 0)
+    assert stats.num_tokens == 12 * max(1, stopping) and stats.stop_requested == (stopping > 0)
+
+
 def test_weight_statistics_against_the_definition():
     weights = torch.tensor([0.2, 0.8, 1.0, 2.0])
     sums = StepAccumulator(1, torch.device("cpu"))

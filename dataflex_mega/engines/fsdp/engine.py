@@ -102,7 +102,7 @@ class FSDPEngine:
             # The wrappers average gradients over ranks; the loss is a sum over them.
             (loss * (self.parallel_info.dp_size * self.loss_scaler.value)).backward()
         grad_norm = self._update(accumulator)
-        return accumulator.reduce(self.collectives, grad_norm, weight_fn is not None)
+        return accumulator.reduce(self.collectives, grad_norm, weight_fn is not None, self.options.stop_requested)
 
     def _forward_all(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor | None]]:
         """Losses and embeddings of all micro-batches, with the dropout masks that training will draw."""

@@ -123,7 +123,7 @@ class MegatronEngine:
             with routers.recording(loads) if routers and loads else contextlib.nullcontext():
                 runner.forward_backward(micro_batches, loss_fn, False, step.embedding_spec)
             grad_norm = self._update(accumulator)
-            return accumulator.reduce(self.collectives, grad_norm, weight_fn is not None)
+            return accumulator.reduce(self.collectives, grad_norm, weight_fn is not None, self.options.stop_requested)
 
     def _forward_all(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor | None]]:
         """Losses and embeddings of all micro-batches, with the dropout masks that training will draw; on the last stage."""

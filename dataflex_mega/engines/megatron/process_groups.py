@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,12 +11,17 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import Tensor
 
-from dataflex_mega.distributed.parallel_info import ParallelInfo
+from dataflex_mega.distributed.parallel_info import DEFAULT_TIMEOUT, ParallelInfo
 from dataflex_mega.engines.megatron.layout import MegatronLayout
 
 
-def init_model_parallel(parallel_info: ParallelInfo, layout: MegatronLayout) -> ParallelInfo:
-    """Split the processes into Megatron's groups -> `parallel_info` with the data-parallel groups of this layout."""
+def init_model_parallel(
+    parallel_info: ParallelInfo, layout: MegatronLayout, timeout: timedelta = DEFAULT_TIMEOUT
+) -> ParallelInfo:
+    """Split the processes into Megatron's groups -> `parallel_info` with the data-parallel groups of this layout.
+
+    `timeout`: how long their collectives may wait. What is sent from stage to stage heeds that of the groups' making only.
+    """
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -25,6 +31,7 @@ def init_model_parallel(parallel_info: ParallelInfo, layout: MegatronLayout) -> 
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,  # type: ignore[arg-type]  # a timedelta takes it
         create_gloo_process_groups=True,  # megatron-core's optimizer asks for them on GPUs too
     )
     return replace(
@@ -32,18 +39,20 @@ def init_model_parallel(parallel_info: ParallelInfo, layout: MegatronLayout) -> 
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_group=parallel_state.get_data_parallel_group(),
-        dp_pp_group=_dp_pp_group(layout),
+        dp_pp_group=_dp_pp_group(layout, timeout),
         pipeline_stages=layout.pipeline,
     )
 
 
-def _dp_pp_group(layout: MegatronLayout) -> dist.ProcessGroup | None:
+def _dp_pp_group(layout: MegatronLayout, timeout: timedelta) -> dist.ProcessGroup | None:
     """The ranks with this one's tensor- and context-parallel rank: every data-parallel share at every pipeline stage."""
     if layout.pipeline == 1:
         return None
     # Megatron numbers ranks with the tensor dimension first and the context dimension second, so both are the remainder.
     inner = layout.tensor * layout.context
-    groups: list[Any] = [dist.new_group(list(range(rest, layout.world_size, inner))) for rest in range(inner)]
+    groups: list[Any] = [
+        dist.new_group(list(range(rest, layout.world_size, inner)), timeout=timeout) for rest in range(inner)
+    ]
     return groups[dist.get_rank() % inner]
 
 
