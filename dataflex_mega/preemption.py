@@ -67,6 +67,8 @@ def stop_requests(enabled: bool = True) -> Iterator[StopRequest]:
         return
 
     def handle(number: int, _frame: FrameType | None) -> None:
+        if _ended.is_set():
+            return
         name = request.note(number)
         if not request.training:
             line = _at_once(name)
@@ -77,8 +79,9 @@ def stop_requests(enabled: bool = True) -> Iterator[StopRequest]:
         number: signal.signal(number, handle) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
     }
     _listening.append(os.getpid())
+    _ended.clear()
     try:
-        with _watched(request):
+        with _watched(request), _noting_the_end():
             yield request
     finally:
         _listening.pop()
@@ -127,18 +130,31 @@ def _watch(numbers: socket.socket, request: StopRequest, closed: threading.Event
     first: float | None = None
     with contextlib.suppress(OSError), numbers:
         while received := numbers.recv(16):
-            for number in (one for one in received if one in SIGNALS):
+            for number in (one for one in received if one in SIGNALS and not _ended.is_set()):
                 name, now = request.note(number), time.monotonic()
                 if first is not None and now - first > SAME_REQUEST:
                     _exit_now(f"stopped by a second {name}; the same command goes on from the last checkpoint")
                 first = now if first is None else first
-                if not request.training and not closed.wait(LEAVING):
+                if not request.training and not closed.wait(LEAVING) and not _ended.is_set():
                     _exit_now(_at_once(name))
 
 
 def _exit_now(line: str) -> NoReturn:
     get_logger().info(line)
     os._exit(STATUS)
+
+
+# The program ends already, after a request or an error, whose line is the one to be read. When a rank of torchrun's ends,
+# torchrun sends a signal to the others.
+_ended = threading.Event()
+
+
+@contextmanager
+def _noting_the_end() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        stack.callback(_ended.set)
+        yield
+        stack.pop_all()
 
 
 _listening: list[int] = []  # processes, as often as they listen

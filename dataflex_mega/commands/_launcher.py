@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 
+from dataflex_mega.commands._forwarding import run_child
 from dataflex_mega.errors import UserError
 from dataflex_mega.log import get_logger
 
@@ -24,7 +24,7 @@ def launch(module: str, arguments: list[str], announce: bool = False) -> int:
     command = torchrun_command(os.environ, arguments, device_count, module)
     if announce:
         get_logger().info("starting: %s", " ".join(command[1:]))
-    return subprocess.run(command).returncode
+    return run_child(command)
 
 
 def check_configuration(arguments: list[str]) -> None:

@@ -91,9 +91,7 @@ def test_building_goes_through_torchrun_where_there_are_several_processes(monkey
     started = []
     monkeypatch.setenv("NPROC_PER_NODE", "4")
     monkeypatch.setattr(_launcher, "check_configuration", lambda given: started.append(given))
-    monkeypatch.setattr(
-        _launcher.subprocess, "run", lambda command: started.append(command) or type("Done", (), {"returncode": 7})
-    )
+    monkeypatch.setattr(_launcher, "run_child", lambda command: started.append(command) or 7)
     assert cli.main(["store", "build", "run.yaml", "--folder", "x", "seed=1"]) == 7
     assert started[0] == ["run.yaml", "seed=1"]
     assert started[1][:2] == [sys.executable, "-m"] and "--nproc_per_node=4" in started[1]
