@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from dataflex_mega.engines.checkpoint_index import IndexReader, IndexWriter, PlainValues, one_line
 from dataflex_mega.engines.fsdp.precision import LossScaler
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
 
@@ -35,7 +36,7 @@ def save(
     runner: FSDPModelRunner, optimizer: torch.optim.Optimizer, scheduler: Any, loss_scaler: LossScaler, folder: Path
 ) -> None:
     """Each rank writes its shards; the main one the learning-rate scheduler and the loss scale."""
-    dcp.save(_tensors(runner, optimizer), storage_writer=dcp.FileSystemWriter(folder, sync_files=False))
+    dcp.save(_tensors(runner, optimizer), storage_writer=IndexWriter(folder))
     if runner.parallel_info.is_main:
         plain = {key: value for key, value in scheduler.state_dict().items() if _is_plain(value)}
         (folder / SCHEDULER_FILE).write_text(json.dumps({"scheduler": plain, "scale": loss_scaler.state_dict()}))
@@ -44,14 +45,16 @@ def save(
 def load(
     runner: FSDPModelRunner, optimizer: torch.optim.Optimizer, scheduler: Any, loss_scaler: LossScaler, folder: Path
 ) -> None:
-    """Read into the present layout, whatever the layout was that wrote it."""
+    """Read into the present layout, whatever the layout was that wrote it. Raises CheckpointError for damaged files."""
     tensors = _tensors(runner, optimizer)
-    dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder))
-    set_model_state_dict(runner.module, tensors["model"], options=TRAINABLE_ONLY)
-    set_optimizer_state_dict(runner.module, optimizer, tensors["optimizer"], options=TRAINABLE_ONLY)
-    saved = json.loads((folder / SCHEDULER_FILE).read_text())
-    scheduler.load_state_dict(saved["scheduler"])
-    loss_scaler.load_state_dict(saved["scale"])
+    with one_line(folder):
+        dcp.load(tensors, storage_reader=IndexReader(folder), planner=PlainValues())
+        set_model_state_dict(runner.module, tensors["model"], options=TRAINABLE_ONLY)
+        set_optimizer_state_dict(runner.module, optimizer, tensors["optimizer"], options=TRAINABLE_ONLY)
+    with one_line(folder / SCHEDULER_FILE):
+        saved = json.loads((folder / SCHEDULER_FILE).read_text())
+        scheduler.load_state_dict(saved["scheduler"])
+        loss_scaler.load_state_dict(saved["scale"])
 
 
 def _is_plain(value: Any) -> bool:

@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import nn
 
+from dataflex_mega.engines.checkpoint_index import one_line
 from dataflex_mega.engines.megatron.lr_adapter import LRSchedulerAdapter
 from dataflex_mega.engines.megatron.runner import MegatronModelRunner
+from dataflex_mega.engines.megatron.sharded_files import LoadCommon, LoadSharded, SaveSharded
 from dataflex_mega.engines.megatron.wrapping import unwrap
 
 SCHEDULER_FILE = "schedule.json"
@@ -27,35 +30,42 @@ def save(runner: MegatronModelRunner, optimizer: Any, lr_scheduler: LRSchedulerA
     if runner.parallel_info.is_main:
         target.mkdir(parents=True, exist_ok=True)
     runner.collectives.barrier()
-    dist_checkpointing.save(_tensors(runner, optimizer, loading=False), str(target), content_metadata=METADATA)
+    strategy = SaveSharded(for_others=False)
+    dist_checkpointing.save(
+        _tensors(runner, optimizer, loading=False), str(target), strategy, content_metadata=METADATA
+    )
     if runner.parallel_info.is_main:
         (folder / SCHEDULER_FILE).write_text(json.dumps(lr_scheduler.state_dict()))
 
 
 def load(runner: MegatronModelRunner, optimizer: Any, lr_scheduler: LRSchedulerAdapter, folder: Path) -> None:
-    """Read into the present layout, whatever the layout was that wrote it."""
+    """Read into the present layout, whatever the layout was that wrote it. Raises CheckpointError for damaged files."""
     for chained in optimizer.chained_optimizers:
         _prepare(chained)
-    state: Any = dist_checkpointing.load(_tensors(runner, optimizer, loading=True), str(folder / TENSORS))
-    for name, chunk in _chunks(runner.model_chunks).items():
-        chunk.load_state_dict(state[name])
-    _fill(optimizer, state["optimizer"])
-    lr_scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text()))
+    tensors = _tensors(runner, optimizer, loading=True)
+    with one_line(folder / TENSORS, CheckpointingException):
+        state: Any = dist_checkpointing.load(tensors, str(folder / TENSORS), LoadSharded(), LoadCommon(wanted=True))
+        for name, chunk in _chunks(runner.model_chunks).items():
+            chunk.load_state_dict(state[name])
+        _fill(optimizer, state["optimizer"])
+    with one_line(folder / SCHEDULER_FILE):
+        lr_scheduler.load_state_dict(json.loads((folder / SCHEDULER_FILE).read_text()))
 
 
 def save_model(chunks: list[Any], folder: Path) -> None:
-    """Parameters alone. Every rank calls it; `folder` exists and is empty."""
+    """Parameters alone, for any program with megatron-core. Every rank calls it; `folder` exists and is empty."""
     tensors = {name: chunk.sharded_state_dict(metadata=dict(METADATA)) for name, chunk in _chunks(chunks).items()}
-    dist_checkpointing.save(tensors, str(folder), content_metadata=METADATA)
+    dist_checkpointing.save(tensors, str(folder), SaveSharded(for_others=True), content_metadata=METADATA)
 
 
 def load_model(chunks: list[Any], folder: Path) -> None:
-    """Parameters alone, from what `save_model` or `save` wrote."""
+    """Parameters alone, from what `save_model`, `save`, megatron-core or Megatron-LM wrote. Raises CheckpointError."""
     source = folder / TENSORS if (folder / TENSORS).is_dir() else folder
     tensors = {name: chunk.sharded_state_dict(metadata=dict(METADATA)) for name, chunk in _chunks(chunks).items()}
-    state: Any = dist_checkpointing.load(tensors, str(source))
-    for name, chunk in _chunks(chunks).items():
-        chunk.load_state_dict(state[name])
+    with one_line(source, CheckpointingException):
+        state: Any = dist_checkpointing.load(tensors, str(source), LoadSharded(), LoadCommon(wanted=False))
+        for name, chunk in _chunks(chunks).items():
+            chunk.load_state_dict(state[name])
 
 
 def _chunks(chunks: list[Any]) -> dict[str, Any]:
