@@ -32,6 +32,7 @@ from dataflex_mega.distributed.protocol import Collectives
 from dataflex_mega.errors import CheckpointError
 from dataflex_mega.files import fsync_tree, remove_tree, replace_folder
 from dataflex_mega.log_files import flush_logs
+from dataflex_mega.redaction import without_secrets
 from dataflex_mega.types import SamplingPlan, TrainState
 
 
@@ -211,6 +212,7 @@ class Checkpointer:
 
     def differences(self, saved: dict[str, Any]) -> list[str]:
         """What the identity of a checkpoint has otherwise than this run, a text for each name."""
+        saved = without_secrets(saved)  # those of older versions have some
         return [
             f"{name}: {checkpoint_format.abbreviate(saved.get(name))} there, "
             f"{checkpoint_format.abbreviate(self.identity.get(name))} here"

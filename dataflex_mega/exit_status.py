@@ -25,6 +25,7 @@ from typing import Any, NoReturn, TextIO
 from dataflex_mega.error_lines import ErrorLine, Place, describe
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.log import get_logger, rank
+from dataflex_mega.redaction import redact
 
 ERROR_LOG = "error.log"
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
@@ -68,7 +69,7 @@ def report(error: BaseException, place: Place) -> int:
     if not line.keeps_trace and alike:
         get_logger().error("error: %s", line.text, extra={"all_ranks": line.status == 1})
         return line.status
-    text = "".join(traceback.format_exception(error))
+    text = redact("".join(traceback.format_exception(error)))
     file = _keep_trace(line, text, place.folder)
     board = None if file is None or place.folder is None else _Board(file, line)
     heard = "" if file is None else f" (trace in {file})"
@@ -88,7 +89,7 @@ def _keep_trace(line: ErrorLine, trace: str, folder: Path | None) -> Path | None
     """Append the trace to error.log in the run's folder, else in one for temporary files -> the file; None if neither
     can be written."""
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    entry = f"{_mark(rank())}{now}, rank {rank()} of {_world_size()}, error: {line.text}\n{trace}\n"
+    entry = f"{_mark(rank())}{now}, rank {rank()} of {_world_size()}, error: {redact(line.text)}\n{trace}\n"
     own = Path(tempfile.gettempdir()) / f"dataflex_mega-{os.getpid()}"
     for place in (folder, own):
         if place is None:

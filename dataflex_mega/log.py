@@ -2,7 +2,7 @@
 
 `get_logger()` sets the logger `dataflex_mega` up at its first call, as transformers does with its own: level INFO, one
 handler, plain messages, no propagation to the root logger (libraries that configure it would print every line twice).
-A program that wants these lines elsewhere replaces the handler.
+A program that wants these lines elsewhere replaces the handler. Secrets are replaced by *** in every line.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import sys
 from functools import cache
 from typing import TextIO
 
+from dataflex_mega.redaction import redact
+
 NAME = "dataflex_mega"
+LIBRARIES = ("", "transformers", "datasets", "huggingface_hub", "accelerate", "peft", "llamafactory", "urllib3")
 ALL_RANKS = {"all_ranks": True}  # `logger.error(..., extra=ALL_RANKS)`: a line that every rank writes
 
 
@@ -35,6 +38,19 @@ class RankFilter(logging.Filter):
         return is_main() or getattr(record, "all_ranks", False)
 
 
+class SecretFilter(logging.Filter):
+    """Replaces tokens, keys and passwords in what is logged, and in the trace of an exception."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        hidden = redact(text)
+        if hidden != text:
+            record.msg, record.args = hidden, ()
+        if record.exc_info and not record.exc_text:
+            record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+        return True
+
+
 class RankFormatter(logging.Formatter):
     """The plain message; `[rank 3] ` in front where another rank than the main one writes it."""
 
@@ -51,10 +67,19 @@ class StderrHandler(logging.StreamHandler[TextIO]):
         super().emit(record)
 
 
+def guard_libraries() -> None:
+    """Put the filter for secrets on the handlers of the libraries that name files and addresses in what they log."""
+    for name in LIBRARIES:
+        for handler in logging.getLogger(name).handlers:
+            if not any(isinstance(existing, SecretFilter) for existing in handler.filters):
+                handler.addFilter(SecretFilter())
+
+
 @cache
 def get_logger() -> logging.Logger:
     """The logger `dataflex_mega`; sets it up at the first call, unless the program has given it a handler before."""
     logger = logging.getLogger(NAME)
+    logger.addFilter(SecretFilter())  # of the logger, so that it stays when a program replaces the handler
     if not logger.handlers:
         handler = StderrHandler()
         handler.setFormatter(RankFormatter("%(message)s"))

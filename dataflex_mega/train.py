@@ -17,7 +17,7 @@ from dataflex_mega.config.paths import named_paths
 from dataflex_mega.error_lines import Place
 from dataflex_mega.exit_status import exit_status
 from dataflex_mega.llamafactory import predict
-from dataflex_mega.log import get_logger
+from dataflex_mega.log import get_logger, guard_libraries
 from dataflex_mega.preemption import Stopped, default_actions, stop_requests
 
 HELP = """usage: python -m dataflex_mega.train CONFIG.yaml [key=value ...]
@@ -64,6 +64,7 @@ def run(path: str, overrides: Sequence[str] = (), place: Place | None = None) ->
     config = parse_config(load(path, overrides), argument_types(), variable)
     if place is not None:
         place.folder, place.paths = named_paths(config)
+    guard_libraries()
     for note in config.notes:
         get_logger().info("note: %s", note)
     if config.dataflex.train_type == "static" and config.engine == "fsdp":

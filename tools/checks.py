@@ -26,6 +26,7 @@ LAYERS: dict[str, set[str]] = {
     "types": set(),
     "errors": set(),
     "log": set(),
+    "redaction": set(),
     "error_lines": set(),
     "exit_status": {"error_lines"},
     "files": set(),

@@ -29,6 +29,7 @@ OPEN_TO_ALL = (
     "files",
     "rng_streams",
     "log",
+    "redaction",
 )  # every room may import these; the table leaves them out
 SUBROOMS = {"engines": ("fsdp", "megatron")}
 Graph = dict[str, set[str]]

@@ -28,6 +28,7 @@ from dataflex_mega.compare import step_times
 from dataflex_mega.compare.suite import Suite, TrainingRun
 from dataflex_mega.errors import ConfigError, did_you_mean
 from dataflex_mega.files import atomic_write
+from dataflex_mega.redaction import move_secrets, without_secrets
 
 TRAIN_MODULE = "dataflex_mega.train"
 # Keys that change the output and not the result: a finished run stays valid when they change.
@@ -76,7 +77,7 @@ def changed_keys(run: TrainingRun, processes: int) -> list[str]:
     record = run.sibling_file(".json")
     if not run.folder.exists() or not record.is_file():
         return []
-    before, now = json.loads(record.read_text()), run_record(run, processes)
+    before, now = without_secrets(json.loads(record.read_text())), run_record(run, processes)
     return [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted({*before, *now} - OUTPUT_ONLY_KEYS)
@@ -85,8 +86,8 @@ def changed_keys(run: TrainingRun, processes: int) -> list[str]:
 
 
 def run_record(run: TrainingRun, processes: int) -> dict[str, Any]:
-    """The record that identifies a run's result: its configuration and its number of processes."""
-    return {**json.loads(json.dumps(run.config)), "processes": processes}
+    """The record that identifies a run's result: its configuration, without secrets, and its number of processes."""
+    return {**without_secrets(json.loads(json.dumps(run.config))), "processes": processes}
 
 
 def prepare(suite: Suite, rerun: Sequence[str] = ()) -> list[TrainingRun]:
@@ -108,7 +109,8 @@ def prepare(suite: Suite, rerun: Sequence[str] = ()) -> list[TrainingRun]:
             )
     for run in suite.runs:
         run.folder.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(run.sibling_file(".yaml"), yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
+        config, _ = move_secrets(run.config)  # which the run gets through its environment
+        atomic_write(run.sibling_file(".yaml"), yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         atomic_write(run.sibling_file(".json"), json.dumps(run_record(run, suite.processes), indent=1))
     return [run for run in suite.runs if not is_finished(run)]
 
@@ -174,7 +176,7 @@ def _train_one(run: TrainingRun, processes: int, listener: RunListener, lock: in
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES},
+            env=environment_of(run),
             pass_fds=[lock],
         )
         try:
@@ -186,6 +188,12 @@ def _train_one(run: TrainingRun, processes: int, listener: RunListener, lock: in
     if process.returncode == 0 and is_finished(run):
         return None
     return f"{last_error_line(run.sibling_file('.log'))} (exit status {process.returncode}; {run.sibling_file('.log')})"
+
+
+def environment_of(run: TrainingRun) -> dict[str, str]:
+    """The variables of a run: ours without a launcher's, and the secrets that its configuration file refers to."""
+    _, secrets = move_secrets(run.config)
+    return {**{name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}, **secrets}
 
 
 def command(run: TrainingRun, processes: int) -> list[str]:

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from dataflex_mega.errors import ConfigError, did_you_mean
+from dataflex_mega.redaction import learn
 
 SUFFIXES = (".yaml", ".yml", ".json")
 ROLE_KEYS = ("selector", "mixer", "reorder", "pipeline", "weighter")
@@ -29,7 +30,10 @@ def load(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         ConfigError: no such file, a syntax error (with its line), a key given twice, something else than a mapping, an
             override that is not `key=value`. One line.
     """
-    plain = resolve(with_overrides(read_mapping(path), overrides), path)
+    data = with_overrides(read_mapping(path), overrides)
+    learn(data)  # before what is wrong with it is reported
+    plain = resolve(data, path)
+    learn(plain)
     for key, value in plain.items():
         if isinstance(key, str) and key.endswith("_strategy") and value is False:
             plain[key] = "no"  # YAML reads `no` as false

@@ -14,6 +14,7 @@ from dataflex_mega.config.pipelines import Pipeline
 from dataflex_mega.config.proportions import initial_proportions
 from dataflex_mega.config.reorder_arguments import ReorderArguments
 from dataflex_mega.errors import ConfigError, did_you_mean
+from dataflex_mega.redaction import learn
 from dataflex_mega.schema.coercion import coerce_lenient
 
 OUR_KEYS = frozenset(f.name for f in fields(RunArguments))
@@ -51,6 +52,7 @@ def parse_config(config: Mapping[str, Any], lf_types: Mapping[str, Any], variabl
         ConfigError: unknown keys (all of them in one line, each with the nearest known one), a wrong value, or two
             engines at once.
     """
+    learn(config)
     known = [*lf_types, *OUR_KEYS, *MEGATRON_KEYS]
     all_keys, notes = legacy.migrate_keys(config, set(known))
     _refuse_unknown(all_keys, known)

@@ -17,7 +17,7 @@ import dataflex_mega.checkpoint_folder as checkpoint_folder
 from dataflex_mega.checkpoint import Checkpointer
 from dataflex_mega.checkpoint_folder import CheckpointFolder
 from dataflex_mega.checkpoint_format import Lineage, Manifest, read_state
-from dataflex_mega.config.identity import identity
+from dataflex_mega.config.identity import UNCOMPARED, identity
 from dataflex_mega.data.content import content_hashes
 from dataflex_mega.data.sampler import Sampler
 from dataflex_mega.distributed.agreement import run_on_main
@@ -265,7 +265,7 @@ def _checkpointer(
         run_identity["reference"] = reference.identity["model"]
     if config.dataflex.init_mixture_proportions_file is not None:
         run_identity["init_mixture_proportions"] = list(schedule.domains.initial_proportions)
-    limit, ignored = session.args.training.save_total_limit, tuple(config.dataflex.resume_ignore)
+    limit, ignored = session.args.training.save_total_limit, (*config.dataflex.resume_ignore, *UNCOMPARED)
     return Checkpointer(session.output_dir, session.collectives, run_identity, limit, ignored)
 
 

@@ -193,3 +193,13 @@ def test_a_training_is_ended_when_we_are(tmp_path):
     with runner.lock_run(chosen.runs[0]) as lock:
         assert lock is not None
     assert not runner.is_finished(chosen.runs[0])
+
+
+def test_a_token_is_in_no_file_of_a_comparison_and_may_be_renewed(tmp_path):
+    chosen = build(tmp_path, hub_token="SECRETTOKEN123", extra_config={"address": "https://me:PASSWORD99@host"})
+    train(chosen)
+    written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert written and not any("SECRETTOKEN123" in text or "PASSWORD99" in text for text in written)
+    assert runner.environment_of(chosen.runs[0])["DATAFLEX_MEGA_SECRET_HUB_TOKEN"] == "SECRETTOKEN123"
+    renewed = build(tmp_path, hub_token="OTHERTOKEN456", extra_config={"address": "https://me:OTHERWORD99@host"})
+    assert runner.prepare(renewed) == []

@@ -192,7 +192,7 @@ DAMAGED = {
     "empty": {},
     "no tensors": {"version": 1, "values": {}},
     "another version": {"version": 2, "tensors": {}, "values": {}},
-    "a dtype that is a function": {"version": 1, "values": {}, "tensors": {"a": {"dtype": "load", "size": [], "chunks": []}}},
+    "no dtype": {"version": 1, "values": {}, "tensors": {"a": {"dtype": "load", "size": [], "chunks": []}}},
     "a negative size": {"version": 1, "values": {}, "tensors": {"a": {"dtype": "int8", "size": [-1], "chunks": []}}},
     "a file outside": {"version": 1, "tensors": {}, "values": {"a": {"file": "../x", "offset": 0, "length": 1}}},
     "an absolute file": {"version": 1, "tensors": {}, "values": {"a": {"file": "/etc/passwd", "offset": 0, "length": 1}}},
