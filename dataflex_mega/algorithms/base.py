@@ -104,7 +104,9 @@ class Selector(Algorithm):
     @abstractmethod
     def select(self, scores: Tensor, count: int, context: UpdateContext, rng: torch.Generator) -> Tensor:
         """Scores of all candidates, [N] (or [N, m]) float32 -> [count] int64 positions in 0..N-1, the samples to train on.
-        None twice, unless a parameter `replacement` of the selector is true or there are fewer than `count` candidates.
+
+        None comes twice, unless the selector has a parameter `replacement` that is true or there are fewer than `count`
+        candidates.
 
         With a mixer this is called once per domain, with the candidates of that domain and its part of the count.
         """

@@ -70,6 +70,10 @@ class FixedLengthRows:
             pairs.append((ids, ids))
         return pairs
 
+    def target_counts(self) -> np.ndarray:
+        """[n] int64: length - 1 of every row; see data.targets."""
+        return np.full(len(self), self.length - 1, dtype=np.int64)
+
     def locate(self, row: int) -> tuple[int, int]:
         """(document, token in it) at which a row begins; by binary search in the starts, O(log documents)."""
         byte = row * self.length * self._dtype.itemsize

@@ -18,12 +18,17 @@ from typing import Any
 import numpy as np
 
 from dataflex_mega.data.pool import Domain, RowSource
-from dataflex_mega.data.row_validation import first_bad_row
 from dataflex_mega.errors import DataError, did_you_mean
+from dataflex_mega.llamafactory import raw_rows
 from dataflex_mega.llamafactory.args import LFArgs, first_line
+from dataflex_mega.llamafactory.raw_rows import RawRows
+from dataflex_mega.types import IGNORE_INDEX
 
 DOMAIN, ROW = "dataflex_domain", "dataflex_row"
 MEDIA = ("images", "videos", "audios")
+ROWS_PER_COUNT = 10_000  # while target tokens are counted
+# What LLaMA-Factory and `datasets` raise for rows that they cannot use.
+FAILURES = (ValueError, KeyError, RuntimeError, StopIteration, TypeError, IndexError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class DataBundle:
 
     domains: list[Domain]
     evaluation: dict[str, RowSource]  # "" for the one evaluation set, else a name for each
+    notes: tuple[str, ...] = ()  # what to say of the rows
 
 
 class DatasetRows:
@@ -64,6 +70,19 @@ class DatasetRows:
             return lengths, ids, _flat(table["labels"])[1]
         return lengths, ids, np.where(ids == self._no_loss_on, -100, ids)
 
+    def target_counts(self) -> np.ndarray:
+        """[n] int64: target tokens of each row; see data.targets."""
+        column = "labels" if "labels" in self._dataset.column_names else "input_ids"
+        ignored = IGNORE_INDEX if column == "labels" else self._no_loss_on
+        parts = [np.zeros(0, dtype=np.int64)]
+        for first in range(0, len(self), ROWS_PER_COUNT):
+            for chunk in self._dataset[first : min(first + ROWS_PER_COUNT, len(self))][column].chunks:
+                values, ends = chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
+                is_target = np.concatenate([[0], np.cumsum(values != ignored)])
+                starts = np.minimum(ends[:-1] + 1, ends[1:])  # a row's first token has nothing before it
+                parts.append(is_target[ends[1:]] - is_target[starts])
+        return np.concatenate(parts)
+
 
 def _arrays(column: Any) -> list[np.ndarray]:
     """A column of lists in Arrow's memory -> int64 arrays of their own.
@@ -95,16 +114,16 @@ def load_data(args: LFArgs, tokenizer_module: dict[str, Any], template: Any) -> 
     held_out: dict[str, Any] = {}
     if args.data.val_size > 1e-6:
         domains, held_out[""] = _split(domains, args)
-    for name in eval_names:
-        held_out[name if args.data.eval_on_each_dataset else ""] = load(name)
-    if eval_names and not args.data.eval_on_each_dataset and len(eval_names) > 1:
+    if eval_names:
         from datasets import concatenate_datasets
 
-        held_out = {"": concatenate_datasets([load(name) for name in eval_names])}
+        loaded = {name: load(name) for name in eval_names}
+        held_out = loaded if args.data.eval_on_each_dataset else {"": concatenate_datasets(list(loaded.values()))}
     pad = tokenizer_module["tokenizer"].pad_token_id if args.finetuning.stage == "pt" else None
     return DataBundle(
         domains=[Domain(name, DatasetRows(data, pad)) for name, data in zip(names, domains, strict=True)],
         evaluation={name: DatasetRows(data, pad) for name, data in held_out.items()},
+        notes=tuple(dict.fromkeys(load.notes)),
     )
 
 
@@ -152,11 +171,15 @@ class _Loader:
 
     def __init__(self, args: LFArgs, tokenizer_module: dict[str, Any], template: Any) -> None:
         self.args, self.tokenizer_module, self.template = args, tokenizer_module, template
+        self.notes: list[str] = []  # on the rows of the datasets that were loaded
 
     def __call__(self, name: str) -> Any:
-        from datasets.exceptions import DatasetGenerationError
         from llamafactory.data import get_dataset
 
+        raw = raw_rows.read(self.args, name)
+        if raw is not None:
+            raw.check_columns()
+            self.notes += raw.check_texts()
         data_args = copy.copy(self.args.data)  # never dataclasses.replace: its __post_init__ shortens cutoff_len again
         data_args.dataset, data_args.eval_dataset, data_args.val_size = [name], None, 0.0
         if self.args.finetuning.stage == "sft":
@@ -169,9 +192,11 @@ class _Loader:
                 data = get_dataset(
                     self.template, self.args.model, data_args, self.args.training, stage=stage, **self.tokenizer_module
                 )
-        except (DatasetGenerationError, ValueError, KeyError, RuntimeError, StopIteration, TypeError) as error:
-            raise DataError(f"dataset {name!r}: {diagnose(name, self.args.data.dataset_dir, error)}") from error
+        except FAILURES as error:
+            raise DataError(f"dataset {name!r}: {diagnose(raw, error)}") from error
         rows: Any = data["train_dataset"]  # type: ignore[typeddict-item]  # not streaming, so a datasets.Dataset
+        if raw is not None and (note := raw.dropped_note(len(rows))):
+            self.notes.append(note)
         if len(rows) == 0:
             raise DataError(f"dataset {name!r}: no usable rows")
         for column in MEDIA:
@@ -180,20 +205,12 @@ class _Loader:
         return rows
 
 
-def diagnose(name: str, dataset_dir: Any, error: BaseException) -> str:
-    """What is wrong with a dataset that could not be read: the file and row where they are known, else the error."""
-    from llamafactory.data.parser import get_dataset_list
-
-    try:
-        attributes = get_dataset_list([name], dataset_dir)[0]
-    except ValueError as unknown:
-        return first_line(unknown)
-    if attributes.load_from == "file" and isinstance(dataset_dir, str):
-        needed = [getattr(attributes, key, None) for key in ("prompt", "messages")]
-        required = needed[0] if attributes.formatting == "alpaca" else needed[1]
-        problem = first_bad_row(Path(dataset_dir) / attributes.dataset_name, required)
-        if problem:
-            return problem
+def diagnose(raw: RawRows | None, error: BaseException) -> str:
+    """What is wrong with a dataset that LLaMA-Factory could not use: file, row and key where they are known, else the
+    error."""
+    problem = None if raw is None else raw.first_problem()
+    if problem:
+        return problem
     cause = error.__cause__ or error
     return f"{type(cause).__name__}: {first_line(cause)}"
 

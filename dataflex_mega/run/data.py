@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+import dataflex_mega.data.targets as targets
 from dataflex_mega.algorithms.base import Algorithm
 from dataflex_mega.data.collate import collate
 from dataflex_mega.data.pool import Domain, ReferenceLosses, SamplePool
 from dataflex_mega.engines.base import Engine
 from dataflex_mega.errors import ConfigError, UserError
-from dataflex_mega.llamafactory.data import load_data
+from dataflex_mega.llamafactory.data import DataBundle, load_data
 from dataflex_mega.providers.context import SignalContext, split_targets
 from dataflex_mega.providers.registry import display_name, needs_targets
 from dataflex_mega.run import corpus
@@ -38,6 +39,7 @@ class RunData:
             session.report(*notes)
         else:
             bundle = load_data(args, session.tokenizer_module, session.template)
+            session.report(*(f"note: {note}" for note in bundle.notes), *check_rows(bundle, int(args.data.cutoff_len)))
         pool = SamplePool(bundle.domains)
         evaluation = {name: SamplePool([Domain(name or "eval", rows)]) for name, rows in bundle.evaluation.items()}
         check_targets(roles, evaluation)
@@ -67,6 +69,15 @@ class RunData:
             cutoff_len=session.args.data.cutoff_len,
             report=session.report,
         )
+
+
+def check_rows(bundle: DataBundle, cutoff_len: int) -> list[str]:
+    """What a run says of its data. Raises DataError for a dataset or an evaluation set of which no row has a target."""
+    training = {domain.name: targets.count_targets(domain.rows) for domain in bundle.domains}
+    held_out = {name: targets.count_targets(rows) for name, rows in bundle.evaluation.items()}
+    notes = targets.check_targets("dataset", training, cutoff_len)
+    notes += targets.check_targets("eval_dataset", held_out, cutoff_len)
+    return [*targets.summary(training), *(f"note: {note}" for note in notes)]
 
 
 def check_targets(roles: RunRoles, evaluation: Mapping[str, SamplePool]) -> None:
