@@ -43,10 +43,9 @@ class DataBundle:
 class DatasetRows:
     """Rows of a tokenized Hugging Face dataset as (input_ids, labels) arrays; memory-mapped, nothing is copied ahead."""
 
-    def __init__(self, dataset: Any, no_loss_on: int | None) -> None:
+    def __init__(self, dataset: Any) -> None:
         columns = [name for name in ("input_ids", "labels") if name in dataset.column_names]
         self._dataset = dataset.select_columns(columns).with_format("arrow")
-        self._no_loss_on = no_loss_on
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -58,8 +57,9 @@ class DatasetRows:
         if "labels" in table.column_names:
             labels = _arrays(table["labels"])
         else:
-            # Pre-training rows: every token is a target but padding tokens, as in LLaMA-Factory's collator.
-            labels = [np.where(ids == self._no_loss_on, -100, ids) for ids in inputs]
+            # Pre-training rows have no padding yet, so every token is a target, as in a corpus. LLaMA-Factory's collator
+            # leaves out all tokens that equal the padding token, which for many tokenizers is the end of a document.
+            labels = inputs
         return list(zip(inputs, labels, strict=True))
 
     def read_block(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -68,17 +68,16 @@ class DatasetRows:
         lengths, ids = _flat(table["input_ids"])
         if "labels" in table.column_names:
             return lengths, ids, _flat(table["labels"])[1]
-        return lengths, ids, np.where(ids == self._no_loss_on, -100, ids)
+        return lengths, ids, ids
 
     def target_counts(self) -> np.ndarray:
         """[n] int64: target tokens of each row; see data.targets."""
         column = "labels" if "labels" in self._dataset.column_names else "input_ids"
-        ignored = IGNORE_INDEX if column == "labels" else self._no_loss_on
         parts = [np.zeros(0, dtype=np.int64)]
         for first in range(0, len(self), ROWS_PER_COUNT):
             for chunk in self._dataset[first : min(first + ROWS_PER_COUNT, len(self))][column].chunks:
                 values, ends = chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
-                is_target = np.concatenate([[0], np.cumsum(values != ignored)])
+                is_target = np.concatenate([[0], np.cumsum(values != IGNORE_INDEX)])
                 starts = np.minimum(ends[:-1] + 1, ends[1:])  # a row's first token has nothing before it
                 parts.append(is_target[ends[1:]] - is_target[starts])
         return np.concatenate(parts)
@@ -119,10 +118,9 @@ def load_data(args: LFArgs, tokenizer_module: dict[str, Any], template: Any) -> 
 
         loaded = {name: load(name) for name in eval_names}
         held_out = loaded if args.data.eval_on_each_dataset else {"": concatenate_datasets(list(loaded.values()))}
-    pad = tokenizer_module["tokenizer"].pad_token_id if args.finetuning.stage == "pt" else None
     return DataBundle(
-        domains=[Domain(name, DatasetRows(data, pad)) for name, data in zip(names, domains, strict=True)],
-        evaluation={name: DatasetRows(data, pad) for name, data in held_out.items()},
+        domains=[Domain(name, DatasetRows(data)) for name, data in zip(names, domains, strict=True)],
+        evaluation={name: DatasetRows(data) for name, data in held_out.items()},
         notes=tuple(dict.fromkeys(load.notes)),
     )
 

@@ -21,7 +21,7 @@ def test_rows_are_read_beside_a_torchvision_without_its_video_reader(monkeypatch
     with pytest.raises(ImportError):
         table.with_format("numpy")[[0, 1]]
     whole = datasets.concatenate_datasets([table, table])  # several chunks, and rows out of order and repeated
-    found = DatasetRows(whole, None).fetch(np.array([3, 0, 6, 3, 1]))
+    found = DatasetRows(whole).fetch(np.array([3, 0, 6, 3, 1]))
     assert [ids.tolist() for ids, _ in found] == [[4, 5, 6], [1, 2], [3], [4, 5, 6], []]
     assert [labels.tolist() for _, labels in found] == [[4, 5, -100], [-100, 2], [3], [4, 5, -100], []]
     assert all(part.dtype == np.int64 for pair in found for part in pair)
