@@ -9,10 +9,12 @@ from typing import Any
 from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.distributed.parallel_info import ParallelInfo, init_distributed, timeout_of
 from dataflex_mega.engines.fsdp.engine import FSDPEngine
+from dataflex_mega.engines.fsdp.packing import check_packing
 from dataflex_mega.engines.fsdp.parallel import FSDPLayout, parallelize, read_layout, unwrap
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
 from dataflex_mega.llamafactory.model import build_model, freeze_gates
 from dataflex_mega.llamafactory.optim import build_optimizer, build_scheduler
+from dataflex_mega.run.data import packs_rows
 from dataflex_mega.run.step_options import build_step_options
 
 
@@ -49,9 +51,12 @@ class FSDPBuilder:
         if self.config.dataflex.freeze_gate:
             freeze_gates(model)
         module = parallelize(model, self.layout, self.parallel_info)
+        runner = FSDPModelRunner(module, self.layout, self.parallel_info)
+        if packs_rows(self.args):
+            check_packing(runner, self.args.data.cutoff_len)
         optimizer = build_optimizer(self.args, unwrap(module))
         return FSDPEngine(
-            FSDPModelRunner(module, self.layout, self.parallel_info),
+            runner,
             optimizer,
             build_scheduler(self.args, optimizer, num_steps),
             build_step_options(self.config, self.args, num_domains, options),

@@ -29,6 +29,7 @@ from dataflex_mega.errors import ConfigError
 from dataflex_mega.llamafactory.optim import build_scheduler
 from dataflex_mega.run.step_options import build_step_options
 
+CUTOFF_LEN = 2048  # LLaMA-Factory's default
 VOCAB_MULTIPLE = 128  # the padded vocabulary is the same for all usual tensor sizes, so that checkpoints may move
 
 
@@ -47,7 +48,7 @@ class MegatronFactory:
         hf_config = _hf_config(lf_keys)
         decoder = DecoderConfig.from_hf_config(hf_config, math.lcm(VOCAB_MULTIPLE, layout.tensor))
         grad_accumulation = int(lf_keys.get("gradient_accumulation_steps") or 1)
-        check_layout(layout, decoder, keys, grad_accumulation, int(lf_keys.get("cutoff_len") or 0))
+        check_layout(layout, decoder, keys, grad_accumulation, int(lf_keys.get("cutoff_len") or CUTOFF_LEN))
         object.__setattr__(self, "layout", layout)
         object.__setattr__(self, "decoder", decoder)
         plain = TrainingSettings("adam", 0.0, 0.0, (0.9, 0.999), 1e-8, 0.0, _precision(lf_keys))

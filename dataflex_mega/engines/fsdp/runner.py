@@ -15,6 +15,7 @@ import dataflex_mega.objective as objective
 from dataflex_mega.distributed.collectives import TorchCollectives
 from dataflex_mega.distributed.parallel_info import ParallelInfo
 from dataflex_mega.engines.fsdp.hidden_states import capture_hidden_states
+from dataflex_mega.engines.fsdp.masks import AttentionKinds
 from dataflex_mega.engines.fsdp.parallel import FSDPLayout, unwrap
 from dataflex_mega.signals.sample_embeddings import sample_embeddings
 from dataflex_mega.types import Batch, EmbeddingSpec
@@ -28,8 +29,10 @@ class FSDPModelRunner:
     layout: FSDPLayout
     parallel_info: ParallelInfo
     collectives: TorchCollectives = field(init=False)
+    attention_kinds: AttentionKinds = field(init=False)
 
     def __post_init__(self) -> None:
+        self.attention_kinds = AttentionKinds.of(getattr(self.model, "config", None))
         self.collectives = TorchCollectives(self.parallel_info)
         self.module.train()
 
@@ -50,7 +53,7 @@ class FSDPModelRunner:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.is_packed:
             inputs["position_ids"] = batch.position_ids
-            inputs["attention_mask"] = attention_mask(batch.segment_ids, self.layout.dtype)
+            inputs["attention_mask"] = self.attention_kinds.mask(batch, self.layout.dtype)
         # Unpacked rows are padded on the right: under causal attention no token sees the padding, so no mask is needed.
         with self.autocast():
             return self.module(**inputs).logits
@@ -105,15 +108,3 @@ class FSDPModelRunner:
         torch.set_rng_state(state["cpu"])
         if self.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.device)
-
-
-def attention_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """[b, S] -> [b, 1, S, S] additive mask: causal within a sample, blocked between samples.
-
-    Padding attends to itself, because a row of a softmax that is blocked everywhere is not a number.
-    """
-    same = segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)
-    length, device = segment_ids.shape[1], segment_ids.device
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    allowed = (same & causal).unsqueeze(1)
-    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, torch.finfo(dtype).min)

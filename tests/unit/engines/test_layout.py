@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dataflex_mega.engines.fsdp.masks import attention_mask
 from dataflex_mega.engines.fsdp.parallel import read_layout
-from dataflex_mega.engines.fsdp.runner import attention_mask
 from dataflex_mega.errors import ConfigError
 
 CPU = torch.device("cpu")
