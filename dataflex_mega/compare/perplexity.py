@@ -26,6 +26,7 @@ from dataflex_mega.errors import ConfigError
 from dataflex_mega.llamafactory import args as lf_args
 from dataflex_mega.llamafactory.data import load_data
 from dataflex_mega.llamafactory.model import build_model, load_tokenizer
+from dataflex_mega.llamafactory.model_checks import check_model
 from dataflex_mega.signals import pool_share
 from dataflex_mega.types import Batch, SampleStats
 
@@ -114,6 +115,7 @@ def evaluate(
         raise ConfigError(f"batch size: must be at least 1, found {batch_size}")
     parsed = lf_args.parse_arguments(lf_args.prepare_arguments(dict(keys)))
     module, template = load_tokenizer(parsed)
+    check_model(parsed, module["tokenizer"])
     if corpus is None:
         pool = SamplePool(load_data(parsed, module, template).domains)
     else:

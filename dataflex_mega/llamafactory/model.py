@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import traceback
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from dataflex_mega.errors import ConfigError, did_you_mean
 from dataflex_mega.llamafactory.args import LFArgs, first_line
+from dataflex_mega.llamafactory.model_checks import UNREADABLE, read_config
 
 
 def load_tokenizer(args: LFArgs) -> tuple[dict[str, Any], Any]:
@@ -15,11 +20,15 @@ def load_tokenizer(args: LFArgs) -> tuple[dict[str, Any], Any]:
     from llamafactory.model import load_tokenizer as load
 
     check_template(args.data.template)
+    if Path(str(args.model.model_name_or_path)).is_dir():
+        read_config(args)  # of which a tokenizer says no more than that it cannot be loaded
     try:
         module = load(args.model)
         template = get_template_and_fix_tokenizer(module["tokenizer"], args.data)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"model_name_or_path {args.model.model_name_or_path!r}: {first_line(error)}") from error
+    except UNREADABLE as error:
+        cause = error.__cause__ if isinstance(error, OSError) and error.__cause__ is not None else error
+        message = f"model_name_or_path {args.model.model_name_or_path!r}: tokenizer: {first_line(cause)}"
+        raise ConfigError(message) from error
     return dict(module), template
 
 
@@ -45,11 +54,33 @@ def build_model(args: LFArgs, tokenizer: Any, device_map: dict[str, str] | None 
 
     try:
         model = load_model(tokenizer, model_args, args.finetuning, is_trainable=True)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"model_name_or_path {args.model.model_name_or_path!r}: {first_line(error)}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
+        raise ConfigError(f"{_key_of(args, error)}: {first_line(error)}") from error
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"finetuning_type {args.finetuning.finetuning_type!r} leaves no parameter to train")
     return model
+
+
+# The part of LLaMA-Factory's loading in which an error is about a key of its own.
+KEY_OF_STEP = {
+    "configure_attn_implementation": "flash_attn",
+    "configure_rope": "rope_scaling",
+    "configure_longlora": "shift_attn",
+    "configure_quantization": "quantization_config of the model",
+    "apply_liger_kernel": "enable_liger_kernel",
+    "_setup_freeze_tuning": "freeze_trainable_layers, freeze_trainable_modules",
+    "_setup_lora_tuning": "lora_target, adapter_name_or_path",
+    "resize_embedding_layer": "resize_vocab",
+}
+
+
+def _key_of(args: LFArgs, error: BaseException) -> str:
+    steps = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    source = f"model_name_or_path {args.model.model_name_or_path!r}"
+    key = next((key for step, key in KEY_OF_STEP.items() if step in steps), None)
+    return source if key is None else f"{key}, {source}"
 
 
 def freeze_gates(model: Any) -> int:

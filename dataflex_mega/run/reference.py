@@ -19,6 +19,8 @@ from dataflex_mega.distributed.agreement import run_on_main, waited_lock
 from dataflex_mega.engines.fsdp.parallel import parallelize, read_layout
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
 from dataflex_mega.errors import CheckpointError, ConfigError
+from dataflex_mega.llamafactory.args import first_line
+from dataflex_mega.llamafactory.model_checks import UNREADABLE, check_positions, preview_model
 from dataflex_mega.locks import FolderLock
 from dataflex_mega.run.data import RunData
 from dataflex_mega.run.roles import RunRoles
@@ -163,16 +165,32 @@ def reference_losses(session: Session, source: Path) -> Callable[[Batch], Tensor
     return losses
 
 
+def _check_reference(session: Session, source: Path) -> None:
+    """Raises ConfigError for weights that are not those of its configuration, and rows longer than its positions."""
+    from transformers import AutoConfig
+
+    options = {"trust_remote_code": bool(session.args.model.trust_remote_code)}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except UNREADABLE as error:
+        raise ConfigError(f"reference_model {str(source)!r}: config.json: {first_line(error)}") from error
+    preview = preview_model("reference_model", str(source), config, options)
+    check_positions(int(session.args.data.cutoff_len), config, preview, f"reference_model {str(source)!r}")
+
+
 def _load(session: Session, source: Path, dtype: torch.dtype) -> Any:
     """The model in the precision that the run computes in. Raises ConfigError when its tokens are not the run's."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = session.tokenizer
     trust = bool(session.args.model.trust_remote_code)
+    _check_reference(session, source)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"reference_model: {source}: {str(error).strip().splitlines()[0]}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
+        raise ConfigError(f"reference_model {str(source)!r}: {first_line(error)}") from error
     entries = model.get_input_embeddings().weight.shape[0]
     if entries < len(tokenizer):
         raise ConfigError(

@@ -12,6 +12,7 @@ from dataflex_mega.distributed.parallel_info import ParallelInfo
 from dataflex_mega.llamafactory import args as lf_args
 from dataflex_mega.llamafactory.callbacks import load_callbacks
 from dataflex_mega.llamafactory.model import load_tokenizer
+from dataflex_mega.llamafactory.model_checks import check_model
 from dataflex_mega.log import get_logger
 from dataflex_mega.run import corpus
 from dataflex_mega.run.engines import EngineBuilder, engine_factory
@@ -38,11 +39,12 @@ class Session:
         args.training.overwrite_output_dir = False  # LLaMA-Factory's callback would remove logs; see run.resume
         callbacks = load_callbacks(list(config.dataflex.callbacks))
         tokenizer_module, template = load_tokenizer(args)
+        notes = check_model(args, tokenizer_module["tokenizer"], not config.megatron.megatron_pretrained_checkpoint)
         builder = factory.init_processes(args, len(tokenizer_module["tokenizer"]))
         output_dir = Path(args.training.output_dir)
         collectives = TorchCollectives(builder.parallel_info)
         session = cls(config, args, callbacks, tokenizer_module, template, builder, collectives, output_dir)
-        session.report(*(f"note: {note}" for note in builder.notes))
+        session.report(*(f"note: {note}" for note in (*notes, *builder.notes)))
         return session
 
     @property
