@@ -27,6 +27,7 @@ OPEN_TO_ALL = (
     "types",
     "errors",
     "files",
+    "json_text",
     "rng_streams",
     "log",
     "redaction",

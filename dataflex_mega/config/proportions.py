@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import dataflex_mega.json_text as json_text
 from dataflex_mega.config.component_parameters import Spec
 from dataflex_mega.config.dataflex_arguments import RunArguments
 from dataflex_mega.data import manifest
@@ -69,7 +70,7 @@ def _load(path: str) -> Any:
     if text.strip()[:1] not in ("{", "["):
         text = f"[{','.join(text.replace(',', ' ').split())}]"
     try:
-        return json.loads(text)
+        return json_text.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{KEY}: {path}, line {error.lineno}: {error.msg}") from error
 

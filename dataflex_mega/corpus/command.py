@@ -13,11 +13,11 @@ again, and the result has the same bytes whatever the number of workers.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import dataflex_mega.data.dataset_info as dataset_info
 from dataflex_mega.corpus.input_files import KINDS, FieldRule, InputFile, open_input
 from dataflex_mega.corpus.prepare import BAD_ROWS, PrepareJob, PrepareResult, prepare
 from dataflex_mega.corpus.progress import ProgressDisplay
@@ -136,18 +136,14 @@ def _files_of_datasets(options: argparse.Namespace) -> list[InputFile]:
     names = [name.strip() for name in options.dataset.split(",") if name.strip()]
     if not names:
         return []
-    info = options.dataset_dir / "dataset_info.json"
-    try:
-        known = json.loads(info.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"--dataset-dir: {info} not found") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{info}, line {error.lineno}: not JSON: {error.msg}") from error
+    info = options.dataset_dir / dataset_info.NAME
+    known = dataset_info.read(options.dataset_dir, "--dataset-dir")
     files = []
     for name in names:
         if name not in known:
             raise DataError(f"--dataset: {name!r} is not in {info}{did_you_mean(name, known)}")
         entry = known[name]
+        dataset_info.check_entry(name, entry, str(info))
         if "file_name" not in entry or entry.get("formatting", "alpaca") != "alpaca":
             raise DataError(
                 f"--dataset: {name!r} must have a file_name and alpaca rows; save it as .jsonl and name that"

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import dataflex_mega.json_text as json_text
 from dataflex_mega.errors import DataError, did_you_mean
 
 NAME = "manifest.json"
 FORMAT, VERSION = "dataflex_mega corpus", 1
 ITEMSIZE = {"uint16": 2, "int32": 4}  # bytes of a token
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_HEADER = struct.Struct(
+    "<9sQBQQ"
+)  # magic, version, dtype, sequences, document borders; then int32 and two int64 lists
 PROBE = "The year 2024, x_1 == (y + 2.50) -> [naive]\n\tna\u00efve \u4f60\u597d \U0001f600 don't  stop"
 
 
@@ -105,9 +111,9 @@ def read(folder: str | Path, key: str = "corpus_dir") -> Corpus:
     if not file.is_file():
         raise DataError(f"{key}: {file} not found; `dataflex-cli corpus` writes it")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{key}: {file} is not JSON: {error}") from error
+        content = json_text.read(file)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{key}: {file}{json_text.read_problem(file, error)}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{key}: {file} is not a corpus manifest ('format' must be {FORMAT!r})")
     if content.get("version") != VERSION:
@@ -127,10 +133,41 @@ def _from_json(folder: Path, content: dict[str, Any], where: str) -> Corpus:
         values["inputs"] = tuple(content["inputs"])
     except (KeyError, TypeError) as error:
         raise DataError(f"{where} is damaged: {type(error).__name__} {error}") from error
+    _check_types(values, where)
     corpus = Corpus(folder, **values)
-    if corpus.dtype not in ITEMSIZE or not corpus.domains:
+    if not isinstance(corpus.dtype, str) or corpus.dtype not in ITEMSIZE or not corpus.domains:
         raise DataError(f"{where} is damaged: dtype {corpus.dtype!r}, {len(corpus.domains)} domains")
     return corpus
+
+
+def _check_types(values: dict[str, Any], where: str) -> None:
+    """Raises DataError for an entry of another type than written, a file outside the folder and a domain listed twice."""
+    for domain in values["domains"]:
+        for name, kind in TYPES.items():
+            value = getattr(domain, name)
+            if not isinstance(value, kind) or isinstance(value, bool) or (kind is not str and not value >= 0):
+                raise DataError(f"{where} is damaged: {name} of domain {domain.name!r} is {value!r}")
+        if not domain.name or Path(domain.prefix).name != domain.prefix or domain.prefix in ("", ".", ".."):
+            raise DataError(
+                f"{where} is damaged: domain {domain.name!r} has the file {domain.prefix!r}, not one of its folder"
+            )
+    names = [domain.name for domain in values["domains"]]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"{where} is damaged: domain {name!r} is listed {names.count(name)} times")
+    tokenizer = values["tokenizer"]
+    numbers = {"tokenizer.vocabulary": tokenizer.vocab_size, "tokenizer.end": tokenizer.eod_token_id}
+    for name, value in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise DataError(f"{where} is damaged: {name} is {value!r}")
+    if not isinstance(tokenizer.fingerprint, str):
+        raise DataError(f"{where} is damaged: tokenizer.fingerprint is {tokenizer.fingerprint!r}")
+
+
+TYPES: dict[str, Any] = {
+    "name": str, "prefix": str, "documents": int, "tokens": int, "proportion": int | float, "bin_sha256": str,
+    "idx_sha256": str,
+}  # fmt: skip
 
 
 def _check_files(corpus: Corpus, domain: CorpusDomain, key: str) -> None:
@@ -142,6 +179,19 @@ def _check_files(corpus: Corpus, domain: CorpusDomain, key: str) -> None:
     size, expected = path.stat().st_size, domain.tokens * ITEMSIZE[corpus.dtype]
     if size != expected:
         raise DataError(f"{key}: {path} has {size} bytes, its manifest says {expected}")
+    _check_index(corpus.prefix(domain).with_name(domain.prefix + ".idx"), domain, key)
+
+
+def _check_index(path: Path, domain: CorpusDomain, key: str) -> None:
+    """Raises DataError for an .idx file that is none of Megatron's, or cut."""
+    with path.open("rb") as stream:
+        header = stream.read(INDEX_HEADER.size)
+    if len(header) < INDEX_HEADER.size or not header.startswith(INDEX_MAGIC):
+        raise DataError(f"{key}: {path} is not an index of Megatron (domain {domain.name!r})")
+    _, version, _, sequences, borders = INDEX_HEADER.unpack(header)
+    size, expected = path.stat().st_size, INDEX_HEADER.size + 12 * sequences + 8 * borders
+    if version != 1 or size != expected:
+        raise DataError(f"{key}: {path} has {size} bytes, its own header says {expected} (domain {domain.name!r})")
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

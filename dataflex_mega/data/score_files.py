@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+import dataflex_mega.json_text as json_text
 from dataflex_mega.errors import ConfigError, DataError
 
 
@@ -18,12 +19,12 @@ def read_scores(path: str, key: str) -> np.ndarray:
     `key` in every line. Raises DataError for anything else and for a number that is not finite."""
     file = _existing(path, "score_path")
     if file.suffix == ".npy":
-        found: Any = np.load(file, allow_pickle=False).reshape(-1)
+        found: Any = _read_array(file)
     elif file.suffix == ".jsonl":
-        lines = [(n, line) for n, line in enumerate(file.read_text("utf-8").splitlines(), 1) if line.strip()]
+        lines = [(n, line) for n, line in enumerate(_read_text(file).splitlines(), 1) if line.strip()]
         found = [_lookup(_json(line, f"{file}, line {n}"), key, f"{file}, line {n}") for n, line in lines]
     else:
-        content = _json(file.read_text("utf-8"), str(file))
+        content = _json(_read_text(file), str(file))
         found = content if isinstance(content, list) else _lookup(content, key, str(file))
     return _finite_array(found, str(file))
 
@@ -31,7 +32,7 @@ def read_scores(path: str, key: str) -> np.ndarray:
 def read_cached_selection(path: str, metric_key: str, fill_value: float, size: int) -> np.ndarray:
     """[N] float64: the metric of a selection's file, `fill_value` for samples that are not in it."""
     file = _existing(path, "cache_path")
-    content = _json(file.read_text("utf-8"), str(file))
+    content = _json(_read_text(file), str(file))
     indices, metrics = (content.get(key) if isinstance(content, dict) else None for key in ("indices", "metric"))
     if not isinstance(indices, list) or not isinstance(metrics, dict) or metric_key not in metrics:
         available = f"; it has {', '.join(metrics)}" if isinstance(metrics, dict) else ""
@@ -54,9 +55,24 @@ def _existing(path: str, key: str) -> Path:
     return file
 
 
+def _read_array(file: Path) -> np.ndarray:
+    """[N] of a .npy file, flattened. Raises DataError for another file, one that is cut, and one of objects."""
+    try:
+        return np.load(file, allow_pickle=False).reshape(-1)
+    except (ValueError, OSError, EOFError, SyntaxError) as error:
+        raise DataError(f"{file}: not an array of numbers in numpy's format: {error}") from error
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}{json_text.read_problem(file, error)}") from error
+
+
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json_text.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON: {error.msg}") from error
 

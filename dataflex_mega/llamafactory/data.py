@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+import dataflex_mega.data.dataset_info as dataset_info
 from dataflex_mega.data.pool import Domain, RowSource
 from dataflex_mega.errors import DataError, did_you_mean
 from dataflex_mega.llamafactory import raw_rows
@@ -137,6 +138,8 @@ def check_names(names: list[str] | None, dataset_dir: Any) -> list[str]:
             raise DataError(f"dataset: {name!r} is listed {names.count(name)} times")
         if known is not None and name not in known:
             raise DataError(f"dataset: {name!r} is not in {dataset_dir}/dataset_info.json{did_you_mean(name, known)}")
+        if known is not None:
+            dataset_info.check_entry(name, known[name], f"{dataset_dir}/dataset_info.json")
     try:
         entries = get_dataset_list(names, dataset_dir)
     except ValueError as error:
@@ -148,20 +151,13 @@ def check_names(names: list[str] | None, dataset_dir: Any) -> list[str]:
     return list(names)
 
 
-def _known_names(dataset_dir: Any) -> set[str] | None:
-    import json
-
+def _known_names(dataset_dir: Any) -> dict[str, Any] | None:
+    """Name -> entry of dataset_info.json; None where the names are those of a hub."""
     if isinstance(dataset_dir, dict):
-        return set(dataset_dir)
+        return dataset_dir
     if not isinstance(dataset_dir, str) or dataset_dir == "ONLINE" or dataset_dir.startswith("REMOTE:"):
         return None
-    info = Path(dataset_dir) / "dataset_info.json"
-    if not info.is_file():
-        raise DataError(f"dataset_dir: {info} not found")
-    try:
-        return set(json.loads(info.read_text()))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{info}, line {error.lineno}: not JSON: {error.msg}") from error
+    return dataset_info.read(Path(dataset_dir))
 
 
 class _Loader:

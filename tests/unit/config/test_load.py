@@ -115,7 +115,8 @@ def test_a_missing_folder_is_named(tmp_path):
 def test_a_folder_and_another_suffix_are_refused(tmp_path):
     (tmp_path / "folder.yaml").mkdir()
     assert "cannot be read" in fails(str(tmp_path / "folder.yaml"))
-    assert "expected a file that ends in .yaml, .yml, .json" in fails("learning_rate=1")
+    assert "expected a file that ends in .yaml, .yml, .json" in fails("learning_rate")
+    assert "then key=value; found 'learning_rate=1'" in fails("learning_rate=1")
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path):
