@@ -45,11 +45,12 @@ def check_model(args: LFArgs, tokenizer: Any, loads_weights: bool = True) -> lis
     config = read_config(args)
     _check_rope(args, config)
     _check_pissa(args)
+    _check_vocabulary(args, tokenizer, getattr(config.get_text_config(), "vocab_size", None))
     weights = loads_weights and not args.model.train_from_scratch
     preview = preview_model("model_name_or_path", source, config, hub_options(args), weights)
     notes = _check_length(args, config, preview)
     if preview is not None:
-        _check_vocabulary(args, tokenizer, preview)
+        _check_vocabulary(args, tokenizer, int(preview.get_input_embeddings().weight.shape[0]))
         _check_trained_parts(args, config, preview)
         for adapter in args.model.adapter_name_or_path or ():
             preview = _check_adapter(str(adapter), preview)
@@ -129,12 +130,12 @@ def _auto_class(config: Any) -> Any:
 
 def _check_weights(key: str, source: str, found: dict[str, Any]) -> None:
     where = f"{key} {source!r}"
-    mismatched = sorted(found.get("mismatched_keys") or (), key=lambda entry: str(entry[0]))
+    mismatched: list[Any] = sorted(found.get("mismatched_keys") or (), key=str)
     if mismatched:
         name, in_file, in_model = mismatched[0]
         raise ConfigError(
-            f"{where}: {name}{_more(len(mismatched) - 1)} has shape {list(in_file)} in the files and {list(in_model)} in the "
-            "model that config.json describes"
+            f"{where}: {name}{_more(len(mismatched) - 1)} has shape {list(in_file)} in the files and {list(in_model)} in "
+            "the model that config.json describes"
         )
     missing = sorted(map(str, found.get("missing_keys") or ()))
     if missing:
@@ -178,12 +179,13 @@ def _quiet() -> Iterator[None]:
 # -- keys ----------------------------------------------------------------------------------------------------------------
 
 
-def _check_vocabulary(args: LFArgs, tokenizer: Any, model: Any) -> None:
-    rows = int(model.get_input_embeddings().weight.shape[0])
-    if len(tokenizer) > rows and not args.model.resize_vocab:
+def _check_vocabulary(args: LFArgs, tokenizer: Any, rows: Any) -> None:
+    """`rows`: of the embedding, where that is known."""
+    if isinstance(rows, int) and len(tokenizer) > rows and not args.model.resize_vocab:
+        template = f" with those of template {args.data.template!r}" if args.data.template else ""
         raise ConfigError(
-            f"model_name_or_path {args.model.model_name_or_path!r}: the tokenizer (with what template {args.data.template!r} "
-            f"adds) has {len(tokenizer)} tokens, the model's embedding {rows} rows; resize_vocab: true adds rows"
+            f"model_name_or_path {args.model.model_name_or_path!r}: the tokenizer has {len(tokenizer)} tokens{template}, "
+            f"the model's embedding {rows} rows; resize_vocab: true adds rows (with engine: fsdp)"
         )
 
 
@@ -245,7 +247,8 @@ def _check_rope(args: LFArgs, config: Any) -> None:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"rope_scaling: {name} cannot be applied to model type {config.model_type!r} with cutoff_len "
-            f"{args.data.cutoff_len}: {reason}; write rope_parameters and max_position_embeddings into the model's config.json"
+            f"{args.data.cutoff_len}: {reason}; write rope_parameters and max_position_embeddings into the model's "
+            "config.json instead"
         ) from error
 
 
@@ -253,8 +256,8 @@ def _check_pissa(args: LFArgs) -> None:
     tuning = args.finetuning
     if tuning.pissa_init and tuning.pissa_iter != -1:
         raise ConfigError(
-            f"pissa_iter: {tuning.pissa_iter} begins from a random decomposition, which changes the model and cannot be made "
-            "again, so the adapter would not belong to the model that it is loaded on; pissa_iter: -1 is exact"
+            f"pissa_iter: {tuning.pissa_iter} begins from a random decomposition, which changes the model and cannot be "
+            "made again, so the adapter would not belong to the model that it is loaded on; pissa_iter: -1 is exact"
         )
 
 
@@ -310,12 +313,10 @@ def _check_adapter(source: str, model: Any) -> Any:
         config.init_lora_weights = False  # type: ignore[attr-defined]
         config.inference_mode = True
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-        wanted = {
-            name: tuple(tensor.shape)
-            for name, tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
-        }
+        weights: dict[str, torch.Tensor] = get_peft_model_state_dict(adapted, save_embedding_layers=False)  # type: ignore[arg-type]
+        wanted = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         found = _adapter_shapes(folder)
-        plain = adapted.unload() if hasattr(adapted, "unload") else model
+        plain = adapted.unload()  # type: ignore[operator]
     except UNREADABLE as error:
         raise ConfigError(f"{where}: {damaged_file(source) or first_line(error)}") from error
     if start.startswith("pissa_niter"):
