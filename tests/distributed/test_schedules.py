@@ -15,12 +15,9 @@ HALVING = {
     "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5, "threshold": 0.9},
     "eval_strategy": "steps", "eval_steps": 2, "max_samples": 20,
 }  # fmt: skip
-ENGINES = [
-    "fsdp",
-    pytest.param(
-        "megatron", marks=pytest.mark.skipif(not importlib.util.find_spec("megatron"), reason="no megatron-core")
-    ),
-]
+HAS_MEGATRON = importlib.util.find_spec("megatron") is not None
+MEGATRON = [pytest.mark.exhaustive, pytest.mark.skipif(not HAS_MEGATRON, reason="no megatron-core")]
+ENGINES = ["fsdp", pytest.param("megatron", marks=MEGATRON)]
 
 
 @pytest.fixture(scope="module")

@@ -223,6 +223,7 @@ def test_a_reference_model_that_does_not_fit_ends_in_one_line(folder, model, wor
     one_line(config, ["reference_model", *words] if model != "gpt2" else words)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["layers missing", "layers left over", "wider", "cut"])
 def test_the_megatron_engine_refuses_the_same_models(folder, name):
     pytest.importorskip("megatron.core")

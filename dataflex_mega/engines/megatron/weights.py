@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from dataflex_mega.engines.megatron.hf_mapping import (
 from dataflex_mega.engines.megatron.wrapping import unwrap
 from dataflex_mega.errors import ConfigError, DataError, did_you_mean
 
+OF_A_LAYER = re.compile(r"model\.layers\.\d+\.")
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -66,15 +68,24 @@ class HFCheckpointReader:
     """
 
     def __init__(self, folder: Path, hf_config: Any) -> None:
-        """Raises DataError when the folder has no safetensors weights, or not all that the configuration asks for."""
+        """Raises DataError when the folder has no safetensors weights, not all that the configuration asks for, or those
+        of other layers too."""
         self.folder = folder
         self.bytes_read = 0
         self.shapes = checkpoint_shapes(hf_config)
         self._kind = str(hf_config.model_type)
         self._open: dict[Path, Any] = {}
         self._files = self._listed()
-        for name in self.shapes:
-            self._locate(name)
+        self._check_nothing_left({self._locate(name)[0] for name in self.shapes})
+
+    def _check_nothing_left(self, used: set[str]) -> None:
+        """Raises DataError for weights of layers, or parts of them, that the configuration does not have."""
+        left = sorted(name for name in set(self._files) - used if OF_A_LAYER.match(name) and "rotary_emb" not in name)
+        if left:
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            raise DataError(
+                f"{self.folder}: tensor {left[0]}{more} has no place in the model that config.json describes"
+            )
 
     def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Entries start..stop-1 along `dim` of the tensor `name`. Raises DataError when its shape is not the model's."""

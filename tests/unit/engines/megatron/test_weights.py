@@ -68,6 +68,14 @@ def test_a_missing_tensor_is_named_at_once(tmp_path):
         HFCheckpointReader(tmp_path, config)
 
 
+def test_a_tensor_left_over_is_named_at_once(tmp_path):
+    config = written(tmp_path, "llama")
+    config.num_hidden_layers -= 1
+    last = rf"model\.layers\.{config.num_hidden_layers}\.input_layernorm\.weight and \d+ more has no place"
+    with pytest.raises(DataError, match=last):
+        HFCheckpointReader(tmp_path, config)
+
+
 def test_a_folder_without_safetensors_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"model_name_or_path: .* has neither model.safetensors nor"):
         HFCheckpointReader(tmp_path, small.configs()["llama"])
