@@ -7,6 +7,7 @@ is fetched: an update before step t uses the losses of the steps up to t - prefe
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -191,7 +192,8 @@ class MixtureBatchSampler(TorchSampler[list[int]]):
             plan = next(plan for plan in reversed(self._plans) if plan.start_step <= self._applied)
             counts = torch.from_numpy(self._sampler.counts_at(plan, self._applied)).double()
             self._applied += 1
-            mean = float(sums.sum() / tokens.sum().clamp(min=1))
+            total = float(tokens.sum())
+            mean = float(sums.sum()) / total if total else math.nan
             stats = StepStats(mean, 0.0, sums, tokens, counts, int(tokens.sum()))
             contracts.observe(self.mixer, stats, plan.proportions, self._applied)
 

@@ -7,6 +7,7 @@ G samples of a global batch, k domains, N samples of the pool.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -204,8 +205,9 @@ class StepStats:
 
     @property
     def mean_loss(self) -> float:
-        """Unweighted mean loss of the step's target tokens."""
-        return float(self.domain_loss.sum() / self.domain_tokens.sum().clamp(min=1))
+        """Unweighted mean loss of the step's target tokens; NaN without any."""
+        tokens = float(self.domain_tokens.sum())
+        return float(self.domain_loss.sum()) / tokens if tokens else math.nan
 
 
 @dataclass(frozen=True)

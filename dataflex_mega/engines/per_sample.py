@@ -59,3 +59,11 @@ def stack_values(values: dict[int, Tensor], num_samples: int, width: int, device
 def width_of(values: dict[int, Tensor]) -> int:
     """The number of values per sample; 0 when there are none."""
     return next((len(value) for value in values.values()), 0)
+
+
+def nonzero_targets(count: Tensor) -> Tensor:
+    """How many target samples of a group have a gradient, as a divisor. Raises TrainingFault for none: there is nothing that
+    candidates could be compared with."""
+    if not int(count):
+        raise TrainingFault("eval_dataset: no sample of a group of targets has a gradient to compare with")
+    return count

@@ -79,7 +79,7 @@ class StepAccumulator:
         if stop_requested is not None:
             stops = collectives.sum_over_model_ranks(stops)
         return StepStats(
-            loss=loss,
+            loss=loss if float(domain[1].sum()) > 0 else math.nan,  # a loss of nothing is none
             grad_norm=grad_norm,
             domain_loss=domain[0],
             domain_tokens=domain[1],

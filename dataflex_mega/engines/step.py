@@ -12,6 +12,7 @@ import dataflex_mega.objective as objective
 from dataflex_mega.distributed.collectives import TorchCollectives
 from dataflex_mega.engines.options import StepOptions
 from dataflex_mega.engines.stats import StepAccumulator
+from dataflex_mega.errors import NotFinite
 from dataflex_mega.types import Batch, EmbeddingSpec, SampleStats, WeightFn
 
 ForwardResult = tuple[Tensor, Tensor | None]  # [b, S] token losses; [n, h] embeddings of the samples, where asked for
@@ -99,6 +100,27 @@ class StepLoss:
 def non_finite_sample_ids(accumulator: StepAccumulator, collectives: TorchCollectives) -> list[int]:
     """Ids of the step's samples, of all ranks, whose loss is NaN or infinite; sorted. Every rank must call it."""
     return sorted({i for ids in collectives.all_gather_objects(accumulator.non_finite_ids()) for i in ids})
+
+
+def check_has_targets(
+    grad_norm: float,
+    denominators: Tensor,
+    accumulator: StepAccumulator,
+    collectives: TorchCollectives,
+    options: StepOptions,
+) -> bool:
+    """Whether a step has a target token. Without one there is no loss and no gradient, and nothing to update with.
+
+    The sum is read where the gradient is zero only, so a usual step does not wait for it. Raises NotFinite unless such steps
+    are skipped (on_non_finite: continue).
+    """
+    if grad_norm != 0 or float(denominators.sum()) > 0:
+        return True
+    if options.on_non_finite == "stop":
+        ids = [i for samples in accumulator.samples for i in samples.sample_ids.tolist()]
+        everywhere = sorted({i for part in collectives.all_gather_objects(ids) for i in part})
+        raise NotFinite("no sample of the step has a target token, so there is no loss", everywhere)
+    return False
 
 
 def not_finite_message(grad_norm: float, sample_ids: list[int]) -> str:

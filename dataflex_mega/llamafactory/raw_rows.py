@@ -116,7 +116,13 @@ class RawRows:
             if not (pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)):
                 found = f"found {values.type} {self._shown(first, column)}"
                 raise DataError(f"dataset {self.name!r}: {self.where(first)}: {column!r} must be text, {found}")
-            trimmed = compute.binary_length(compute.utf8_trim_whitespace(values))
+            try:
+                trimmed = compute.binary_length(compute.utf8_trim_whitespace(values))
+            except pyarrow.ArrowInvalid as error:  # the reader takes any bytes for text
+                problem = (
+                    _first_bad_row(self.files) or f"rows {first} to {first + len(values) - 1}: {column!r} is not UTF-8"
+                )
+                raise DataError(f"dataset {self.name!r}: {problem}") from error
             parts.append(compute.fill_null(compute.equal(trimmed, 0), True).to_numpy().astype(bool))
         return np.concatenate(parts) if parts else np.zeros(0, dtype=bool)
 
@@ -171,12 +177,15 @@ def _load_or_say(name: str, attributes: Any, files: list[Path], options: dict[st
         return _load(attributes, files, options)
     except errors as error:
         cause = error.__cause__ or error
-        for file in files:
-            problem = first_bad_row(file, None)
-            if problem:
-                raise DataError(f"dataset {name!r}: {problem}") from error
+        problem = _first_bad_row(files)
+        if problem:
+            raise DataError(f"dataset {name!r}: {problem}") from error
         source = f"{files[0] if len(files) == 1 else files[0].parent} cannot be read: " if files else ""
         raise DataError(f"dataset {name!r}: {source}{type(cause).__name__}: {first_line(cause)}") from error
+
+
+def _first_bad_row(files: list[Path]) -> str | None:
+    return next(filter(None, (first_bad_row(file, None) for file in files)), None)
 
 
 def _load(attributes: Any, files: list[Path], options: dict[str, Any] | None = None) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dataflex_mega.data.lockstep import lockstep_batches
 from dataflex_mega.distributed.agreement import run_on_main
+from dataflex_mega.engines.per_sample import nonzero_targets
 from dataflex_mega.providers.context import SignalContext
 from dataflex_mega.store.layout import StoreLayout
 from dataflex_mega.types import Batch, ProjectionSpec
@@ -59,5 +60,5 @@ class GradientFeatures:
                 length = features.norm(dim=1, keepdim=True)
                 total += torch.where(length > 0, features / length, 0.0).sum(0)
                 count += (length > 0).sum()
-            means.append(collectives.all_reduce_sum(total) / collectives.all_reduce_sum(count).clamp(min=1))
+            means.append(collectives.all_reduce_sum(total) / nonzero_targets(collectives.all_reduce_sum(count)))
         return torch.stack(means)

@@ -14,20 +14,23 @@ from dataflex_mega.types import IGNORE_INDEX
 
 @provides(LossSignal, scope="candidates")
 class LossProvider(Provider):
-    """One forward pass over the candidates."""
+    """One forward pass over the candidates. NaN for a candidate without a target token."""
 
     def compute(self, request: LossSignal, scope: CandidateScope) -> dict[str, Tensor]:
         engine, collate = self.context.engine, self.context.collate
-        losses = [engine.sample_losses(collate(samples)).loss.float().cpu() for samples, _ in scope.batches()]
+        losses = []
+        for samples, _ in scope.batches():
+            stats = engine.sample_losses(collate(samples))
+            losses.append(stats.loss.float().masked_fill(stats.num_tokens == 0, torch.nan).cpu())
         return {"loss": torch.cat(losses)[: len(scope.ids)]}
 
 
 @provides(ReferenceLossSignal, scope="candidates", needs_reference=True)
 class ReferenceLossProvider(Provider):
-    """Means over the token losses that lie beside the samples; no forward pass."""
+    """Means over the token losses that lie beside the samples; no forward pass. NaN for a candidate without a target."""
 
     def compute(self, request: ReferenceLossSignal, scope: CandidateScope) -> dict[str, Tensor]:
-        means = np.zeros(len(scope.ids), dtype=np.float32)
+        means = np.full(len(scope.ids), np.nan, dtype=np.float32)
         size = self.context.batch_size
         for start in range(0, len(scope.ids), size):
             for row, sample in enumerate(self.context.pool.fetch(scope.ids[start : start + size]), start):

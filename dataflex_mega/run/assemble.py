@@ -9,6 +9,7 @@ from typing import Any
 from dataflex_mega.control.controller import DataController
 from dataflex_mega.data.loader import Loader
 from dataflex_mega.engines.base import Engine
+from dataflex_mega.errors import TrainingFault
 from dataflex_mega.llamafactory.callbacks import CallbackHooks
 from dataflex_mega.metrics import Metrics
 from dataflex_mega.progress import TrainingProgressBar
@@ -131,7 +132,9 @@ def _evaluate(session: Session, roles: RunRoles, data: RunData, engine: Engine) 
     for name, pool in data.evaluation.items():
         sums = evaluate(_pool_share(session, roles, pool), data.collate, engine.sample_losses)
         loss, tokens = (session.collectives.all_reduce_sum(part).sum() for part in sums)
-        mean = float(loss / tokens.clamp(min=1))
+        if not float(tokens) > 0:
+            raise TrainingFault(f"eval_dataset {name!r}: no target token, so there is no loss")
+        mean = float(loss / tokens)
         prefix = f"eval_{name}" if name else "eval"
         metrics[f"{prefix}_loss"] = mean
         metrics[f"{prefix}_perplexity"] = math.exp(min(mean, LARGEST_EXPONENT))

@@ -33,6 +33,7 @@ from dataflex_mega.engines.schedules import follows_evaluations
 from dataflex_mega.engines.stats import StepAccumulator
 from dataflex_mega.engines.step import (
     StepLoss,
+    check_has_targets,
     domain_denominators,
     non_finite_sample_ids,
     not_finite_message,
@@ -101,7 +102,7 @@ class FSDPEngine:
             loss = step(number, batch, embeddings, token_losses)
             # The wrappers average gradients over ranks; the loss is a sum over them.
             (loss * (self.parallel_info.dp_size * self.loss_scaler.value)).backward()
-        grad_norm = self._update(accumulator)
+        grad_norm = self._update(accumulator, denominators)
         return accumulator.reduce(self.collectives, grad_norm, weight_fn is not None, self.options.stop_requested)
 
     def _forward_all(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor | None]]:
@@ -112,7 +113,7 @@ class FSDPEngine:
         self.set_rng_state(state)
         return results
 
-    def _update(self, accumulator: StepAccumulator) -> float:
+    def _update(self, accumulator: StepAccumulator, denominators: Tensor) -> float:
         """Clip and step -> the gradient norm before clipping. A step that is not finite changes nothing."""
         trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if self.loss_scaler.enabled:
@@ -124,7 +125,14 @@ class FSDPEngine:
         finite = math.isfinite(value)
         sample_ids = [] if finite else non_finite_sample_ids(accumulator, self.collectives)
         self.loss_scaler.update(finite)
-        if finite:
+        try:
+            has_targets = check_has_targets(value, denominators, accumulator, self.collectives, self.options)
+        except NotFinite:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
+        if finite and not has_targets:
+            pass  # skipped
+        elif finite:
             if self.options.max_grad_norm > 0:
                 max_norm, device = self.options.max_grad_norm, self.runner.device
                 torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm.to(device))

@@ -17,6 +17,7 @@ from dataflex_mega.engines.fsdp.experts import WEIGHTS, ExpertGradientHooks, tra
 from dataflex_mega.engines.fsdp.parallel import set_gradient_sync
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
 from dataflex_mega.engines.layer_cache import CACHE_BYTES, LayerCache
+from dataflex_mega.engines.per_sample import nonzero_targets
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.signals.kernel_choice import choose_kernel
 from dataflex_mega.signals.per_sample_gradients import (
@@ -124,7 +125,7 @@ class FSDPGradientScorer:
 
     def _count_nonzero(self, lengths: list[Tensor]) -> Tensor:
         local = torch.stack([(n > 0).sum() for n in lengths]).sum()
-        return self.runner.collectives.all_reduce_sum(local).clamp(min=1)
+        return nonzero_targets(self.runner.collectives.all_reduce_sum(local))
 
     def _backward(self, batches: Sequence[Batch], weights: Sequence[Tensor]) -> None:
         """Gradient of sum_v weight_v * (mean token loss of v) over all ranks, into the parameters' own buffers.

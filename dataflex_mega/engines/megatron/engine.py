@@ -29,6 +29,7 @@ from dataflex_mega.engines.per_sample import PerSampleFn, per_sample_values, sta
 from dataflex_mega.engines.stats import StepAccumulator
 from dataflex_mega.engines.step import (
     StepLoss,
+    check_has_targets,
     domain_denominators,
     non_finite_sample_ids,
     not_finite_message,
@@ -122,7 +123,7 @@ class MegatronEngine:
 
             with routers.recording(loads) if routers and loads else contextlib.nullcontext():
                 runner.forward_backward(micro_batches, loss_fn, False, step.embedding_spec)
-            grad_norm = self._update(accumulator)
+            grad_norm = self._update(accumulator, denominators)
             return accumulator.reduce(self.collectives, grad_norm, weight_fn is not None, self.options.stop_requested)
 
     def _forward_all(self, micro_batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor | None]]:
@@ -132,13 +133,16 @@ class MegatronEngine:
         self.set_rng_state(state)
         return results
 
-    def _update(self, accumulator: StepAccumulator) -> float:
+    def _update(self, accumulator: StepAccumulator, denominators: Tensor) -> float:
         """Clip and step -> the gradient norm before clipping. A step that is not finite changes nothing."""
         overflow = self.optimizer.prepare_grads()
         norm = math.inf if overflow else float(self.optimizer.get_grad_norm() or 0.0)
         finite = math.isfinite(norm)
         sample_ids = [] if finite else non_finite_sample_ids(accumulator, self.collectives)
-        if finite:
+        has_targets = check_has_targets(norm, denominators, accumulator, self.collectives, self.options)
+        if finite and not has_targets:
+            pass  # skipped
+        elif finite:
             self._clip(norm)
             self.optimizer.step_with_ready_grads()
             self.runner.gather_in_forward()

@@ -32,6 +32,7 @@ from dataflex_mega.engines.megatron.gradient_hooks import (
 from dataflex_mega.engines.megatron.moments import DistributedAdamMoments
 from dataflex_mega.engines.megatron.runner import MegatronModelRunner, ScheduleLoss
 from dataflex_mega.engines.megatron.wrapping import unwrap
+from dataflex_mega.engines.per_sample import nonzero_targets
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.signals.per_sample_gradients import DotAndNormSums, LayerOperands, upcast
 from dataflex_mega.types import Batch
@@ -113,7 +114,7 @@ class MegatronGradientScorer:
         for members in groups:
             lengths = [self._score_pass(norms, batch, 0)[1].sqrt() for batch in members]
             local = torch.stack([(n > 0).sum() for n in lengths]).sum()
-            count = self.runner.collectives.all_reduce_sum(local).clamp(min=1)
+            count = nonzero_targets(self.runner.collectives.all_reduce_sum(local))
             self.runner.zero_grad(self.optimizer)
             for batch, n in zip(members, lengths, strict=True):
                 self._backward(batch, torch.where(n > 0, 1 / (n * count), 0.0))
