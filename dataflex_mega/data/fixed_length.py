@@ -33,16 +33,17 @@ class FixedLengthRows:
     Args:
         prefix: path without .bin and .idx.
         length: tokens of a row, at least 2 (one target).
+        vocab_size: all token ids must be below it; None: whatever they are.
 
     Raises:
         ConfigError: megatron-core is not installed, or length < 2.
         DataError: a file is missing, truncated, not in this format, or has gaps.
     """
 
-    def __init__(self, prefix: str | Path, length: int) -> None:
+    def __init__(self, prefix: str | Path, length: int, vocab_size: int | None = None) -> None:
         if length < 2:
             raise ConfigError(f"cutoff_len: a row needs at least 2 tokens, found {length}")
-        self.prefix, self.length = Path(prefix), length
+        self.prefix, self.length, self.vocab_size = Path(prefix), length, vocab_size
         self._dataset = _open(self.prefix)
         self._dtype = np.dtype(self._dataset.index.dtype)
         self._starts: np.ndarray = self._dataset.index.sequence_pointers  # [documents] int64 bytes, memory-mapped
@@ -59,7 +60,10 @@ class FixedLengthRows:
         return self.tokens % self.length
 
     def fetch(self, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """[n] row numbers -> n pairs (input_ids, labels) of [length] int64 arrays, equal, labels not yet shifted."""
+        """[n] row numbers -> n pairs (input_ids, labels) of [length] int64 arrays, equal, labels not yet shifted.
+
+        Raises DataError for a token id outside the vocabulary, which only damaged or foreign files have.
+        """
         pairs = []
         for row in np.asarray(rows, dtype=np.int64).tolist():
             if not 0 <= row < len(self):
@@ -67,6 +71,12 @@ class FixedLengthRows:
             offset = row * self.length * self._dtype.itemsize
             raw = self._dataset.bin_reader.read(self._dtype.type, self.length, offset)
             ids = raw.astype(np.int64)
+            if self.vocab_size is not None and (ids.max() >= self.vocab_size or ids.min() < 0):
+                bad = int(ids[(ids >= self.vocab_size) | (ids < 0)][0])
+                raise DataError(
+                    f"{self.prefix}.bin, row {row} of cutoff_len {self.length}: token id {bad} is not below the vocabulary's "
+                    f"size {self.vocab_size}; the file is damaged or of another tokenizer"
+                )
             pairs.append((ids, ids))
         return pairs
 
@@ -138,7 +148,7 @@ def _check_index(file: Path) -> None:
 
 def fixed_length_domain(corpus: Corpus, domain: CorpusDomain, length: int, key: str = "corpus_dir") -> Domain:
     """A pool domain over one of a corpus. Raises DataError when it fills no row or differs from its manifest."""
-    rows = FixedLengthRows(corpus.prefix(domain), length)
+    rows = FixedLengthRows(corpus.prefix(domain), length, corpus.tokenizer.vocab_size)
     if (rows.documents, rows.tokens) != (domain.documents, domain.tokens):
         raise DataError(
             f"{key}: {rows.prefix}.idx has {rows.documents} documents and {rows.tokens} tokens, "

@@ -80,6 +80,8 @@ class Corpus:
         """The domains of these names in that order; all of them for no names. Raises DataError naming an unknown one."""
         known = {domain.name: domain for domain in self.domains}
         for name in names:
+            if names.count(name) > 1:
+                raise DataError(f"{key}: {name!r} is listed {names.count(name)} times")
             if name not in known:
                 hint = did_you_mean(name, known) or f"; it has {', '.join(known)}"
                 raise DataError(f"{key}: {name!r} is not a domain of {self.folder / NAME}{hint}")
@@ -137,6 +139,11 @@ def _from_json(folder: Path, content: dict[str, Any], where: str) -> Corpus:
     corpus = Corpus(folder, **values)
     if not isinstance(corpus.dtype, str) or corpus.dtype not in ITEMSIZE or not corpus.domains:
         raise DataError(f"{where} is damaged: dtype {corpus.dtype!r}, {len(corpus.domains)} domains")
+    for what in ("name", "prefix"):
+        values = [getattr(domain, what) for domain in corpus.domains]
+        twice = next((value for value in values if values.count(value) > 1), None)
+        if twice is not None:
+            raise DataError(f"{where} is damaged: two domains have the {what} {twice!r}")
     return corpus
 
 

@@ -138,3 +138,12 @@ def test_a_domain_must_be_as_its_manifest_says_and_fill_a_row(tmp_path):
         fixed_length_domain(corpus, entry, tokens + 1)
     with pytest.raises(DataError, match="its manifest says 6"):
         fixed_length_domain(corpus, CorpusDomain("d", "d", 6, tokens, 1.0, "", ""), 8)
+
+
+@pytest.mark.parametrize("bad", [END + 50, -1])
+def test_an_id_outside_the_vocabulary_is_named_with_its_row(tmp_path, bad):
+    prefix = build(tmp_path / "d", [[1, 2, END], [3, bad, END], [4, END]], np.int32)
+    rows = FixedLengthRows(prefix, 2, vocab_size=END + 1)
+    assert len(rows.fetch(np.array([0, 1]))) == 2
+    with pytest.raises(DataError, match=rf"d\.bin, row 2 of cutoff_len 2: token id {bad} is not below .* size {END + 1}"):
+        rows.fetch(np.array([0, 2]))

@@ -97,3 +97,14 @@ def test_the_fingerprint_knows_another_vocabulary_but_no_added_token():
 def test_a_corpus_of_another_tokenizer_is_refused(folder):
     with pytest.raises(DataError, match="corpus_dir: .* was tokenized with another tokenizer"):
         check_tokenizer(manifest.read(folder), tool("tiny_model").make_tokenizer(["ab"], 300))
+
+
+def test_a_domain_counts_once(folder):
+    corpus = manifest.read(folder)
+    with pytest.raises(DataError, match=r"dataset: .* is listed 2 times"):
+        corpus.pick([corpus.names[0], corpus.names[0]])
+    content = json.loads((folder / manifest.NAME).read_text())
+    content["domains"].append(content["domains"][0])
+    (folder / manifest.NAME).write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"is damaged: two domains have the name"):
+        manifest.read(folder)
