@@ -74,8 +74,8 @@ class FixedLengthRows:
             if self.vocab_size is not None and (ids.max() >= self.vocab_size or ids.min() < 0):
                 bad = int(ids[(ids >= self.vocab_size) | (ids < 0)][0])
                 raise DataError(
-                    f"{self.prefix}.bin, row {row} of cutoff_len {self.length}: token id {bad} is not below the vocabulary's "
-                    f"size {self.vocab_size}; the file is damaged or of another tokenizer"
+                    f"{self.prefix}.bin, row {row} of cutoff_len {self.length}: token id {bad} is not below the "
+                    f"vocabulary's size {self.vocab_size}; the file is damaged or of another tokenizer"
                 )
             pairs.append((ids, ids))
         return pairs

@@ -51,11 +51,11 @@ def check_targets(kind: str, counts: Mapping[str, TargetCount], cutoff_len: int)
 
     Args:
         kind: the key that names them, `dataset` or `eval_dataset`.
-        counts: by name; "" is the one evaluation set.
+        counts: by name; "" is what val_size holds out.
     """
     notes = []
     for name, count in counts.items():
-        what = f"{kind} {name!r}" if name else "the evaluation set (eval_dataset, val_size)"
+        what = f"{kind} {name!r}" if name else "val_size: the evaluation set"
         reason = f"after cutoff_len {cutoff_len}"
         if count.without == count.rows:
             raise DataError(

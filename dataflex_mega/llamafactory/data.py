@@ -39,6 +39,7 @@ class DataBundle:
     domains: list[Domain]
     evaluation: dict[str, RowSource]  # "" for the one evaluation set, else a name for each
     notes: tuple[str, ...] = ()  # what to say of the rows
+    eval_names: tuple[str, ...] = ()  # datasets that the one evaluation set is made of; none with val_size
 
 
 class DatasetRows:
@@ -123,6 +124,7 @@ def load_data(args: LFArgs, tokenizer_module: dict[str, Any], template: Any) -> 
         domains=[Domain(name, DatasetRows(data)) for name, data in zip(names, domains, strict=True)],
         evaluation={name: DatasetRows(data) for name, data in held_out.items()},
         notes=tuple(dict.fromkeys(load.notes)),
+        eval_names=tuple(eval_names),
     )
 
 

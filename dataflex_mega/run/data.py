@@ -74,7 +74,8 @@ class RunData:
 def check_rows(bundle: DataBundle, cutoff_len: int) -> list[str]:
     """What a run says of its data. Raises DataError for a dataset or an evaluation set of which no row has a target."""
     training = {domain.name: targets.count_targets(domain.rows) for domain in bundle.domains}
-    held_out = {name: targets.count_targets(rows) for name, rows in bundle.evaluation.items()}
+    whole = ",".join(bundle.eval_names)
+    held_out = {name or whole: targets.count_targets(rows) for name, rows in bundle.evaluation.items()}
     notes = targets.check_targets("dataset", training, cutoff_len)
     notes += targets.check_targets("eval_dataset", held_out, cutoff_len)
     return [*targets.summary(training), *(f"note: {note}" for note in notes)]

@@ -48,7 +48,7 @@ DATA = {
     "masked beside": ({**SFT, "dataset": "sft,masked"}, ["dataset 'masked': none of its 8 rows"]),
     "masked evaluation": (
         {**SFT, "dataset": "sft", "eval_dataset": "masked", "eval_strategy": "steps", "eval_steps": 2},
-        ["the evaluation set", "none of its 8 rows has a target"],
+        ["eval_dataset 'masked': none of its 8 rows has a target"],
     ),
     "one of two evaluations": (
         {**SFT, "dataset": "sft", "eval_dataset": "sft,masked", "eval_on_each_dataset": True, "eval_strategy": "steps"},

@@ -145,5 +145,7 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_row(tmp_path, bad):
     prefix = build(tmp_path / "d", [[1, 2, END], [3, bad, END], [4, END]], np.int32)
     rows = FixedLengthRows(prefix, 2, vocab_size=END + 1)
     assert len(rows.fetch(np.array([0, 1]))) == 2
-    with pytest.raises(DataError, match=rf"d\.bin, row 2 of cutoff_len 2: token id {bad} is not below .* size {END + 1}"):
+    with pytest.raises(
+        DataError, match=rf"d\.bin, row 2 of cutoff_len 2: token id {bad} is not below .* size {END + 1}"
+    ):
         rows.fetch(np.array([0, 2]))
