@@ -103,6 +103,71 @@ def fsync_tree(folder: Path) -> None:
     fsync_directory(folder)
 
 
+@contextmanager
+def published_model(folder: Path) -> Iterator[Path]:
+    """A folder to write a Hugging Face model, adapter or tokenizer into; its files appear in `folder` when the block ends.
+
+    After an exception nothing has changed. Files that `folder` holds besides stay. The renames come last and config.json
+    is the last of them; where a model has several files of weights it is absent until all are there, so that a kill between
+    two renames leaves nothing that loads and is mixed.
+    """
+    temporary = temporary_path(folder / "model")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _publish(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(source: Path, folder: Path) -> None:
+    names = sorted((path.relative_to(source) for path in source.rglob("*") if path.is_file()), key=_publishing_order)
+    for name in names:
+        fsync_file(source / name)
+    weights = [name for name in names if is_weights(name.name)]
+    last_weights = weights[-1] if weights else None
+    if weights:
+        hide_model(folder, {name.name for name in weights})
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).replace(folder / name)
+        if name == last_weights:
+            remove_other_weights(folder, {str(each) for each in names})
+    for parent in {(folder / name).parent for name in names}:
+        fsync_directory(parent)
+
+
+CONFIG, WEIGHTS = "config.json", re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
+INDEX_SUFFIX = ".index.json"
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights of a whole model."""
+    return WEIGHTS.fullmatch(name) is not None
+
+
+def _publishing_order(name: Path) -> tuple[int, str]:
+    last = {CONFIG: 3, "adapter_config.json": 3}
+    rank = 0 if name.suffix in (".safetensors", ".bin") else 2 if name.name.endswith(INDEX_SUFFIX) else 1
+    return last.get(name.name, rank), str(name)
+
+
+def hide_model(folder: Path, weights: set[str]) -> None:
+    """Before weights are replaced one by one: without config.json nothing loads them. One file is replaced at once."""
+    present = {path.name for path in folder.glob("*") if is_weights(path.name)}
+    if len(weights | present) > 1 and (folder / CONFIG).exists():
+        (folder / CONFIG).unlink()
+        fsync_directory(folder)
+
+
+def remove_other_weights(folder: Path, names: set[str]) -> None:
+    """Remove the weights and indices of a former model that are not among `names`."""
+    for path in folder.glob("*"):
+        index = path.name.startswith(("model.", "pytorch_model.")) and path.name.endswith(INDEX_SUFFIX)
+        if (index or is_weights(path.name)) and path.name not in names:
+            path.unlink()
+
+
 def append_durably(path: Path, text: str) -> None:
     """Append to a file and flush it to the disk. A kill may leave the beginning of `text` alone."""
     with path.open("a", encoding="utf-8") as stream:

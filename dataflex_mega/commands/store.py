@@ -20,6 +20,7 @@ from dataflex_mega.commands import _launcher
 from dataflex_mega.error_lines import Place
 from dataflex_mega.errors import CheckpointError, ConfigError
 from dataflex_mega.exit_status import exit_status
+from dataflex_mega.files import atomic_file
 
 if TYPE_CHECKING:  # imported where it is used: the help is printed without torch
     from torch import Tensor
@@ -309,7 +310,8 @@ def score(run: StoreRun, options: argparse.Namespace) -> None:
     if options.output is not None:
         all_scores = collectives.all_gather_uneven(scores, counts)
         if info.is_main:
-            np.save(options.output, all_scores.numpy())
+            with atomic_file(options.output) as stream:
+                np.save(stream, all_scores.numpy())
     if info.is_main:
         for number, value in zip(ids.tolist(), best.tolist(), strict=True):
             print(f"{value:+.4f}  {number}  {context.pool.describe(number)}")

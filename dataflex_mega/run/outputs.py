@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import dataflex_mega.plots as plots
 from dataflex_mega.control import contracts
+from dataflex_mega.files import published_model
 from dataflex_mega.run.averages import write_averages
 from dataflex_mega.run.data import RunData
 from dataflex_mega.run.roles import RunRoles
@@ -40,7 +41,8 @@ def write_results(
     if not session.parallel_info.is_main:
         return
     if options.export:
-        session.tokenizer.save_pretrained(folder)
+        with published_model(folder) as temporary:
+            session.tokenizer.save_pretrained(temporary)
     if options.plots and session.args.finetuning.plot_loss:
         trainer.hooks.plot_loss()
     mixer = roles.algorithms.mixer

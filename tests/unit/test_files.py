@@ -88,3 +88,82 @@ def test_lines_are_appended(tmp_path: Path) -> None:
     for line in ("one\n", "two\n"):
         files.append_durably(tmp_path / "log", line)
     assert (tmp_path / "log").read_text() == "one\ntwo\n"
+
+
+# -- models --------------------------------------------------------------------------------------------------------------
+
+ONE_FILE = ["model.safetensors"]
+SHARDS = [f"model-{number:05d}-of-00002.safetensors" for number in (1, 2)]
+THREE_SHARDS = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
+
+
+def write_model(folder: Path, weights: list[str], content: str) -> None:
+    for name in [*weights, "generation_config.json", "config.json"]:
+        (folder / name).write_text(content)
+    if len(weights) > 1:
+        (folder / "model.safetensors.index.json").write_text(content)
+
+
+def loadable(folder: Path) -> set[str] | None:
+    """What a reader of the folder gets of its weights: transformers prefers the single file to an index."""
+    if not (folder / "config.json").exists():
+        return None
+    if (folder / ONE_FILE[0]).exists():
+        return {(folder / ONE_FILE[0]).read_text()}
+    return {path.read_text() for path in folder.glob("model-*.safetensors")}
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("former", [ONE_FILE, SHARDS, THREE_SHARDS])
+@pytest.mark.parametrize("new", [ONE_FILE, SHARDS, THREE_SHARDS])
+def test_a_kill_between_two_renames_leaves_no_mixed_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, former: list[str], new: list[str]
+) -> None:
+    replace, unlink, seen = Path.replace, Path.unlink, []
+    for number in range(20):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_model(folder, former, "former")
+        (folder / "metrics.jsonl").write_text("kept")
+        left = [number]
+
+        def counted(action, left=left):
+            def act(path: Path, *arguments, **options):
+                if not left[0]:
+                    raise Killed
+                left[0] -= 1
+                return action(path, *arguments, **options)
+
+            return act
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", counted(replace))
+            patch.setattr(Path, "unlink", counted(unlink))
+            patch.setattr(files.shutil, "rmtree", lambda *_args, **_options: None)
+            try:
+                with files.published_model(folder) as temporary:
+                    write_model(temporary, new, "new")
+                finished = True
+            except Killed:
+                finished = False
+        seen.append(loadable(folder))
+        assert seen[-1] in (None, {"former"}, {"new"}), (number, names(folder))
+        files.remove_leftovers(folder)
+        assert (folder / "metrics.jsonl").read_text() == "kept"
+        if finished:
+            break
+    assert seen[0] == {"former"} and seen[-1] == {"new"}
+    index = ["model.safetensors.index.json"] if len(new) > 1 else []
+    assert names(folder) == sorted([*new, *index, "config.json", "generation_config.json", "metrics.jsonl"])
+
+
+def test_a_model_that_cannot_be_written_leaves_the_former_one(tmp_path: Path) -> None:
+    write_model(tmp_path, SHARDS, "former")
+    before = names(tmp_path)
+    with pytest.raises(OSError, match="full"), files.published_model(tmp_path) as temporary:
+        write_model(temporary, ONE_FILE, "new")
+        raise OSError(28, "the disk is full")
+    assert names(tmp_path) == before and loadable(tmp_path) == {"former"}

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from dataflex_mega.engines.checkpoint_index import IndexReader, IndexWriter, PlainValues, one_line
 from dataflex_mega.engines.fsdp.precision import LossScaler
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
+from dataflex_mega.files import published_model
 
 # Frozen parameters come from the model itself at start-up; only what training changes is stored.
 TRAINABLE_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -70,7 +71,8 @@ def export(runner: FSDPModelRunner, folder: Path) -> None:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     tensors = get_model_state_dict(runner.module, options=options)
     if runner.parallel_info.is_main:
-        runner.model.save_pretrained(folder, state_dict=_storable(tensors))
+        with published_model(folder) as temporary:
+            runner.model.save_pretrained(temporary, state_dict=_storable(tensors))
     runner.collectives.barrier()
 
 

@@ -22,6 +22,7 @@ from dataflex_mega.engines.megatron.layout import MegatronLayout, check_layout, 
 from dataflex_mega.engines.megatron.settings import TrainingSettings, build_settings
 from dataflex_mega.engines.megatron.weights import HFCheckpointReader, load
 from dataflex_mega.errors import CheckpointError, ConfigError, DataError
+from dataflex_mega.files import atomic_write
 
 TENSORS = "tensors"  # megatron-core wants a folder of its own; the model's configuration and tokenizer lie beside it
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -146,4 +147,4 @@ def _copy_companions(source: Path, target: Path) -> None:
         for file in source.glob(pattern):
             copy = target / file.name
             if not file.name.endswith(".index.json") and not copy.exists():
-                copy.write_bytes(file.read_bytes())
+                atomic_write(copy, file.read_bytes())

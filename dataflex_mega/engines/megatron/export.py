@@ -31,7 +31,7 @@ from dataflex_mega.engines.megatron.hf_mapping import (
     split_groups,
 )
 from dataflex_mega.engines.megatron.weights import INDEX, ONE_FILE, LocalParameter, local_parameters
-from dataflex_mega.files import atomic_write, replace_file
+from dataflex_mega.files import atomic_write, hide_model, published_model, remove_other_weights, replace_file
 
 FILE_BYTES = 5 * 10**9
 PART = ".part"  # suffix of a file until all ranks have written theirs
@@ -71,7 +71,11 @@ def export(
     )
     plan = _gather_plan(batches)
     names = file_names([len(files) for files in plan])
-    folder.mkdir(parents=True, exist_ok=True)
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f"model*.safetensors{PART}"):
+            leftover.unlink()
+    dist.barrier()
     writer = _Writer(folder, list(zip(names[dist.get_rank()], batches, strict=True)))
     for item in parameters:
         for name, tensor in _full_tensors(decoder, item, shapes, dtype):
@@ -193,15 +197,16 @@ def _gather_shards(shard: Tensor, item: LocalParameter) -> list[Tensor]:
 
 
 def _publish(folder: Path, files: dict[str, str], names_of_rank: list[str]) -> None:
-    """Give the files their names once all are written, after the weights of an older export are gone."""
+    """Give the files their names once all are written; then the weights of an older export go. See files.published_model."""
     dist.barrier()
     if dist.get_rank() == 0:
-        (folder / INDEX).unlink(missing_ok=True)
-        for old in {folder / ONE_FILE, *folder.glob("model-?????-of-?????.safetensors")}:
-            old.unlink(missing_ok=True)
+        hide_model(folder, set(files.values()))
     dist.barrier()
     for name in names_of_rank:
         replace_file(folder / (name + PART), folder / name)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        remove_other_weights(folder, set(files.values()))
     dist.barrier()
 
 
@@ -217,5 +222,6 @@ def _write_configs(folder: Path, hf_config: Any, dtype: torch.dtype, generation:
     config = copy.deepcopy(hf_config)
     config.dtype = str(dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
-    (model.generation_config if generation is None else generation).save_pretrained(folder)
+    with published_model(folder) as temporary:
+        config.save_pretrained(temporary)
+        (model.generation_config if generation is None else generation).save_pretrained(temporary)
