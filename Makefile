@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 EXTRAS ?= dev,megatron,metrics,offline
 RANKS  ?= 2
+KILLS  ?= 60
 # Processes that run tests, whole files each, those of whole trainings first; a test with process groups starts more.
 WORKERS ?= 2
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 OFFLINE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo-data demo-corpus demo test test-all test-fast checks docs doctor clean
+.PHONY: help env demo-data demo-corpus demo soak test test-all test-fast checks docs doctor clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +44,9 @@ test: env  ## run every unit test and the trainings that find most: 12 minutes o
 
 test-all: env  ## run all tests
 	@$(OFFLINE) $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+soak: env  ## kill trainings at random moments, by hand: KILLS=60, half an hour on two cores
+	@$(OFFLINE) $(BIN)/python -m tools.soak.kills $(KILLS)
 
 test-fast: env  ## run the unit tests only, no process groups and no training
 	@$(OFFLINE) $(BIN)/python -m pytest tests/unit -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -60,6 +60,14 @@ def replace_file(source: Path, target: Path) -> None:
     fsync_directory(target.parent)
 
 
+def rename_durably(source: Path, target: Path) -> None:
+    """Give a file or folder another name on the same file system; the name reaches the disk, the content is as it was."""
+    source.rename(target)
+    fsync_directory(target.parent)
+    if source.parent != target.parent:
+        fsync_directory(source.parent)
+
+
 def replace_folder(source: Path, target: Path) -> None:
     """Rename a finished folder beside `target`, over a former `target`; all its content reaches the disk first.
 

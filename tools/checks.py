@@ -1,9 +1,9 @@
 """The rules that no linter knows: sizes, forbidden constructs, who may import whom, names. Standard library only.
 
 `python tools/checks.py [ROOT]` prints one line for every breach and exits with 1 when there is one. Sizes and constructs
-(checks_sizes.py) hold for the package, tools and tests; layers (here), circles of imports, class names, requests and
-docstrings (checks_package.py) for the package. A new module at the top of the package must be entered in LAYERS: where it
-stands is a decision, not an accident.
+(checks_sizes.py) hold for the package, tools and tests; layers (here), renames and writes (checks_writes.py), circles of
+imports, class names, requests and docstrings (checks_package.py) for the package. A new module at the top of the package
+must be entered in LAYERS: where it stands is a decision, not an accident.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from checks_package import PACKAGE, package_breaches
 from checks_sizes import Breach, construct_breaches, size_breaches
+from checks_writes import write_breaches
 from rooms import OPEN_TO_ALL
 
 FOLDERS = (PACKAGE, "tools", "tests")
@@ -205,6 +206,7 @@ def check(root: Path) -> list[Breach]:
         breaches += [*size_breaches(str(path), source, tree), *construct_breaches(str(path), tree)]
         if path.parts[0] == PACKAGE:
             module, found = module_name(path), list(imports(tree, set(modules)))
+            breaches += write_breaches(str(path), tree)
             breaches += layer_breaches(str(path), module, tree, found)
             trees[str(path)] = tree
             graph[module] = {i.module for i in found if i.module in modules}

@@ -288,3 +288,22 @@ def test_an_import_through_the_package_closes_the_circles_of_its_lazy_names(chec
     assert any("import cycle: dataflex_mega, dataflex_mega.types" in str(breach) for breach in checks.check(tmp_path))
     (package / "types.py").write_text("import dataflex_mega.errors as errors\n")
     assert not any("import cycle" in str(breach) for breach in checks.check(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("source", "breaks"),
+    [
+        ("import os\nos.replace('a', 'b')\n", True),
+        ("def f(path, other):\n    path.rename(other)\n    path.replace(other)\n", True),
+        ("def f(path):\n    path.write_text('x')\n", True),
+        ("import numpy as np\ndef f(path, x):\n    np.save(path, x)\n", True),
+        ("import numpy as np\ndef f(stream, x):\n    np.save(stream, x)\n", False),
+        ("def f(text):\n    return text.replace('a', 'b')\n", False),
+        ("from dataclasses import replace\ndef f(x):\n    return replace(x, a=1)\n", False),
+    ],
+)
+def test_only_files_py_renames_and_writes_under_final_names(
+    checks: ModuleType, tmp_path: Path, source: str, breaks: bool
+) -> None:
+    assert bool(in_package(checks, tmp_path, "types.py", source)) == breaks
+    assert in_package(checks, tmp_path / "other", "files.py", source) == []

@@ -1,0 +1,1 @@
+"""Trials of what happens to a training from outside, run by hand."""
