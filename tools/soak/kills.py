@@ -1,20 +1,22 @@
 """Kill trainings at random moments and compare them, bit by bit, with ones that ran undisturbed.
 
-    python -m tools.soak.kills [N] [--seed S] [--layouts ddp,fsdp2,tp2,pp2] [--folder FOLDER]
+    python -m tools.soak.kills [N] [--seed S] [--layouts ddp,fsdp2,tp2,pp2] [--folder FOLDER] [--torchrun]
 
-Every trial starts a run under torchrun, sends SIGKILL or SIGTERM to a rank or to the launcher at a random moment (a step, a
-save, a selection, a reference pass, an export), checks that no process of the run is left after five seconds (after SIGTERM:
-once the launcher has ended), and gives the same command again, up to three kills a run; then metrics.jsonl and the exported
-weights must equal those of the undisturbed run. A SIGTERM must lose no step.
+Every trial starts a run under torchrun, or under launcher.py, which forks and is several times as fast. It sends SIGKILL or
+SIGTERM to a rank or to the launcher at a random moment (a step, a save, a selection, a reference pass, an export), checks
+that no process of the run is left five seconds after the launcher's end, and gives the same command again, up to three kills
+a run. Then metrics.jsonl and the exported weights must equal those of the undisturbed run. A SIGTERM must lose no step.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -29,6 +31,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.support import corpus
+from tools.soak.launcher import ForkedRun
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ddp": {},
@@ -67,31 +70,51 @@ def config_of(folder: Path, layout: str, output: Path) -> dict[str, Any]:
     return {**keys, **LAYOUTS[layout]}
 
 
-def start(config: dict[str, Any], log: Path, mark: str) -> subprocess.Popen[bytes]:
-    """The run under torchrun, on two processes."""
+class TorchrunRun:
+    """A run under torchrun; its processes are found by a variable of their environment."""
+
+    def __init__(self, config: Path, log: Path) -> None:
+        self._mark = f"{MARK}={secrets.token_hex(8)}"
+        name, _, value = self._mark.partition("=")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        with log.open("ab") as stream:
+            self._process = subprocess.Popen(
+                [*command, "-m", "dataflex_mega.train", str(config)],
+                stdout=stream, stderr=stream, env={**os.environ, name: value, "GLOO_SOCKET_IFNAME": "lo"},
+            )  # fmt: skip
+        self.pid = self._process.pid
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status. Raises TimeoutError."""
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError from error
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.kill()
+
+    def processes(self) -> dict[int, str]:
+        """Live processes of the run -> their command lines."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if self._mark.encode() not in (folder / "environ").read_bytes().split(b"\0"):
+                    continue
+                if (folder / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+                    found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        return found
+
+
+Run = TorchrunRun | ForkedRun
+
+
+def start(config: dict[str, Any], log: Path, kind: type[Run]) -> Run:
+    """A run on two processes."""
     path = Path(f"{config['output_dir']}.yaml")
     path.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    with log.open("ab") as stream:
-        return subprocess.Popen(
-            [*command, "-m", "dataflex_mega.train", str(path)],
-            stdout=stream, stderr=stream, env={**os.environ, MARK: mark, "GLOO_SOCKET_IFNAME": "lo"},
-        )  # fmt: skip
-
-
-def processes_of(mark: str) -> dict[int, str]:
-    """Live processes of a trial -> their command lines."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"{MARK}={mark}".encode() not in (folder / "environ").read_bytes().split(b"\0"):
-                continue
-            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-            if state not in "ZX":
-                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue
-    return found
+    return kind(path, log)
 
 
 def rows(output: Path) -> list[dict[str, Any]]:
@@ -118,10 +141,10 @@ def last_checkpoint(output: Path) -> int:
     return max(steps, default=0)
 
 
-def wait_until_none_is_left(mark: str, seconds: float, figures: Figures, what: str) -> None:
+def wait_until_none_is_left(run: Run, seconds: float, figures: Figures, what: str) -> None:
     """Check that the processes of a trial end in time; end those that do not."""
     begun = time.monotonic()
-    while (left := processes_of(mark)) and time.monotonic() - begun < seconds:
+    while (left := run.processes()) and time.monotonic() - begun < seconds:
         time.sleep(0.05)
     figures.longest_left = max(figures.longest_left, time.monotonic() - begun)
     for process, command in left.items():
@@ -129,38 +152,38 @@ def wait_until_none_is_left(mark: str, seconds: float, figures: Figures, what: s
         os.kill(process, signal.SIGKILL)
 
 
-def disturb(run: subprocess.Popen[bytes], mark: str, delay: float, dice: random.Random) -> str | None:
+def disturb(run: Run, delay: float, dice: random.Random) -> str | None:
     """Send a signal after `delay` seconds -> what was done; None when the run had ended."""
     try:
         run.wait(delay)
         return None
-    except subprocess.TimeoutExpired:
+    except TimeoutError:
         pass
     number = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
-    workers = [p for p, command in processes_of(mark).items() if "dataflex_mega.train" in command and p != run.pid]
+    workers = [p for p, command in run.processes().items() if "dataflex_mega.train" in command and p != run.pid]
     target = run.pid if dice.random() < 0.5 or not workers else dice.choice(workers)
     os.kill(target, number)
-    return f"{number.name} to {'torchrun' if target == run.pid else 'a rank'}"
+    return f"{number.name} to {'the launcher' if target == run.pid else 'a rank'}"
 
 
-def trial(number: int, folder: Path, layout: str, length: float, dice: random.Random, figures: Figures) -> None:
+def trial(number: int, options: argparse.Namespace, length: float, dice: random.Random, figures: Figures) -> None:
     """One run, killed until it has had its share, then finished and compared."""
+    folder, layout = options.folder, options.layouts[number % len(options.layouts)]
     output = folder / f"trial-{number}"
     config, log = config_of(folder, layout, output), folder / f"trial-{number}.log"
     for attempt in range(KILLS_OF_A_RUN + 1):
-        mark = f"{os.getpid()}-{number}-{attempt}"
-        run = start(config, log, mark)
-        kind = disturb(run, mark, dice.uniform(0.1, length), dice) if attempt < KILLS_OF_A_RUN else None
+        run = start(config, log, options.kind)
+        kind = disturb(run, dice.uniform(0.1, length), dice) if attempt < KILLS_OF_A_RUN else None
         if kind is None:
             break
         what = f"trial {number} ({layout}), {kind}"
         try:
             status = run.wait(90)
-        except subprocess.TimeoutExpired:
+        except TimeoutError:
             figures.faults.append(f"{what}: the launcher did not end")
             run.kill()
             status = run.wait()
-        wait_until_none_is_left(mark, 5, figures, what)
+        wait_until_none_is_left(run, 5, figures, what)
         figures.kills += 1
         figures.by_kind[kind] = figures.by_kind.get(kind, 0) + 1
         text = log.read_text(errors="replace")
@@ -168,10 +191,10 @@ def trial(number: int, folder: Path, layout: str, length: float, dice: random.Ra
             check_stop(text, output, what, figures)
     try:
         status = run.wait(WAIT)
-    except subprocess.TimeoutExpired:
+    except TimeoutError:
         run.kill()
         status = run.wait()
-    wait_until_none_is_left(mark, 5, figures, f"trial {number} ({layout}), the end")
+    wait_until_none_is_left(run, 5, figures, f"trial {number} ({layout}), the end")
     problem = differences(output, folder / layout) if status == 0 else f"status {status}, see {log}"
     if problem:
         figures.faults.append(f"trial {number} ({layout}): {problem}")
@@ -197,15 +220,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layouts", default=",".join(LAYOUTS))
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--torchrun", dest="kind", action="store_const", const=TorchrunRun, default=ForkedRun)
     options = parser.parse_args()
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="soak-"))
-    dice, figures, layouts = random.Random(options.seed), Figures(), options.layouts.split(",")
+    options.folder = folder = options.folder or Path(tempfile.mkdtemp(prefix="soak-"))
+    options.layouts = options.layouts.split(",")
+    dice, figures = random.Random(options.seed), Figures()
     if not (folder / "model").exists():
         corpus.write_reference(corpus.write(folder))
     lengths: dict[str, float] = {}
-    for layout in layouts:
+    for layout in options.layouts:
         begun = time.monotonic()
-        run = start(config_of(folder, layout, folder / layout), folder / f"{layout}.log", f"{os.getpid()}-{layout}")
+        run = start(config_of(folder, layout, folder / layout), folder / f"{layout}.log", options.kind)
         if run.wait(WAIT):
             print(f"{layout}: the undisturbed run failed, see {folder / layout}.log")
             return 1
@@ -213,8 +238,7 @@ def main() -> int:
         print(f"{layout}: undisturbed in {lengths[layout]:.0f} s", flush=True)
     number = 0
     while figures.kills < options.kills:
-        layout = layouts[number % len(layouts)]
-        trial(number, folder, layout, lengths[layout], dice, figures)
+        trial(number, options, lengths[options.layouts[number % len(options.layouts)]], dice, figures)
         number += 1
         print(f"{figures.kills} kills in {number} runs, {len(figures.faults)} faults", flush=True)
     print(f"{figures.kills} kills {figures.by_kind}; {figures.terminated} runs ended by SIGTERM, of them "
