@@ -240,7 +240,7 @@ def main() -> int:
     while figures.kills < options.kills:
         trial(number, options, lengths[options.layouts[number % len(options.layouts)]], dice, figures)
         number += 1
-        print(f"{figures.kills} kills in {number} runs, {len(figures.faults)} faults", flush=True)
+        print(f"{figures.kills} kills in {number} runs, {len(figures.faults)} faults", *figures.faults[-1:], flush=True)
     print(f"{figures.kills} kills {figures.by_kind}; {figures.terminated} runs ended by SIGTERM, of them "
           f"{figures.stopped_after_step} after a step; the longest survivor {figures.longest_left:.1f} s")  # fmt: skip
     print(*figures.faults or ["nothing was lost, no process was left"], sep="\n")
