@@ -57,8 +57,10 @@ def run(path: str, overrides: Sequence[str] = (), place: Place | None = None) ->
 
     `place` is told where the run works as soon as the configuration says so.
     """
+    from dataflex_mega.distributed.orphans import end_children
     from dataflex_mega.llamafactory.args import argument_types
 
+    end_children()
     check_environment(os.environ)
     variable = engine_of_environment(os.environ)  # before LLaMA-Factory is imported, which removes the variables
     config = parse_config(load(path, overrides), argument_types(), variable)

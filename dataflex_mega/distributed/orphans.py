@@ -13,7 +13,8 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1
 LAUNCHER = "TORCHELASTIC_RUN_ID"  # a variable that torchrun sets in its workers
 SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh", "csh", "tcsh"}
-_ranks: list[int] = []  # the process whose children end with it
+_workers: list[int] = []  # the process, when it ends with its launcher
+_ranks: list[int] = []  # the process, when its children end with it
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -31,7 +32,7 @@ def die_with_launcher() -> None:
 
     Elsewhere nothing changes: who starts a training by hand may leave.
     """
-    if LAUNCHER not in os.environ or os.getpid() in _ranks or not sys.platform.startswith("linux"):
+    if LAUNCHER not in os.environ or os.getpid() in _workers or not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     name = _name_of(parent)
@@ -40,7 +41,13 @@ def die_with_launcher() -> None:
     if parent == 1 and not name.startswith(("python", "torchrun", "pt_")):
         os._exit(1)  # torchrun was killed before this process came here
     die_with_parent(parent)
-    if not _ranks:
+    _workers[:] = [os.getpid()]
+    end_children()
+
+
+def end_children() -> None:
+    """From here on, what the main thread of this process forks ends with the process."""
+    if not _ranks and sys.platform.startswith("linux"):
         os.register_at_fork(before=_note_thread, after_in_child=_follow_rank)
     _ranks[:] = [os.getpid()]
 

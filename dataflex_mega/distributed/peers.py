@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
@@ -31,10 +32,11 @@ from dataflex_mega.log import ALL_RANKS, get_logger
 from dataflex_mega.types import RunPosition
 
 BEAT_SECONDS = 1.0  # with up to 64 ranks; longer with more, so that the store is not flooded
+PATIENT_BEATS = 5  # in one place, after which a rank looks at the others
 SILENT_BEATS = 2.5  # beats without a new one that make a rank silent
 STORE_TIMEOUT = timedelta(seconds=5)
 SILENCE = 600.0  # seconds after which a silent rank ends the job where ddp_timeout is not set
-GRACE = 10.0  # seconds that an exception has to come first
+GRACE = 10.0  # seconds that an exception has to come first, from gloo; NCCL ends the process instead
 CAUSE_SECONDS = 3.0  # in which a rank that fails tells the others why
 CLOSED = re.compile(r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|ncclRemoteError|remote process exited", re.S)
 TIMED_OUT = re.compile(r"[Tt]imed? ?out|[Tt]imeout", re.S)
@@ -71,12 +73,14 @@ class PeerWatch:
         """`end` is called in the thread with a rank that was silent for longer than `timeout` seconds."""
         self.rank, self.world_size, self.timeout, self._end = rank, world_size, timeout, end
         self.interval = BEAT_SECONDS * max(1, -(-world_size // 64))
+        self.grace = 0.0 if torch.cuda.is_available() else GRACE
         self._store = store
         self._count = 0
         self._main = threading.main_thread().ident
         self._stopped = threading.Event()
         self._unchanged = dict.fromkeys(range(world_size), 0)
         self._last_counts: dict[int, int] = {}
+        self._place, self._beats_here = (-1, ""), 0
         self._write(None, False)
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
@@ -104,10 +108,20 @@ class PeerWatch:
             self._count += 1
             try:
                 self._write(None, False)
-                self._look()
+                if self._is_stuck():
+                    self._look()
                 failures = 0
             except RuntimeError:  # the store is gone or busy
                 failures += 1
+
+    def _is_stuck(self) -> bool:
+        """Whether this rank has been in one phase of one step for some beats; before that the others do not matter."""
+        place = (POSITION.step, POSITION.phase)
+        self._beats_here = self._beats_here + 1 if place == self._place else 0
+        if self._beats_here == 0:
+            self._unchanged = dict.fromkeys(range(self.world_size), 0)
+        self._place = place
+        return self._beats_here >= PATIENT_BEATS
 
     def _look(self) -> None:
         """Count the beats that others have missed. Beats of this thread are the clock: it may have been held up itself."""

@@ -57,6 +57,9 @@ def prepare_arguments(lf: dict[str, Any]) -> dict[str, Any]:
             prepared.pop(key, None)
     prepared.setdefault("logging_steps", 10)
     prepared.setdefault("use_reentrant_gc", False)  # re-entrant checkpointing does not compose with fully_shard
+    prepared.setdefault(
+        "ddp_timeout", 1800
+    )  # seconds; LLaMA-Factory's default is years, also for a process that never comes
     prepared["report_to"] = "none"  # our own metrics write TensorBoard; see metrics.py
     if not torch.cuda.is_available():
         prepared.setdefault("use_cpu", True)  # transformers refuses bf16 on a CPU without it

@@ -71,3 +71,21 @@ def test_a_killed_rank_is_named(folder, keys):
     found = [line for line in text.splitlines() if line.startswith("error: ")]
     assert len(found) == 1 and "Traceback" not in text, text
     assert re.match(r"error: rank 1 is gone \(connection closed\) in .+ of step \d+", found[0]), found
+
+
+@pytest.mark.exhaustive
+def test_a_rank_that_is_busy_elsewhere_is_named_with_the_place(folder):
+    config = runs.base(
+        folder, output_dir=str(folder / "out" / "asleep"), max_steps=100, mixer="odm", update_step=2, update_times=-1,
+        ddp_timeout=5, callbacks=["tests.support.signals:SleepAtThree"],
+    )  # fmt: skip
+    processes = runs.start(config, 2)
+    try:
+        processes[0].join(40)
+        assert processes[0].exitcode == 1
+    finally:
+        runs.kill(processes)
+    text = runs.stderr_of(config, 0).read_text()
+    found = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(found) == 1, text
+    assert re.match(r"error: no answer for 5 s in .+ of step 4 .*; rank 1 is at signals\.py:\d+ on_step_end", found[0])

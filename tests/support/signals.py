@@ -1,7 +1,8 @@
-"""A callback that sends signals to its own rank in a step that the environment of the callback names."""
+"""Callbacks that send a signal to their own rank, or do not return."""
 
 import os
 import signal
+import time
 
 from transformers import TrainerCallback
 
@@ -21,3 +22,11 @@ class Usr1AtThree(TermAtThree):
     """The same with SIGUSR1."""
 
     number = signal.SIGUSR1
+
+
+class SleepAtThree(TrainerCallback):
+    """The last rank does not come back from step 3."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3 and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+            time.sleep(600)
