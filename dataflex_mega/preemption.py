@@ -160,16 +160,28 @@ def _noting_the_end() -> Iterator[None]:
 _listening: list[int] = []  # processes, as often as they listen
 
 
+def _hold_back() -> None:
+    """Before a fork: a signal that comes in the middle of it waits until the child has handlers of its own."""
+    if _listening:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _go_on() -> None:
+    if _listening:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 def _leave_to_parent() -> None:
     """In a child that was forked: a signal to it is no request to its parent."""
     if _listening:
-        _listening.clear()
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+        _go_on()
+        _listening.clear()
 
 
-os.register_at_fork(after_in_child=_leave_to_parent)
+os.register_at_fork(before=_hold_back, after_in_parent=_go_on, after_in_child=_leave_to_parent)
 
 
 def when_stopped(request: StopRequest, gather: Callable[[Any], list[Any]]) -> Callable[[int, str], NoReturn]:
