@@ -179,8 +179,11 @@ class Checkpointer:
         try:
             manifest = Manifest.read(folder)
             errors = manifest.faults(folder, sorted(manifest.files)[self._rank :: self._world_size])
-        except checkpoint_format.Damaged as damage:
-            errors = [str(damage)]
+            if self._rank == 0 and not errors and manifest.version == VERSION:
+                saved = checkpoint_format.read_state(folder)["step"]
+                errors = [] if saved == manifest.step else [f"{STATE} is of step {saved}"]
+        except (checkpoint_format.Damaged, CheckpointError) as damage:
+            errors = [str(damage).rpartition(" is damaged: ")[2]]
         return sorted({error for rank_errors in self.collectives.all_gather_objects(errors) for error in rank_errors})
 
     def restore(self, path: Path, engine: EngineState) -> tuple[TrainState, dict[str, Any]]:
