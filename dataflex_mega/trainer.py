@@ -62,6 +62,7 @@ class Trainer:
     on_loaded: Callable[[], None] | None = None  # before the first file of output_dir is changed
     position: RunPosition = field(default_factory=RunPosition)
     stop: Callable[[int, str], NoReturn] | None = None  # (step, its checkpoint): leave the run as a signal asked
+    check_data: Callable[[bool], None] | None = None  # raises when data are not what they should be; True: waits for it
     phase_seconds: dict[str, float] = field(default_factory=dict, init=False)  # of the current step
     outcome: str = field(default="", init=False)  # of `fit`: `done: 40 steps`, or where and why it stopped before
     _stop_requested: bool = field(default=False, init=False)
@@ -85,6 +86,8 @@ class Trainer:
             stop = self._run_callbacks(state)
             if self._stop_requested and self.stop is not None:
                 self._leave(state, self.stop)
+        if self.check_data is not None:
+            self.check_data(True)
         self.hooks.on_train_end()
         self.metrics.on_train_end(state)
         self.outcome = self._describe_end(state)
@@ -172,6 +175,8 @@ class Trainer:
 
     def _do_what_hooks_ask(self, state: TrainState) -> None:
         """Log, evaluate and save, in the order of Hugging Face's loop."""
+        if self.check_data is not None and (self.hooks.control.should_log or self.hooks.control.should_save):
+            self.check_data(False)
         if self.hooks.control.should_log and state.step > self._last_logged:
             self._last_logged = state.step
             self.hooks.on_log(self.metrics.flush(state))

@@ -89,6 +89,15 @@ class RunArguments:
     eval_corpus_dir: str | None = field(
         default=None, metadata={"help": "one whose domains are evaluation sets; `eval_dataset` names some, all without"}
     )
+    verify: Literal["background", "full", "sizes"] = field(
+        default="background",
+        metadata={
+            "help": (
+                "when the files of a corpus are compared with the hashes in its manifest. `background`: beside the first "
+                "steps, and a wrong one ends the run. `full`: before the first step. `sizes`: never, only their sizes"
+            )
+        },
+    )
     engine: Annotated[str, EngineName()] = field(
         default="auto",
         metadata={

@@ -18,6 +18,7 @@ from dataflex_mega.preemption import StopRequest, stop_requests, when_stopped
 from dataflex_mega.providers.registry import requests_at
 from dataflex_mega.run import output_folder, outputs, preflight, reference
 from dataflex_mega.run.assemble import assemble
+from dataflex_mega.run.corpus_check import start_check
 from dataflex_mega.run.data import RunData
 from dataflex_mega.run.outputs import OutputOptions
 from dataflex_mega.run.resume import ResumePoint
@@ -128,7 +129,12 @@ def run_training(
         run, trainer = build(config, instances, options, stop_request)
         with run.held:
             stop_request.training = True
+            check = start_check(run.session)
+            if check is not None:
+                trainer.check_data = check.ask
             try:
+                if check is not None and config.dataflex.verify == "full":
+                    check.ask(wait=True)
                 state = trainer.fit(run.resume.path)
             finally:
                 trainer.loader.close()

@@ -1,12 +1,13 @@
 """Whole runs on .bin/.idx files: equal losses on 1 and 2 processes, and LLaMA-Factory's own rows."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from dataflex_mega.corpus import command
-from tests.support import corpus, runs
+from tests.support import corpus, runs, trees
 
 pytest.importorskip("megatron.core")
 MIX = {"mixer": {"name": "odm", "reward_scale": 5.0}, "warmup_step": 1, "update_step": 2, "update_times": -1}
@@ -97,3 +98,23 @@ def test_a_corpus_of_another_tokenizer_and_a_window_too_long_are_refused(folder,
     finished = runs.train_many(1, list(cases.values()), plain=True)
     for words, (status, stderr) in zip(cases, finished, strict=True):
         assert status == 2 and words in stderr
+
+
+def test_a_file_that_changed_since_it_was_prepared_ends_the_run(folder):
+    damaged = folder / "damaged"
+    shutil.copytree(folder / "train", damaged)
+    trees.flip(damaged / "prose.bin")
+    keys = {"corpus_dir": str(damaged), "save_strategy": "steps", "save_steps": 6}
+    configs = [config(folder, f"verify-{verify}", **keys, verify=verify) for verify in ("background", "full", "sizes")]
+    found = runs.train_many(1, configs, plain=True)
+    for one, (status, stderr) in zip(configs[:2], found, strict=False):
+        assert status == 2 and "prose.bin has the SHA-256" in stderr and stderr.count("error:") == 1, one
+        assert not (Path(one["output_dir"]) / "model.safetensors").exists()
+    assert not (Path(configs[1]["output_dir"]) / "metrics.jsonl").exists(), "before the first step"
+    assert found[2][0] == 0
+    other = config(folder, "verify-sizes", save_strategy="steps", max_steps=8)
+    content = json.loads((damaged / "manifest.json").read_text())
+    content["domains"][1]["bin_sha256"] = "0" * 64
+    (damaged / "manifest.json").write_text(json.dumps(content))
+    ((status, stderr),) = runs.train_many(1, [{**other, **keys}], plain=True)
+    assert status == 2 and "data of prose" in stderr
