@@ -14,7 +14,6 @@ other run is refused with the difference.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from dataflex_mega.checkpoint_format import ENGINE, MANIFEST, STATE, TENSORS, VE
 from dataflex_mega.distributed.agreement import run_on_main
 from dataflex_mega.distributed.protocol import Collectives
 from dataflex_mega.errors import CheckpointError
-from dataflex_mega.files import fsync_tree, remove_tree, replace_folder
+from dataflex_mega.files import flushed, remove_tree, replace_folder
 from dataflex_mega.log_files import flush_logs
 from dataflex_mega.redaction import without_secrets
 from dataflex_mega.types import SamplingPlan, TrainState
@@ -78,11 +77,12 @@ class Checkpointer:
         """
         final, writing = self.folder / f"{PREFIX}{state.step}", self.folder / f"{WRITING}{state.step}"
         run_on_main(self.collectives, partial(self._open, writing, final))
-        engine.save_state(writing / ENGINE)
-        save_file(engine.rng_state(), writing / f"rng-{self._rank}.safetensors")
-        self.collectives.barrier()
-        run_on_main(self.collectives, partial(self._write_state, writing, state, extra))
-        hashes = self._flushed_hashes(writing)
+        with flushed(writing):  # every rank flushes every file: on a shared file system only its writer can
+            engine.save_state(writing / ENGINE)
+            save_file(engine.rng_state(), writing / f"rng-{self._rank}.safetensors")
+            self.collectives.barrier()
+            run_on_main(self.collectives, partial(self._write_state, writing, state, extra))
+            hashes = self._hashes(writing)
         run_on_main(self.collectives, partial(self._publish, writing, final, state.step, hashes))
         self.superseded, self.lineage = [], replace(self.lineage, supersedes=())
         return final
@@ -109,16 +109,10 @@ class Checkpointer:
         checkpoint_format.write_json(folder / STATE, checkpoint_format.extract_tensors(content, "", tensors))
         save_file(tensors, folder / TENSORS)
 
-    def _flushed_hashes(self, folder: Path) -> dict[str, FileHash]:
-        """File name -> size and SHA-256. Every rank hashes some of the files while all of them go to the disk.
-
-        Every rank flushes every file: on a shared file system only its writer can flush it.
-        """
+    def _hashes(self, folder: Path) -> dict[str, FileHash]:
+        """File name -> size and SHA-256. Every rank hashes some of the files."""
         files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-        with ThreadPoolExecutor(1) as pool:
-            flushed = pool.submit(fsync_tree, folder)
-            local = {str(p.relative_to(folder)): FileHash.of(p) for p in files[self._rank :: self._world_size]}
-            flushed.result()
+        local = {str(p.relative_to(folder)): FileHash.of(p) for p in files[self._rank :: self._world_size]}
         by_rank = self.collectives.all_gather_objects(local)
         return {name: value for hashes in by_rank for name, value in hashes.items()}
 

@@ -10,12 +10,14 @@ import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 LEFTOVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")  # a name that `temporary_path` made
+FLUSH_SECONDS = 0.05  # between two flushes of what is being written
 REPLACED = ".replaced-"  # prefix of a folder whose successor is being renamed in
 
 
@@ -99,6 +101,35 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def flushed(folder: Path) -> Iterator[None]:
+    """Flush the files of a folder while the block writes them, so that little is left to flush after it; all of it is on the
+    disk when the block has ended. Raises OSError for what could not be written."""
+    done, errors = threading.Event(), []
+
+    def flush() -> None:
+        while not done.wait(FLUSH_SECONDS):
+            for path in folder.rglob("*"):
+                try:
+                    if path.is_file():
+                        fsync_file(path)
+                except FileNotFoundError:  # a temporary name
+                    continue
+                except OSError as error:  # the system tells it once, so the last flush may not see it
+                    errors.append(error)
+
+    thread = threading.Thread(target=flush, name="flush", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    for error in errors:
+        raise error
+    fsync_tree(folder)
 
 
 def fsync_tree(folder: Path) -> None:

@@ -75,8 +75,8 @@ FREE_KEYS = frozenset(
     disable_gradient_checkpointing gradient_checkpointing gradient_checkpointing_kwargs use_reentrant_gc max_steps
     num_train_epochs train_step save_only_model dataset_dir corpus_dir eval_corpus_dir media_dir tokenized_path
     data_shared_file_system callbacks resume_ignore score_batch_size prefetch tensorboard on_non_finite engine use_mca
-    components_cfg_file component_name save_on_signal train_type selector mixer reorder pipeline weighter verify reference_cache
-    init_mixture_proportions_file do_train skip_memory_metrics debug torch_empty_cache_steps
+    components_cfg_file component_name save_on_signal train_type selector mixer reorder pipeline weighter verify
+    reference_cache init_mixture_proportions_file do_train skip_memory_metrics debug torch_empty_cache_steps
     include_num_input_tokens_seen include_effective_tokens_per_second low_cpu_mem_usage offload_folder
     print_param_status badam_verbose enable_torch_profiler profile_modules profiler_active_steps profiler_output_dir
     profiler_profile_memory profiler_record_shapes profiler_repeat profiler_wait_steps profiler_warmup_steps

@@ -1,11 +1,14 @@
 """Checkpoints with a small fake engine: what is restored, what is refused, and the state after a kill."""
 
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dataflex_mega import files
 from dataflex_mega.checkpoint import Checkpointer
 from dataflex_mega.errors import CheckpointError
 from dataflex_mega.types import SamplingPlan, TrainState
@@ -157,3 +160,32 @@ def test_only_the_newest_are_kept(tmp_path):
 def test_a_folder_of_another_program_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"state\.json is missing"):
         checkpointer(tmp_path).read(tmp_path)
+
+
+def test_everything_is_on_the_disk_before_the_rename_and_nothing_goes_before_the_new_name_is(tmp_path, monkeypatch):
+    """The order of the calls that a power failure can come between."""
+    checkpointer(tmp_path).save(state(5), FakeEngine(5), EXTRA)
+    events, flush, rename, rmtree = [], files._fsync, Path.rename, shutil.rmtree
+    monkeypatch.setattr(files, "_fsync", lambda path: events.append(("flush", Path(path))) or flush(path))
+    monkeypatch.setattr(Path, "rename", lambda path, new: events.append(("rename", path)) or rename(path, new))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: events.append(("remove", Path(path))) or rmtree(path))
+    final = checkpointer(tmp_path, save_total_limit=1).save(state(10), FakeEngine(10), EXTRA)
+    writing = tmp_path / ".writing-checkpoint-10"
+    named = events.index(("rename", writing))
+    flushed = {path for kind, path in events[:named] if kind == "flush"}
+    assert {writing / path.relative_to(final) for path in (final, *final.rglob("*"))} <= flushed
+    after = events[named:]
+    assert after.index(("flush", tmp_path)) < after.index(("rename", tmp_path / "checkpoint-5"))
+    assert not [kind for kind, _ in events[:named] if kind == "remove"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
+
+
+def test_an_error_while_flushing_is_raised(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    checkpointer(tmp_path).save(state(5), FakeEngine(5), EXTRA)
+    monkeypatch.setattr(files, "_fsync", full)
+    with pytest.raises((OSError, CheckpointError), match="No space left"):
+        checkpointer(tmp_path).save(state(10), FakeEngine(10), EXTRA)
+    assert latest(tmp_path)[0].name == "checkpoint-5"
