@@ -36,7 +36,8 @@ ROLE_KEYS = (
     "reference_dtype", "plugins", "pipeline", *ROLES,
 )  # fmt: skip
 ENGINE_OPTIONS = (
-    "weight_scope", "loss_normalization", "on_non_finite", "resume_ignore", "score_batch_size", "prefetch", "tensorboard"
+    "weight_scope", "loss_normalization", "on_non_finite", "resume_ignore", "score_batch_size", "prefetch", "tensorboard",
+    "verify",
 )  # fmt: skip
 # Those of them that would change what is trained: refused in static training. DataFlex ignores the others and says so.
 DYNAMIC_ONLY = {
