@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataflex_mega.checkpoint_format import Damaged, Manifest
 from dataflex_mega.commands import _launcher
 from dataflex_mega.error_lines import Place
 from dataflex_mega.errors import CheckpointError, ConfigError
@@ -279,9 +280,14 @@ def open_store_run(config: RunConfig, several: bool = False) -> StoreRun:
 
 
 def load_checkpoint(engine: Any, path: Path) -> None:
-    """Load parameters and moments of a checkpoint. Raises CheckpointError when it is none."""
-    if not (path / "manifest.json").is_file() or not (path / "engine").is_dir():
-        raise CheckpointError(f"resume_from_checkpoint: {path} is not a whole checkpoint of dataflex_mega")
+    """Load parameters and moments of a checkpoint, every file hashed. Raises CheckpointError when it is none or damaged."""
+    try:
+        manifest = Manifest.read(path)
+        faults = manifest.faults(path, sorted(manifest.files))
+    except Damaged as damage:
+        faults = [str(damage)]
+    if faults:
+        raise CheckpointError(f"resume_from_checkpoint: {path} is not a whole checkpoint of dataflex_mega: {faults[0]}")
     engine.load_state(path / "engine")
 
 
