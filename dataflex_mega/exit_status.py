@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -65,6 +65,7 @@ def exit_status(action: Callable[[], int], interrupted: str = "", place: Place |
 def report(error: BaseException, place: Place) -> int:
     """Print the line of an exception, keep its trace -> the exit status."""
     line = describe(error, place.paths)
+    line = replace(line, text=redact(line.text))  # here, since it is written, printed and compared
     alike = line.status == 2 or place.folder is None or _world_size() == 1  # every rank finds a user's mistake
     if not line.keeps_trace and alike:
         get_logger().error("error: %s", line.text, extra={"all_ranks": line.status == 1})
@@ -89,7 +90,7 @@ def _keep_trace(line: ErrorLine, trace: str, folder: Path | None) -> Path | None
     """Append the trace to error.log in the run's folder, else in one for temporary files -> the file; None if neither
     can be written."""
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    entry = f"{_mark(rank())}{now}, rank {rank()} of {_world_size()}, error: {redact(line.text)}\n{trace}\n"
+    entry = f"{_mark(rank())}{now}, rank {rank()} of {_world_size()}, error: {line.text}\n{trace}\n"
     own = Path(tempfile.gettempdir()) / f"dataflex_mega-{os.getpid()}"
     for place in (folder, own):
         if place is None:
