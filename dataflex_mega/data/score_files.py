@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import dataflex_mega.json_text as json_text
+from dataflex_mega.data.npy_files import map_array
 from dataflex_mega.errors import ConfigError, DataError
 
 
@@ -57,10 +58,10 @@ def _existing(path: str, key: str) -> Path:
 
 def _read_array(file: Path) -> np.ndarray:
     """[N] of a .npy file, flattened. Raises DataError for another file, one that is cut, and one of objects."""
-    try:
-        return np.load(file, allow_pickle=False).reshape(-1)
-    except (ValueError, OSError, EOFError, SyntaxError) as error:
-        raise DataError(f"{file}: not an array of numbers in numpy's format: {error}") from error
+    values = map_array(file)
+    if values.dtype.kind not in "fiu":
+        raise DataError(f"{file}: expected an array of numbers, found one of {values.dtype}")
+    return np.array(values).reshape(-1)
 
 
 def _read_text(file: Path) -> str:
@@ -75,6 +76,8 @@ def _json(text: str, where: str) -> Any:
         return json_text.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: nested too deeply") from error
 
 
 def _lookup(content: Any, key: str, where: str) -> Any:

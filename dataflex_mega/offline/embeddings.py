@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from dataflex_mega.data.npy_files import map_array
 from dataflex_mega.errors import CheckpointError
 from dataflex_mega.files import append_durably, atomic_write, replace_file, temporary_path
 from dataflex_mega.offline.gradients import GradientRows
@@ -141,10 +142,7 @@ def checksum(values: np.ndarray) -> str:
 
 def open_array(path: Path, mode: Any = "r") -> np.ndarray:
     """Memory-map a .npy file. Raises CheckpointError when it cannot be read."""
-    try:
-        return np.load(path, mmap_mode=mode)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{WHAT}: {path} cannot be read: {error}") from error
+    return map_array(path, mode, WHAT, CheckpointError)
 
 
 def open_embeddings(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -168,9 +166,9 @@ def open_embeddings(folder: Path) -> tuple[Any, dict[str, Any]]:
     if "layout" in manifest:
         rows = GradientRows(folder)
         return rows, rows.identity
-    if manifest["blocks"] is None:
+    if manifest.get("blocks") is None:
         raise CheckpointError(f"{WHAT}: {folder} is not finished; give the same `dataflex-cli embed` command again")
     values, identity = open_array(folder / ARRAY_FILE), manifest["identity"]
-    if values.shape != (identity["samples"], identity["size"]):
+    if not isinstance(identity, dict) or values.shape != (identity.get("samples"), identity.get("size")):
         raise CheckpointError(f"{WHAT}: {folder}: {ARRAY_FILE} is {list(values.shape)}, the manifest says otherwise")
     return values, identity

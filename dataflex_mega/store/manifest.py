@@ -20,7 +20,7 @@ def read_manifest(path: Path, what: str, version: int) -> dict[str, Any] | None:
     try:
         manifest = json.loads(path.read_text())
         stored_version, _ = manifest["version"], manifest["identity"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{what}: {path} cannot be read: {error}") from error
     if stored_version != version:
         raise CheckpointError(f"{what}: {path} has version {stored_version}, this program reads {version}")

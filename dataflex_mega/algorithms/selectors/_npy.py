@@ -13,6 +13,7 @@ from torch import Tensor
 from dataflex_mega.errors import DataError
 
 NPY_MAGIC = b"\x93NUMPY"
+MAX_HEADER = 10_000  # bytes, as numpy's own reader has it
 
 
 def read_npy(path: Path, dtypes: Mapping[str, torch.dtype], axes: tuple[str, ...], content: str) -> Tensor:
@@ -30,13 +31,12 @@ def read_npy(path: Path, dtypes: Mapping[str, torch.dtype], axes: tuple[str, ...
         if stream.read(len(NPY_MAGIC)) != NPY_MAGIC:
             raise DataError(f"{path}: expected a .npy file of {content}, found another format")
         length_bytes = 2 if stream.read(2)[:1] == b"\x01" else 4
-        text = stream.read(int.from_bytes(stream.read(length_bytes), "little"))
+        length = int.from_bytes(stream.read(length_bytes), "little")
+        text = stream.read(min(length, MAX_HEADER))
         data = bytearray(stream.read())
-    try:
-        header = ast.literal_eval(text.decode("utf-8"))
-        kind, shape, columns_first = header["descr"], header["shape"], header["fortran_order"]
-    except (SyntaxError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: the header of the .npy file cannot be read") from error
+    kind, shape, columns_first = _header(path, text)
+    if length > MAX_HEADER:
+        raise DataError(f"{path}: the header of the .npy file has {length} bytes, at most {MAX_HEADER} are read")
     if kind not in dtypes or len(shape) != len(axes):
         expected = f"[{', '.join(axes)}] numbers of type {' or '.join(dtypes)}"
         raise DataError(f"{path}: expected {expected}, found {list(shape)} of {kind}")
@@ -45,3 +45,16 @@ def read_npy(path: Path, dtypes: Mapping[str, torch.dtype], axes: tuple[str, ...
         raise DataError(f"{path}: expected {size} bytes for the shape {list(shape)}, at least one, found {len(data)}")
     flat = torch.frombuffer(data, dtype=dtypes[kind])
     return flat.view(shape[::-1]).t() if columns_first and len(axes) == 2 else flat.view(shape)
+
+
+def _header(path: Path, text: bytes) -> tuple[str, tuple[int, ...], bool]:
+    """(type, shape, whether columns are contiguous) of a header, a literal that is read without executing it."""
+    try:
+        header = ast.literal_eval(text.decode("utf-8"))
+        kind, shape, columns_first = header["descr"], header["shape"], header["fortran_order"]
+    except (SyntaxError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
+        raise DataError(f"{path}: the header of the .npy file cannot be read") from error
+    whole = isinstance(shape, tuple) and all(type(length) is int and length >= 0 for length in shape)
+    if not whole or not isinstance(columns_first, bool):
+        raise DataError(f"{path}: the header of the .npy file has shape {shape!r:.80}")
+    return str(kind), shape, columns_first

@@ -90,7 +90,7 @@ class HFCheckpointReader:
     def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Entries start..stop-1 along `dim` of the tensor `name`. Raises DataError when its shape is not the model's."""
         key, location = self._locate(name)
-        stored, file = self._handle(key).get_slice(key), self._files[key]
+        stored, file = self._slice(key), self._files[key]
         shape, stored_shape = self.shapes[name], tuple(stored.get_shape())
         if _shape_within(stored_shape, location) != shape:
             raise DataError(
@@ -104,17 +104,20 @@ class HFCheckpointReader:
 
     def dtypes(self) -> set[str]:
         """The dtypes of the tensors as safetensors calls them: `F32`, `BF16`, ..."""
-        return {self._handle(key).get_slice(key).get_dtype() for key in {self._locate(name)[0] for name in self.shapes}}
+        return {self._slice(key).get_dtype() for key in {self._locate(name)[0] for name in self.shapes}}
 
     def _listed(self) -> dict[str, Path]:
         """Every tensor in the folder -> its file."""
         index = self.folder / INDEX
         if index.is_file():
             try:
-                listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (KeyError, TypeError, json.JSONDecodeError) as error:
+                listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+            except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
                 raise DataError(f"{index}: not an index of safetensors files") from error
-            return {key: self.folder / file for key, file in listed.items()}
+            outside = [file for _, file in listed if not isinstance(file, str) or Path(file).name != file]
+            if outside:
+                raise DataError(f"{index}: {outside[0]!r:.80} is no file beside it")
+            return {key: self.folder / file for key, file in listed}
         one = self.folder / ONE_FILE
         if not one.is_file():
             raise DataError(
@@ -131,8 +134,12 @@ class HFCheckpointReader:
                 raise DataError(f"{file}: cannot be read as safetensors: {error}") from error
         return self._open[file]
 
-    def _handle(self, key: str) -> Any:
-        return self._opened(self._files[key])
+    def _slice(self, key: str) -> Any:
+        file = self._files[key]
+        try:
+            return self._opened(file).get_slice(key)
+        except SafetensorError as error:
+            raise DataError(f"{file}: {key} cannot be read: {error}") from error
 
     def _locate(self, name: str) -> tuple[str, FusedExpert | None]:
         """The key that a tensor has in the files, and where it is in that tensor when experts are fused."""
