@@ -54,11 +54,18 @@ class IndexWriter(FileSystemWriter):
 
 
 class IndexReader(FileSystemReader):
-    """torch's reader for a folder with `index.json`, or with a `.metadata`, which is not unpickled."""
+    """torch's reader for a folder with `index.json`, or with a `.metadata`, which is not unpickled.
+
+    Raises CheckpointError for an index that is missing or damaged, before torch asks for it and looks for another.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._index = read_index(folder)
 
     def read_metadata(self, *_args: Any, **_options: Any) -> Metadata:
-        """Raises CheckpointError for an index that is missing or damaged."""
-        return read_index(Path(self.path))
+        """The index of all ranks."""
+        return self._index
 
 
 class PlainValues(DefaultLoadPlanner):
