@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from typing import Any
 
@@ -46,10 +47,16 @@ def run_static(lf: dict[str, Any], callbacks: list[str], datasets: list[str]) ->
 
 
 def on_this_machine(lf: dict[str, Any]) -> dict[str, Any]:
-    """The same keys; with bf16 on a machine that has nothing but a CPU also `use_cpu`, without which it is refused."""
+    """The same keys; with bf16 on a machine that has nothing but a CPU also `use_cpu`, without which it is refused.
+
+    `hub_token` becomes the variable HF_TOKEN: transformers would pickle it into every training_args.bin.
+    """
     from llamafactory.extras.misc import get_device_count
 
     ready = without_idle_ddp_backend(lf)
+    token = ready.pop("hub_token", None)
+    if token:
+        os.environ["HF_TOKEN"] = str(token)
     if ready.get("bf16") and get_device_count() == 0:
         ready.setdefault("use_cpu", True)
     return ready
