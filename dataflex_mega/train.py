@@ -78,7 +78,8 @@ def run(path: str, overrides: Sequence[str] = (), place: Place | None = None) ->
         with default_actions():
             run_static(config.llamafactory, list(config.dataflex.callbacks), datasets)
         return 0
-    check_dynamic(config)
+    for note in check_dynamic(config):
+        get_logger().info("note: %s", note)
     if predict.is_requested(config.llamafactory):
         predict.check(config.llamafactory)
     if config.engine == "megatron":

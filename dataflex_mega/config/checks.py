@@ -10,8 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dataflex_mega.json_text as json_text
 from dataflex_mega.config.corpus import check_corpora, training_domains
+from dataflex_mega.config.fates import check_fates
+from dataflex_mega.config.numbers import check_numbers
 from dataflex_mega.config.parse import RunConfig
+from dataflex_mega.config.settings_without_effect import notes_on_settings
 from dataflex_mega.errors import ConfigError, did_you_mean
 
 STAGES = ("pt", "sft")
@@ -73,22 +77,15 @@ ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "save_strategy": (("steps", "epoch", "no"), "checkpoints are for resuming, not for choosing the best"),
     "do_train": ((True,), "a dynamic run trains"),
 }
-LF_MIN_VALUES = {
-    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "cutoff_len": 1,
-    "max_samples": 1, "lora_rank": 1, "save_total_limit": 1, "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0,
-    "warmup_steps": 0, "warmup_ratio": 0, "dataloader_num_workers": 0, "seed": 0, "data_seed": 0, "val_size": 0,
-    "early_stopping_steps": 1, "adam_epsilon": 0, "preprocessing_num_workers": 1,
-    "ddp_timeout": 1,
-}  # fmt: skip
 
 
-def check_dynamic(config: RunConfig) -> None:
-    """Raises ConfigError naming the key, its value and what is allowed."""
+def check_dynamic(config: RunConfig) -> list[str]:
+    """Notes on keys that have no effect. Raises ConfigError naming the key, its value and what is allowed."""
     checks: tuple[Callable[[RunConfig], None], ...] = (
         _check_required,
         _check_refused,
         _check_allowed,
-        _check_ranges,
+        _check_numbers,
         _check_precision,
         _check_attention,
         _check_length,
@@ -100,6 +97,7 @@ def check_dynamic(config: RunConfig) -> None:
     )
     for check in checks:
         check(config)
+    return [*check_fates(config.llamafactory), *notes_on_settings(config)]
 
 
 def _check_required(config: RunConfig) -> None:
@@ -130,11 +128,8 @@ def _check_allowed(config: RunConfig) -> None:
             raise ConfigError(f"{key}: dynamic training takes {names}, found {value!r}{near}; {why}")
 
 
-def _check_ranges(config: RunConfig) -> None:
-    for key, least in LF_MIN_VALUES.items():
-        value = config.llamafactory.get(key)
-        if isinstance(value, int | float) and value < least:
-            raise ConfigError(f"{key}: must be >= {least}, found {value}")
+def _check_numbers(config: RunConfig) -> None:
+    check_numbers(config.llamafactory, every=True)
 
 
 def _check_precision(config: RunConfig) -> None:
@@ -186,11 +181,26 @@ def _check_model_path(config: RunConfig) -> None:
     local = name.startswith((".", "/", "~")) or (path.parent != Path() and path.parent.is_dir())
     if path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError(f"model_name_or_path: {name} has no config.json")
+    if path.is_file():
+        raise ConfigError(f"model_name_or_path: {name} is a file, expected a folder with config.json")
+    if path.is_dir():
+        check_json_files("model_name_or_path", path)
     if local and not path.is_dir():
         hint = ""
         if path.parent.is_dir():
             hint = did_you_mean(path.name, [other.name for other in path.parent.iterdir() if other.is_dir()])
         raise ConfigError(f"model_name_or_path: folder {name} not found{hint}")
+
+
+def check_json_files(key: str, folder: Path) -> None:
+    """Raises ConfigError for a file of a model's folder that is no JSON: transformers would say something else."""
+    for file in sorted(folder.glob("*.json")):
+        try:
+            content = json_text.read(file)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{key}: {file}{json_text.read_problem(file, error)}") from error
+        if not isinstance(content, dict) and file.name.endswith("config.json"):
+            raise ConfigError(f"{key}: {file}: expected a JSON object, found a {type(content).__name__}")
 
 
 def _check_corpora(config: RunConfig) -> None:
@@ -215,9 +225,11 @@ def _check_datasets(config: RunConfig) -> None:
         )
 
 
-def split_names(value: Any) -> list[str]:
-    """`"a, b"` or `["a", "b"]` or None -> a list."""
+def split_names(value: Any, key: str = "dataset") -> list[str]:
+    """`"a, b"` or `["a", "b"]` or None -> a list. Raises ConfigError for anything else."""
     if value is None:
         return []
+    if not isinstance(value, str | list | tuple):
+        raise ConfigError(f"{key}: expected a name, or names between commas, found {value!r}")
     parts = value.split(",") if isinstance(value, str) else list(value)
     return [str(part).strip() for part in parts if str(part).strip()]

@@ -16,6 +16,15 @@ RENAMED = {
     "push_to_hub_token": "hub_token",
     "push_to_hub_model_id": "hub_model_id",
     "include_tokens_per_second": "include_num_input_tokens_seen",
+    "new_special_tokens": "add_special_tokens",  # LLaMA-Factory's before 0.9.5
+    "checkpoint_dir": "adapter_name_or_path",
+    "name_module_trainable": "freeze_trainable_modules",
+    "num_layer_trainable": "freeze_trainable_layers",
+    "image_resolution": "image_max_pixels",
+    "video_resolution": "video_max_pixels",
+    "dpo_beta": "pref_beta",
+    "dpo_ftx": "pref_ftx",
+    "dpo_loss": "pref_loss",
 }
 # Ours -> the new key, and the new word for each old one.
 OUR_RENAMED: dict[str, tuple[str, dict[str, str]]] = {

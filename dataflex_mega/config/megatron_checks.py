@@ -12,7 +12,7 @@ FSDP_DOES = "engine: fsdp does"
 REFUSED = {
     "fsdp": "use_distributed_optimizer: true shards optimizer state, tensor and pipeline sizes the model",
     "fsdp_config": "use_distributed_optimizer: true shards optimizer state, tensor and pipeline sizes the model",
-    **dict.fromkeys(("resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens"), FSDP_DOES),
+    **dict.fromkeys(("resize_vocab", "add_tokens", "add_special_tokens"), FSDP_DOES),
     "rope_scaling": "the model's own configuration says how positions are scaled",
     "shift_attn": FSDP_DOES,
     "use_llama_pro": FSDP_DOES,

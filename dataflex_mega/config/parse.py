@@ -10,6 +10,7 @@ from dataflex_mega.config import corpus, dataflex_parse, legacy, megatron
 from dataflex_mega.config.component_parameters import Spec
 from dataflex_mega.config.dataflex_arguments import RunArguments
 from dataflex_mega.config.megatron import MegatronArguments
+from dataflex_mega.config.numbers import check_numbers
 from dataflex_mega.config.pipelines import Pipeline
 from dataflex_mega.config.proportions import initial_proportions
 from dataflex_mega.config.reorder_arguments import ReorderArguments
@@ -62,6 +63,7 @@ def parse_config(config: Mapping[str, Any], lf_types: Mapping[str, Any], variabl
         for key, value in all_keys.items()
         if key not in OUR_KEYS and key not in MEGATRON_KEYS
     }
+    check_numbers(lf_values, every=False)
     if lf_values.pop(megatron.ENGINE_KEY, False):  # the key says what the variable does
         variable = variable or megatron.ENGINE_KEY
     selecting_keys = megatron.keys_that_select_megatron(megatron_arguments)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,10 +19,6 @@ from dataflex_mega.errors import DataError, did_you_mean
 NAME = "manifest.json"
 FORMAT, VERSION = "dataflex_mega corpus", 1
 ITEMSIZE = {"uint16": 2, "int32": 4}  # bytes of a token
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
-INDEX_HEADER = struct.Struct(
-    "<9sQBQQ"
-)  # magic, version, dtype, sequences, document borders; then int32 and two int64 lists
 PROBE = "The year 2024, x_1 == (y + 2.50) -> [naive]\n\tna\u00efve \u4f60\u597d \U0001f600 don't  stop"
 
 
@@ -155,9 +150,8 @@ def _check_types(values: dict[str, Any], where: str) -> None:
             if not isinstance(value, kind) or isinstance(value, bool) or (kind is not str and not value >= 0):
                 raise DataError(f"{where} is damaged: {name} of domain {domain.name!r} is {value!r}")
         if not domain.name or Path(domain.prefix).name != domain.prefix or domain.prefix in ("", ".", ".."):
-            raise DataError(
-                f"{where} is damaged: domain {domain.name!r} has the file {domain.prefix!r}, not one of its folder"
-            )
+            found = f"domain {domain.name!r} has the file {domain.prefix!r}, not one of its folder"
+            raise DataError(f"{where} is damaged: {found}")
     names = [domain.name for domain in values["domains"]]
     for name in names:
         if names.count(name) > 1:
@@ -186,19 +180,6 @@ def _check_files(corpus: Corpus, domain: CorpusDomain, key: str) -> None:
     size, expected = path.stat().st_size, domain.tokens * ITEMSIZE[corpus.dtype]
     if size != expected:
         raise DataError(f"{key}: {path} has {size} bytes, its manifest says {expected}")
-    _check_index(corpus.prefix(domain).with_name(domain.prefix + ".idx"), domain, key)
-
-
-def _check_index(path: Path, domain: CorpusDomain, key: str) -> None:
-    """Raises DataError for an .idx file that is none of Megatron's, or cut."""
-    with path.open("rb") as stream:
-        header = stream.read(INDEX_HEADER.size)
-    if len(header) < INDEX_HEADER.size or not header.startswith(INDEX_MAGIC):
-        raise DataError(f"{key}: {path} is not an index of Megatron (domain {domain.name!r})")
-    _, version, _, sequences, borders = INDEX_HEADER.unpack(header)
-    size, expected = path.stat().st_size, INDEX_HEADER.size + 12 * sequences + 8 * borders
-    if version != 1 or size != expected:
-        raise DataError(f"{key}: {path} has {size} bytes, its own header says {expected} (domain {domain.name!r})")
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -20,6 +20,7 @@ from dataflex_mega.run import output_folder, outputs, preflight, reference
 from dataflex_mega.run.assemble import assemble
 from dataflex_mega.run.corpus_check import start_check
 from dataflex_mega.run.data import RunData
+from dataflex_mega.run.effects import notes_on_effects
 from dataflex_mega.run.outputs import OutputOptions
 from dataflex_mega.run.resume import ResumePoint
 from dataflex_mega.run.roles import RunRoles
@@ -57,6 +58,7 @@ def prepare(
     with ExitStack() as stack:
         data = RunData.load(session, roles)
         schedule = RunSchedule.plan(session, roles, data)
+        session.report(*(f"note: {note}" for note in notes_on_effects(config, roles, data, schedule)))
         preflight.check(session, data, schedule)
         stack.enter_context(lock_output_dir(session))
         cache = reference.find_cache(session, roles, data.pool)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import dataflex_mega.plots as plots
 from dataflex_mega.control import contracts
+from dataflex_mega.errors import cause_of
 from dataflex_mega.files import published_model
 from dataflex_mega.run.averages import write_averages
 from dataflex_mega.run.data import RunData
@@ -26,6 +28,22 @@ class OutputOptions:
     history: bool = False  # rows of metrics in memory, for Python
 
 
+class report_failure:  # used as a statement
+    """A block whose failure does not decide how a training ends: it is added to `problems` as a line."""
+
+    def __init__(self, what: str, problems: list[str]) -> None:
+        self.what, self.problems = what, problems
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception):
+            return False  # nothing, or an interrupt
+        self.problems.append(f"{self.what}: not drawn: {cause_of(error)}; the model and the logs are complete")
+        return True
+
+
 def write_results(
     session: Session,
     roles: RunRoles,
@@ -43,12 +61,18 @@ def write_results(
     if options.export:
         with published_model(folder) as temporary:
             session.tokenizer.save_pretrained(temporary)
+    problems: list[str] = []
     if options.plots and session.args.finetuning.plot_loss:
-        trainer.hooks.plot_loss()
+        with report_failure("plot_loss", problems):
+            trainer.hooks.plot_loss()
     mixer = roles.algorithms.mixer
     averages = None if mixer is None else contracts.average_weights(mixer, len(data.pool.names))
     if options.logs and averages is not None:
         write_averages(folder, str(roles.specs["mixer"]["name"]), data.pool.names, averages)
-    pictures = plots.plot_run(folder) if options.plots and options.logs else []
+    pictures: list[Path] = []
+    if options.plots and options.logs:
+        with report_failure("plots", problems):
+            pictures = plots.plot_run(folder)
+    session.report(*(f"note: {problem}" for problem in problems))
     if options.export:
         session.report(f"{trainer.outcome}; model and logs in {folder}", *(f"plot: {p}" for p in pictures))

@@ -11,6 +11,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
+from enum import Enum
 from typing import Annotated, Any, Literal, Union
 
 from dataflex_mega.errors import ConfigError, did_you_mean
@@ -26,6 +27,18 @@ WORDS = {
     type(None): "nothing",
 }
 PLURALS = {int: "whole numbers", float: "numbers", dict: "mappings", list: "lists"}
+
+
+# LLaMA-Factory's keys of text with commas, which may be a list.
+LISTS = frozenset(
+    """
+    dataset eval_dataset adapter_name_or_path add_tokens add_special_tokens interleave_probs report_to fsdp
+    freeze_trainable_modules freeze_extra_modules lora_target oft_target additional_target galore_target apollo_target
+    optim_target_modules ref_model_adapters reward_model_adapters debug profile_modules
+    """.split()
+)
+SWITCHES = frozenset({"resume_from_checkpoint"})  # text that may also be true
+MANY = 12  # words that a message lists
 
 
 class MismatchError(Exception):
@@ -54,6 +67,7 @@ def coerce_lenient(key: str, value: Any, hint: Any) -> Any:
     """A value of one of LLaMA-Factory's keys. Raises ConfigError where it cannot be meant: text for a number, text for a
     truth value, 1.5 for a whole number, a word that is not one of the allowed. Numbers written as text become numbers."""
     members = [_origin(member) for member in alternatives(hint)]
+    _check_words(key, value, [m for m in members if isinstance(m, type) and issubclass(m, Enum)])
     if value is None and any(member in (str, list, tuple) or _is_open(member) for member in members):
         return value
     try:
@@ -63,9 +77,21 @@ def coerce_lenient(key: str, value: Any, hint: Any) -> Any:
     if isinstance(value, int) and value in (0, 1) and set(members) <= {bool, type(None)}:
         return bool(value)
     if str in members:
-        plain_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return str(value) if plain_number else value  # `run_name: 2024`; a list stands for comma-separated text
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)  # `run_name: 2024`
+        if value is False or (value is True and key in SWITCHES):
+            return value  # nothing of that; `resume_from_checkpoint: true`
+        if isinstance(value, list) and key in LISTS and all(isinstance(item, str | int | float) for item in value):
+            return value  # it stands for comma-separated text
     raise ConfigError(f"{key}: {mismatch_message(value, hint)}")
+
+
+def _check_words(key: str, value: Any, enumerations: list[type[Enum]]) -> None:
+    """Raises ConfigError for what is none of the words of an enumeration, which LLaMA-Factory makes of it later."""
+    words = [str(item.value) for enumeration in enumerations for item in enumeration]
+    if words and value is not None and not isinstance(value, Enum) and value not in words:
+        shown = ", ".join(words[:MANY]) + (", ..." if len(words) > MANY else "")
+        raise ConfigError(f"{key}: expected one of {shown}, found {value!r}{did_you_mean(str(value), words)}")
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:

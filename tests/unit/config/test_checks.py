@@ -106,7 +106,7 @@ def test_every_refused_key_says_what_to_do_instead(key):
         ({"cutoff_len": 0}, "cutoff_len: must be >= 1, found 0"),
         ({"max_samples": 0}, "max_samples: must be >= 1, found 0"),
         ({"save_total_limit": 0}, "save_total_limit: must be >= 1, found 0"),
-        ({"seed": -1}, "seed: must be >= 0, found -1"),
+        ({"seed": -1}, "seed: must be >= 0"),
         ({"num_train_epochs": 0}, "num_train_epochs: must be > 0 when neither max_steps nor train_step is, found 0"),
         ({"num_train_epochs": -1, "max_steps": 0}, "num_train_epochs: must be > 0"),
         ({"eval_strategy": "steps"}, "eval_strategy: steps needs eval_dataset or val_size"),

@@ -5,8 +5,10 @@ import typing
 
 import pytest
 
-from dataflex_mega.config.checks import ALLOWED, LF_MIN_VALUES, REFUSED, REQUIRED
+from dataflex_mega.config.checks import ALLOWED, REFUSED, REQUIRED
+from dataflex_mega.config.fates import FATES
 from dataflex_mega.config.legacy import DROPPED, INTO_FSDP_CONFIG, OUR_RENAMED, RENAMED
+from dataflex_mega.config.numbers import RANGES
 from dataflex_mega.config.parse import MEGATRON_KEYS, OUR_KEYS, parse_config
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.schema.coercion import WORDS, alternatives, coerce_lenient, describe_type
@@ -61,7 +63,7 @@ def test_every_default_of_llamafactory_passes_the_check_unchanged(keys):
     assert checked > 300
 
 
-@pytest.mark.parametrize("table", [REFUSED, ALLOWED, LF_MIN_VALUES, REQUIRED])
+@pytest.mark.parametrize("table", [REFUSED, ALLOWED, RANGES, FATES, REQUIRED])
 def test_checked_keys_exist(keys, table):
     assert not set(table) - set(keys)
 

@@ -154,7 +154,8 @@ def test_a_value_that_fits_its_type_is_compared_with_the_declared_range() -> Non
     ],
 )
 def test_llamafactory_values_are_left_alone_where_they_may_be_meant(value: Any, hint: Any, expected: Any) -> None:
-    result = coerce_lenient("key", value, hint)
+    key = "dataset" if isinstance(value, list) else "resume_from_checkpoint" if value is True else "key"
+    result = coerce_lenient(key, value, hint)
     assert result == expected
     assert type(result) is type(expected)
 

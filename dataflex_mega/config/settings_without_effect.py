@@ -1,0 +1,68 @@
+"""Settings by which a role, an evaluation or a checkpoint never happens: each is a note, found from the configuration alone.
+
+What depends on the data or on the processes (domains, the length of a run in epochs, the batch) is in run.effects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dataflex_mega.config.parse import RunConfig
+
+
+def notes_on_settings(config: RunConfig) -> list[str]:
+    """A note for each setting that keeps something from ever happening."""
+    return [note for check in CHECKS for note in check(config) if note]
+
+
+def _steps(config: RunConfig) -> int | None:
+    """The length of the run where the configuration says it."""
+    steps = int(config.llamafactory.get("max_steps", -1))
+    return config.dataflex.train_step or (steps if steps > 0 else None)
+
+
+def _beyond_the_end(config: RunConfig) -> list[str]:
+    """Logging, evaluations and checkpoints that come after the last step."""
+    steps, notes = _steps(config), []
+    strategies = {"logging_steps": "logging_strategy", "eval_steps": "eval_strategy", "save_steps": "save_strategy"}
+    happens = {
+        "logging_steps": "no step is printed", "eval_steps": "nothing is evaluated",
+        "save_steps": "the only checkpoint is that of the last step",
+    }  # fmt: skip
+    for key, strategy in strategies.items():
+        every = config.llamafactory.get(key)
+        default = "no" if key == "eval_steps" else "steps"
+        asked = str(config.llamafactory.get(strategy, default)).rpartition(".")[2].lower() == "steps"
+        if asked and steps is not None and isinstance(every, int | float) and every > steps:
+            notes.append(f"{key}: {every} is above the {steps} steps of the run: {happens[key]}")
+    return notes
+
+
+def _early_stopping(config: RunConfig) -> list[str]:
+    patience, steps = config.llamafactory.get("early_stopping_steps"), _steps(config)
+    every: Any = config.llamafactory.get("eval_steps") or config.llamafactory.get("logging_steps")
+    if (
+        patience
+        and steps is not None
+        and isinstance(every, int | float)
+        and every >= 1
+        and every * (patience + 1) > steps
+    ):
+        return [
+            f"early_stopping_steps: {patience} evaluations without improvement cannot come before step "
+            f"{int(every * (patience + 1))}, the run ends at {steps}"
+        ]
+    return []
+
+
+def _never_updated(config: RunConfig) -> list[str]:
+    keys = config.dataflex
+    if keys.update_times == 0 and "mixer" in config.roles and "selector" not in config.roles:
+        return [f"update_times: 0: mixer {config.roles['mixer']['name']} never moves the proportions"]
+    return []
+
+
+CHECKS: tuple[Callable[[RunConfig], list[str]], ...] = (
+    _beyond_the_end, _early_stopping, _never_updated
+)  # fmt: skip
