@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -111,9 +112,7 @@ def train_here(config):
 
     AcceleratorState._reset_state(True)  # what a fresh process has: it remembers the process group of the last run
     PartialState._reset_state()
-    output = Path(config["output_dir"])
-    output.mkdir(parents=True, exist_ok=True)
-    path = output.parent / f"{output.name}.{os.environ.get('RANK', '0')}.yaml"
+    path = _config_path(config["output_dir"])
     path.write_text(yaml.safe_dump(config))
     stderr = io.StringIO()
     pictures = (
@@ -125,6 +124,16 @@ def train_here(config):
         except SystemExit as stop:  # after a signal
             status = stop.code
     return status, stderr.getvalue()
+
+
+def _config_path(output_dir):
+    """Where the YAML of a run goes: beside its output folder, which is made; elsewhere when that cannot be."""
+    output = Path(str(output_dir))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        output = Path(tempfile.mkdtemp()) / "run"
+    return output.parent / f"{output.name}.{os.environ.get('RANK', '0')}.yaml"
 
 
 def rows(config, name="metrics.jsonl"):

@@ -47,7 +47,7 @@ BASE = {"model_name_or_path": "hub/model", "dataset": "a,b", "output_dir": "out"
     [({"eval_steps": 500, "eval_strategy": "steps", "val_size": 0.1}, ["eval_steps: 500", "nothing is evaluated"]),
      ({"save_steps": 500}, ["save_steps: 500", "last step"]),
      ({"logging_steps": 101}, ["logging_steps: 101", "no step"]),
-     ({"early_stopping_steps": 4, "eval_strategy": "steps", "eval_steps": 25, "val_size": 9}, ["early_stopping_steps", "125"]),
+     ({"early_stopping_steps": 4, "eval_strategy": "steps", "eval_steps": 25, "val_size": 9}, ["early_stopping", "125"]),
      ({"update_times": 0}, ["update_times: 0", "odm", "never"]),
      ({"save_only_model": True}, ["save_only_model"])],
 )  # fmt: skip
