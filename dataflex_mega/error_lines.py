@@ -126,6 +126,7 @@ def describe(error: BaseException, paths: Mapping[str, Path] | None = None) -> E
         return ErrorLine(_one_line(str(error)), MENDABLE, isinstance(error, CodeError))
     if isinstance(error, TrainingFault):
         return ErrorLine(_one_line(str(error)), FAULT, _has_foreign_cause(error))
+    error = next(iter(_failures_of_ranks(error)), error)  # what the first rank that failed has
     for rule in RULES:
         line = rule(error, paths or {})
         if line is not None:
@@ -269,7 +270,21 @@ def chain(error: BaseException, contexts: bool = True) -> Iterator[BaseException
     while link is not None and id(link) not in seen:
         seen.add(id(link))
         yield link
+        yield from _failures_of_ranks(link)
         link = link.__cause__ or (link.__context__ if contexts and not link.__suppress_context__ else None)
+
+
+def _failures_of_ranks(error: BaseException) -> list[BaseException]:
+    """What torch.distributed.checkpoint's exception holds: (exception, stack) of each rank that failed."""
+    failures = getattr(error, "failures", None)
+    if type(error).__name__ != "CheckpointException" or not isinstance(failures, Mapping):
+        return []
+    return [one[0] for one in failures.values() if isinstance(one, tuple) and isinstance(one[0], BaseException)]
+
+
+def is_user_code(error: BaseException) -> bool:
+    """Whether it was raised in a file that is neither of this package nor of an installed library."""
+    return _raising_frame(error) is not None and _owner(error) is None
 
 
 def _has_foreign_cause(error: BaseException) -> bool:

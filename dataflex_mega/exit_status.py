@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from dataflex_mega.error_lines import ErrorLine, Place, describe
+from dataflex_mega.error_lines import ErrorLine, Place, chain, describe, is_user_code
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.log import get_logger, rank
 from dataflex_mega.redaction import redact
@@ -58,7 +58,13 @@ def exit_status(action: Callable[[], int], interrupted: str = "", place: Place |
             if error.filename is None and not _stdout_works():  # `dataflex-cli components | head`
                 return 0
             return report(error, place)
-        except Exception as error:
+        except SystemExit as error:
+            if place.folder is None or not is_user_code(error):
+                raise
+            return report(error, place)
+        except BaseException as error:  # torch's CheckpointException is no Exception
+            if any(isinstance(link, KeyboardInterrupt) for link in chain(error)):
+                return INTERRUPTED
             return report(error, place)
 
 

@@ -110,16 +110,20 @@ def import_code(module: str, where: str) -> ModuleType:
         try:
             return importlib.import_module(module)
         except ModuleNotFoundError as error:
-            if not f"{module}.".startswith(f"{error.name}."):
+            hint = _import_hint(module, error.name or "")
+            if not hint and not f"{module}.".startswith(f"{error.name}."):
                 raise  # the module is there, and imports one that is not
-            local = Path(*module.split("."))
-            beside = local.with_suffix(".py").is_file() or local.is_dir()
-            hint = f"; {local.with_suffix('.py')} is in the current folder: set PYTHONPATH=." if beside else ""
-            if error.name == "dataflex" or module.startswith("dataflex."):
-                hint += "; docs/coming-from.md shows how a plug-in of DataFlex is moved over"
             raise ConfigError(f"{where}: {error}{hint}") from error
-        except ImportError as error:
-            if error.name == "dataflex" or "dataflex." in str(error):
-                raise ConfigError(f"{where}: {error}; docs/coming-from.md shows how a plug-in is moved over") from error
-            raise
     raise AssertionError("UserCode lets nothing pass")
+
+
+def _import_hint(module: str, missing: str) -> str:
+    """What to do about a module that is not found."""
+    if missing.partition(".")[0] == "dataflex":
+        return "; docs/coming-from.md shows how a plug-in of DataFlex is moved over"
+    if module.endswith(".py"):
+        return f"; write {module.removesuffix('.py')}, without .py"
+    file = Path(*module.split(".")).with_suffix(".py")
+    if missing == module.partition(".")[0] and file.is_file():
+        return f"; {file} is in the current folder: set PYTHONPATH=."
+    return ""

@@ -68,7 +68,7 @@ def load_class(kind: str, name: str) -> type[Algorithm]:
     """The class a name stands for. Raises ConfigError when there is none or it breaks the contract of its kind."""
     if ":" in name:
         cls: type = _load_plug_in_class(kind, name)
-    elif name in list_builtin_names(kind):
+    elif name in list_builtin_names(kind) and name not in plugins.get_registered_classes(kind):
         cls = _load_builtin_class(kind, name)
     elif name in list_names(kind):
         cls = plugins.get_registered_classes(kind)[name]

@@ -27,6 +27,7 @@ from dataflex_mega.algorithms.base import Mixer, Selector, Weighter
 from dataflex_mega.plugins import register_mixer
 from transformers import TrainerCallback
 """
+METHOD = "@dataclass\nclass Mine(Mixer):\n    def proportions(self, c, r): ...\n"
 NAME = "plug_{}"
 CLASS = {"mixer": "plug_{}:Mine"}
 # name -> (source of the module, keys in which {} is its number, words)
@@ -50,15 +51,15 @@ PLUG_INS = {
     "no dataclass": ("class Mine(Mixer):\n    def proportions(self, c, r): ...", CLASS, ["mixer", "@dataclass"]),
     "abstract": ("@dataclass\nclass Mine(Mixer): pass", CLASS, ["mixer", "proportions"]),
     "made of nothing": (
-        "@dataclass\nclass Mine(Mixer):\n    def __post_init__(self): raise OSError('gone')\n    def proportions(self, c, r): ...",
+        METHOD + "    def __post_init__(self): raise OSError('gone')",
         CLASS, ["mixer", "gone"],
     ),
     "made with a bug": (
-        "@dataclass\nclass Mine(Mixer):\n    def __post_init__(self): None.x\n    def proportions(self, c, r): ...",
+        METHOD + "    def __post_init__(self): None.x",
         CLASS, ["mixer", "AttributeError"],
     ),
     "an unknown annotation": (
-        "@dataclass\nclass Mine(Mixer):\n    a: 'Nowhere' = 1\n    def proportions(self, c, r): ...", CLASS, ["mixer", "Nowhere"],
+        METHOD + "    a: 'Nowhere' = 1", CLASS, ["mixer", "Nowhere"],
     ),
     "a callback at import": ("raise RuntimeError('cb')", {"callbacks": ["plug_{}:Mine"]}, ["callbacks", "cb"]),
     "a callback that leaves": ("import sys; sys.exit(3)", {"callbacks": ["plug_{}:Mine"]}, ["callbacks", "sys.exit(3)"]),
@@ -190,7 +191,7 @@ def test_a_full_disk_is_named_with_the_file(folder, small_disk):
 def test_a_picture_that_cannot_be_drawn_is_a_note(folder, monkeypatch):
     from dataflex_mega import plots
 
-    def broken(_):
+    def broken(*_):
         raise RuntimeError("no fonts")
 
     monkeypatch.setattr(plots, "_plot_proportions", broken)
