@@ -3,6 +3,7 @@
     dataflex-cli corpus slimpajama/ --domain-field meta.redpajama_set_name --tokenizer MODEL --output corpus --workers 8
     dataflex-cli corpus code.jsonl.zst --domain code --tokenizer MODEL --output corpus
     dataflex-cli corpus code=code.jsonl books=books/ --tokenizer MODEL --output corpus
+    dataflex-cli corpus --from-megatron mg/web_text_document mg/code_text_document --tokenizer MODEL
     dataflex-cli corpus --dataset c4_demo,wiki_demo --dataset-dir data --tokenizer MODEL --output corpus
 
 An input is a file (.jsonl, .json, .parquet; .jsonl or .json also as .gz and .zst), a folder of such files, or
@@ -17,12 +18,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import dataflex_mega.corpus.from_megatron as from_megatron
 import dataflex_mega.data.dataset_info as dataset_info
 from dataflex_mega.corpus.input_files import KINDS, FieldRule, InputFile, open_input
 from dataflex_mega.corpus.prepare import BAD_ROWS, PrepareJob, PrepareResult, prepare
 from dataflex_mega.corpus.progress import ProgressDisplay
 from dataflex_mega.errors import ConfigError, DataError, did_you_mean
 from dataflex_mega.exit_status import OneLineParser, exit_status
+from dataflex_mega.log import get_logger
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: Sequence[str]) -> int:
     """Prepare the corpus of the command line and print its domains. Raises UserError."""
     options = parser().parse_args(arguments or ["--help"])
+    if options.from_megatron:
+        return run_from_megatron(options)
+    for name in ("output", "tokenizer"):
+        if getattr(options, name) is None:
+            raise ConfigError(f"dataflex-cli corpus: --{name} is missing; dataflex-cli corpus --help says more")
     progress = ProgressDisplay()
     try:
         result = prepare(build_job(options), progress)
@@ -45,6 +53,17 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def run_from_megatron(options: argparse.Namespace) -> int:
+    """Write a manifest for files that exist and print its domains. Raises UserError."""
+    if options.inputs or options.dataset:
+        raise ConfigError("--from-megatron: takes prefixes of .bin/.idx files and no other input")
+    corpus, notes = from_megatron.describe(options.from_megatron, options.output, options.tokenizer, options.overwrite)
+    for note in notes:
+        get_logger().info("note: %s", note)
+    print(summary(PrepareResult(corpus, {}, is_new=True), corpus.folder))
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     """The options of `dataflex-cli corpus`."""
     result = OneLineParser(
@@ -52,8 +71,14 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="a file, a folder, or NAME=PATH")
-    add("--output", type=Path, required=True, help="folder of the corpus")
-    add("--tokenizer", required=True, help="Hugging Face tokenizer, as model_name_or_path of the training")
+    add(
+        "--from-megatron",
+        nargs="+",
+        metavar="PREFIX",
+        help="existing .bin/.idx of Megatron-LM, or NAME=PREFIX",
+    )
+    add("--output", type=Path, help="folder of the corpus; with --from-megatron: that of the files")
+    add("--tokenizer", help="Hugging Face tokenizer, as model_name_or_path of the training")
     add("--domain", metavar="NAME", help="the domain of every row of all inputs")
     add("--domain-field", metavar="FIELD", help="field that names a row's domain; dots go into mappings")
     add("--text-field", metavar="FIELD", default="text", help="field of the text (text)")

@@ -19,6 +19,7 @@ from dataflex_mega.errors import DataError, did_you_mean
 NAME = "manifest.json"
 FORMAT, VERSION = "dataflex_mega corpus", 1
 ITEMSIZE = {"uint16": 2, "int32": 4}  # bytes of a token
+UNKNOWN_TOKENIZER = "unknown"  # as a fingerprint: of a corpus that was made elsewhere
 PROBE = "The year 2024, x_1 == (y + 2.50) -> [naive]\n\tna\u00efve \u4f60\u597d \U0001f600 don't  stop"
 
 
@@ -195,6 +196,13 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def check_tokenizer(corpus: Corpus, tokenizer: Any, key: str = "corpus_dir") -> None:
     """Raises DataError when `tokenizer` is not the one that made the corpus."""
+    if corpus.tokenizer.fingerprint == UNKNOWN_TOKENIZER:
+        if corpus.tokenizer.vocab_size > len(tokenizer):
+            largest = corpus.tokenizer.vocab_size - 1
+            raise DataError(
+                f"{key}: {corpus.folder} has the id {largest}; the model's tokenizer has {len(tokenizer)} ids"
+            )
+        return
     fingerprint = tokenizer_fingerprint(tokenizer)
     if fingerprint != corpus.tokenizer.fingerprint:
         raise DataError(
