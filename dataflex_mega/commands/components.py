@@ -12,12 +12,19 @@ SUMMARY = (
     "and their parameters"
 )
 HELP_ORDER = 50
+HELP = """usage: dataflex-cli components [ROLE ...]
+
+Prints the algorithms of every role, or of the roles named (selector, mixer, reorder, weighter), with their parameters,
+types and defaults. In a configuration: mixer: odm, or mixer: {name: odm, alpha: 0.8}."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the algorithms of all roles, or of the roles named."""
     from dataflex_mega.registry import CONTRACTS
 
+    if argv and argv[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
     for role in argv:
         if role not in CONTRACTS:
             raise UserError(f"components: no role {role!r}{did_you_mean(role, CONTRACTS)}; {', '.join(CONTRACTS)}")
