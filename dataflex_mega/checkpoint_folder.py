@@ -24,7 +24,7 @@ from dataflex_mega.checkpoint_format import (
     read_state,
 )
 from dataflex_mega.errors import CheckpointError
-from dataflex_mega.files import REPLACED, fsync_directory, remove_tree, restore_replaced
+from dataflex_mega.files import REPLACED, remove_tree, rename_durably, restore_replaced
 
 PREFIX, WRITING, REMOVING = "checkpoint-", ".writing-checkpoint-", ".removing-checkpoint-"
 NUMBERED = re.compile(rf"{PREFIX}(0|[1-9][0-9]*)", re.ASCII)
@@ -152,8 +152,7 @@ def remove(path: Path) -> None:
     """Remove a checkpoint: it loses its name first, so a kill leaves no half of one."""
     removing = path.with_name(REMOVING + path.name.removeprefix(PREFIX))
     remove_tree(removing)
-    path.rename(removing)
-    fsync_directory(path.parent)
+    rename_durably(path, removing)
     remove_tree(removing)
 
 

@@ -15,6 +15,7 @@ from types import ModuleType
 import dataflex_mega.commands as commands
 from dataflex_mega.errors import UserError, did_you_mean
 from dataflex_mega.exit_status import exit_status
+from dataflex_mega.files import atomic_write
 
 BEFORE = "usage: dataflex-cli COMMAND [ARGUMENTS]\n"
 AFTER = """\
@@ -126,7 +127,7 @@ def as_llamafactory_reads(command: str, arguments: list[str], folder: Path) -> l
     if is_file and not arguments[0].endswith(".json"):
         return arguments
     file = folder / f"{command}.yaml"
-    file.write_text(yaml.safe_dump(keys), encoding="utf-8")
+    atomic_write(file, yaml.safe_dump(keys))
     return [str(file)]
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dataflex_mega.files import atomic_write, fsync_directory, fsync_file
+from dataflex_mega.files import atomic_write, fsync_file, rename_durably
 from dataflex_mega.log import get_logger
 
 BROKEN = (ValueError, RecursionError)  # of json.loads: bad bytes, bad JSON, too deeply nested
@@ -90,6 +90,5 @@ def move_aside(path: Path, copy: bool = False) -> Path:
     if copy:
         atomic_write(aside, path.read_bytes())
     else:
-        path.rename(aside)
-        fsync_directory(path.parent)
+        rename_durably(path, aside)
     return aside

@@ -13,6 +13,7 @@ RENAMER = "dataflex_mega/files.py"
 # These write into a folder that files.replace_folder flushes and renames, or for a test.
 WRITERS = {
     "dataflex_mega/checkpoint.py",
+    "dataflex_mega/checkpoint_format.py",
     "dataflex_mega/engines/checkpoint_index.py",
     "dataflex_mega/engines/fsdp/checkpoint.py",
     "dataflex_mega/engines/megatron/checkpoint.py",

@@ -16,7 +16,7 @@ import dataflex_mega.checkpoint_folder as checkpoint_folder
 from dataflex_mega.checkpoint_folder import CheckpointFolder
 from dataflex_mega.checkpoint_format import UNREADABLE
 from dataflex_mega.errors import CheckpointError
-from dataflex_mega.files import atomic_write, fsync_directory, remove_tree
+from dataflex_mega.files import atomic_write, fsync_directory, remove_tree, rename_durably
 from dataflex_mega.log_files import is_own_log, read_rows
 from dataflex_mega.metrics import ORDERS_FILE, STEPS_FILE
 
@@ -114,7 +114,7 @@ def set_former_logs_aside(folder: Path) -> None:
     for name in _log_names(folder):
         if not os.path.lexists(former / name):
             (former / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).rename(former / name)
+            rename_durably(folder / name, former / name)
     if former.is_dir():
         (record or RunRecord("", finished=True)).write(former)  # now the move is complete
         fsync_directory(folder)
@@ -128,8 +128,7 @@ def restore_former_logs(folder: Path) -> None:
     for path in sorted(path for path in former.rglob("*") if not path.is_dir()):
         target = folder / path.relative_to(former)
         target.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(target)
-    fsync_directory(folder)
+        rename_durably(path, target)
     remove_tree(former)
 
 
