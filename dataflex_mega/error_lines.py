@@ -110,6 +110,7 @@ class ErrorLine:
     status: int  # of the program: 2 when the user can mend it, 1 for a fault
     keeps_trace: bool  # whether the trace says more than the line
     is_consequence: bool = False  # another process of the job has failed before
+    is_about_peer: bool = False  # the line says what became of another process
 
 
 @dataclass
@@ -125,7 +126,8 @@ def describe(error: BaseException, paths: Mapping[str, Path] | None = None) -> E
     if isinstance(error, UserError):
         return ErrorLine(_one_line(str(error)), MENDABLE, isinstance(error, CodeError))
     if isinstance(error, TrainingFault):
-        return ErrorLine(_one_line(str(error)), FAULT, _has_foreign_cause(error))
+        trace = _has_foreign_cause(error)
+        return ErrorLine(_one_line(str(error)), FAULT, trace, is_about_peer=error.is_consequence)
     error = next(iter(_failures_of_ranks(error)), error)  # what the first rank that failed has
     for rule in RULES:
         line = rule(error, paths or {})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 from types import TracebackType
 
+STOPPED = 128 + signal.SIGTERM  # the status of a run that left on request, whichever signal asked for it
 MAX_CAUSE = 300  # characters of another exception's text in one of ours
 
 
@@ -32,6 +34,8 @@ class CodeError(ConfigError):
 class TrainingFault(RuntimeError):
     """Training cannot continue (a NaN loss, ranks that disagree). The message names the step and the samples."""
 
+    is_consequence = False  # whether it began in another process
+
 
 class NotFinite(TrainingFault):
     """A loss or a gradient is NaN or infinite; nothing was updated.
@@ -42,6 +46,17 @@ class NotFinite(TrainingFault):
     def __init__(self, message: str, sample_ids: list[int]) -> None:
         super().__init__(message)
         self.sample_ids = sample_ids
+
+
+class Stopped(SystemExit):
+    """The run left because a signal asked for it, with status 143. The line about it was logged.
+
+    `agreed`: all ranks left after the same step.
+    """
+
+    def __init__(self, line: str = "", agreed: bool = False) -> None:
+        super().__init__(STOPPED)
+        self.line, self.agreed = line, agreed
 
 
 class Blame:
@@ -83,6 +98,10 @@ def did_you_mean(word: str, known: Iterable[str], count: int = 1) -> str:
     return f" (did you mean {' or '.join(repr(names[s]) for s in similar)}?)" if similar else ""
 
 
+# What code of the user's does not have to answer for.
+PASSING = (UserError, TrainingFault, Stopped, KeyboardInterrupt, GeneratorExit)
+
+
 class UserCode:
     """A block that runs code which the configuration names: `with UserCode("plugins: cannot import 'mine'"): ...`
 
@@ -99,7 +118,7 @@ class UserCode:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not isinstance(error, UserError | TrainingFault | KeyboardInterrupt | GeneratorExit):
+        if error is not None and not isinstance(error, PASSING):
             raise CodeError(f"{self.where}: {cause_of(error)}") from error
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from dataflex_mega.error_lines import ErrorLine, Place, chain, describe, is_user_code
-from dataflex_mega.errors import ConfigError
+from dataflex_mega.errors import ConfigError, Stopped
 from dataflex_mega.log import get_logger, rank
 from dataflex_mega.redaction import redact
 
@@ -58,6 +58,8 @@ def exit_status(action: Callable[[], int], interrupted: str = "", place: Place |
             if error.filename is None and not _stdout_works():  # `dataflex-cli components | head`
                 return 0
             return report(error, place)
+        except Stopped:
+            raise
         except SystemExit as error:
             if place.folder is None or not is_user_code(error):
                 raise
@@ -141,8 +143,10 @@ class _Board:
                 self._print(cause or own, heard)
             elif cause is None and not self._lines_of(0):
                 self._print(own, heard)
-        elif rank() == 0 or self._wait(self._main_covers, WAIT_FOR_MAIN) is None:
-            self._print(own, heard)
+        else:
+            patience = WAIT_FOR_CAUSE if self.line.is_about_peer else WAIT_FOR_MAIN
+            if rank() == 0 or self._wait(self._main_covers, patience) is None:
+                self._print(own, heard)
 
     def _print(self, text: str, heard: str) -> None:
         """Print a line, and put on the board that it is printed; nothing where it was."""
@@ -154,8 +158,13 @@ class _Board:
         get_logger().error("error: %s%s", text, heard, extra={"all_ranks": True})
 
     def _main_covers(self, _: list[tuple[int, str]]) -> str | None:
-        """What the main process has that makes ours be printed by it: the same, or that it has lost us."""
-        return next((text for text in self._lines_of(0) if text == self.line.text or _follows(text)), None)
+        """What the main process has that makes ours be printed by it: the same, that it has lost us, or, where ours is about
+        another process, any."""
+        us = f"rank {rank()}"
+        lines = self._lines_of(0)
+        if self.line.is_about_peer:
+            return next(iter(lines), None)
+        return next((text for text in lines if text == self.line.text or _follows(text) or text.startswith(us)), None)
 
     def _wait(self, look: Callable[[list[tuple[int, str]]], str | None], seconds: float) -> str | None:
         end = time.monotonic() + seconds

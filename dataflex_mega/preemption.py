@@ -17,23 +17,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
+from dataflex_mega.errors import STOPPED, Stopped
 from dataflex_mega.log import get_logger
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-STATUS = 128 + signal.SIGTERM  # of a run that left on request, whichever signal asked for it
 SAME_REQUEST = 5.0  # seconds in which a signal repeats the one before: a scheduler and torchrun both send it
 LEAVING = 5.0  # seconds that the main thread has to end the program, where it waits in code that signals do not reach
-
-
-class Stopped(SystemExit):
-    """The run left because a signal asked for it. The line about it was logged.
-
-    `agreed`: all ranks left after the same step.
-    """
-
-    def __init__(self, line: str = "", agreed: bool = False) -> None:
-        super().__init__(STATUS)
-        self.line, self.agreed = line, agreed
 
 
 class StopRequest:
@@ -141,7 +130,7 @@ def _watch(numbers: socket.socket, request: StopRequest, closed: threading.Event
 
 def _exit_now(line: str) -> NoReturn:
     get_logger().info(line)
-    os._exit(STATUS)
+    os._exit(STOPPED)
 
 
 # The program ends already, after a request or an error, whose line is the one to be read. When a rank of torchrun's ends,

@@ -15,10 +15,11 @@ from dataflex_mega.config.megatron_checks import check_megatron
 from dataflex_mega.config.parse import RunConfig, parse_config
 from dataflex_mega.config.paths import named_paths
 from dataflex_mega.error_lines import Place
+from dataflex_mega.errors import Stopped
 from dataflex_mega.exit_status import exit_status
 from dataflex_mega.llamafactory import predict
 from dataflex_mega.log import get_logger, guard_libraries
-from dataflex_mega.preemption import Stopped, default_actions, stop_requests
+from dataflex_mega.preemption import default_actions, stop_requests
 
 HELP = """usage: python -m dataflex_mega.train CONFIG.yaml [key=value ...]
        torchrun --nproc_per_node N -m dataflex_mega.train CONFIG.yaml [key=value ...]
@@ -41,7 +42,7 @@ INTERRUPTED = "interrupted; a run with a role continues from its last checkpoint
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 when trained, 2 for a user's mistake, 1 when training failed, 130 when interrupted.
 
-    Raises preemption.Stopped, which ends the program with status 143, after SIGTERM or SIGUSR1.
+    Raises errors.Stopped, which ends the program with status 143, after SIGTERM or SIGUSR1.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):

@@ -124,7 +124,7 @@ def run_training(
 ) -> tuple[PreparedRun, Trainer, TrainState]:
     """Build, train, and write what the run gives -> its stages, its loop, and the state after the last step.
 
-    Raises preemption.Stopped after a signal that asks the run to leave, where its checkpoint stays.
+    Raises errors.Stopped after a signal that asks the run to leave, where its checkpoint stays.
     """
     options = options or OutputOptions()
     with stop_requests(config.dataflex.save_on_signal and options.logs) as stop_request, NamedPeers():

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from dataflex_mega import preemption
-from dataflex_mega.preemption import Stopped, default_actions, stop_requests, when_stopped
+from dataflex_mega.errors import Stopped
+from dataflex_mega.preemption import default_actions, stop_requests, when_stopped
 
 # A program whose main thread does not come back to Python: two threads of one lock.
 BLOCKED = """
@@ -24,7 +25,7 @@ with preemption.stop_requests() as request:
     while time.monotonic() < end:
         try:
             time.sleep(1)
-        except preemption.Stopped:
+        except Stopped:
             pass  # code that swallows it
 """
 
