@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dataflex_mega.distributed.collectives import TorchCollectives
-from dataflex_mega.engines.fsdp.precision import LossScaler
+from dataflex_mega.engines.fsdp.precision import LossScale, LossScaler
 from dataflex_mega.engines.stats import StepAccumulator
 from dataflex_mega.errors import did_you_mean
 from dataflex_mega.types import Batch, SampleStats, SamplingPlan
@@ -74,7 +74,7 @@ def test_samples_with_a_nan_loss_are_named():
 
 
 def test_loss_scale_halves_on_overflow_and_doubles_after_a_while():
-    scale = LossScaler(True, start=8.0, interval=3)
+    scale = LossScaler(True, LossScale(start=8.0, interval=3))
     scale.update(False)
     assert scale.value == 4.0
     for _ in range(3):
@@ -86,6 +86,17 @@ def test_loss_scale_halves_on_overflow_and_doubles_after_a_while():
     off = LossScaler(False)
     off.update(False)
     assert off.value == 1.0
+
+
+def test_a_loss_scale_has_a_floor_or_is_constant():
+    low = LossScaler(True, LossScale(start=8.0, floor=4.0))
+    low.update(False)
+    low.update(False)
+    assert low.value == 4.0
+    constant = LossScaler(True, LossScale(start=8.0, interval=1, constant=True))
+    constant.update(False)
+    constant.update(True)
+    assert constant.value == 8.0
 
 
 def test_a_digest_changes_with_whatever_changes_the_draws():

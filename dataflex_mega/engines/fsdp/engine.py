@@ -56,7 +56,7 @@ class FSDPEngine:
     routers: FSDPRouterCounter | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.loss_scaler = LossScaler(self.runner.layout.precision == "fp16")
+        self.loss_scaler = LossScaler(self.runner.layout.precision == "fp16", self.runner.layout.loss_scale)
         self.routers = FSDPRouterCounter(self.model) if self.options.count_router_loads else None
 
     @property

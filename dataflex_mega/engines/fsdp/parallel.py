@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.nn.parallel import DistributedDataParallel
 
 from dataflex_mega.distributed.parallel_info import ParallelInfo
+from dataflex_mega.engines.fsdp.precision import LossScale
 from dataflex_mega.errors import ConfigError, did_you_mean
 
 Mode = Literal["single", "ddp", "fsdp2"]
@@ -28,6 +29,8 @@ class FSDPLayout:
     layer_classes: tuple[str, ...] = ()  # empty: the model's own _no_split_modules
     find_unused: bool = False
     notes: tuple[str, ...] = ()  # for the user
+    pin_memory: bool = True  # of what is offloaded
+    loss_scale: LossScale = field(default_factory=LossScale)  # under fp16
 
     @property
     def dtype(self) -> torch.dtype:
@@ -38,7 +41,7 @@ class FSDPLayout:
 FSDP_WORDS = ("full_shard", "shard_grad_op", "offload", "auto_wrap", "no_shard")
 ACTED_ON = (
     "version", "transformer_layer_cls_to_wrap", "reshard_after_forward", "activation_checkpointing", "cpu_offload",
-    "offload_params",
+    "offload_params", "pin_memory", "loss_scale", "initial_scale_power", "loss_scale_window", "min_loss_scale",
 )  # fmt: skip
 # Keys of FSDP1 or of accelerate that fully_shard has no counterpart for; none changes what is computed.
 WITHOUT_EFFECT = (
@@ -65,7 +68,25 @@ def read_layout(keys: dict[str, Any], parallel_info: ParallelInfo) -> FSDPLayout
         layer_classes=(classes,) if isinstance(classes, str) else tuple(classes),
         find_unused=find_unused,
         notes=notes,
+        pin_memory=bool(config.get("pin_memory", True)) and parallel_info.device.type != "cpu",
+        loss_scale=_loss_scale(config),
     )
+
+
+def _loss_scale(config: dict[str, Any]) -> LossScale:
+    """How the loss is scaled under fp16, in the words of DeepSpeed's `fp16`: a `loss_scale` above 0 is constant."""
+    constant = config.get("loss_scale")
+    try:
+        if constant:
+            return LossScale(start=float(constant), constant=True)
+        default = LossScale()
+        return LossScale(
+            start=2.0 ** float(config.get("initial_scale_power", 16)),
+            interval=int(config.get("loss_scale_window", default.interval)),
+            floor=float(config.get("min_loss_scale", default.floor)),
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"fsdp_config: a loss scale is not a number: {error}") from error
 
 
 def _fsdp_words(value: Any) -> list[str]:
@@ -118,7 +139,7 @@ def _shard(model: nn.Module, layout: FSDPLayout, parallel_info: ParallelInfo) ->
         "mesh": init_device_mesh(parallel_info.device.type, (parallel_info.world_size,)),
         "reshard_after_forward": layout.reshard_after_forward,
         "mp_policy": MixedPrecisionPolicy(layout.dtype, torch.float32) if low else MixedPrecisionPolicy(),
-        "offload_policy": CPUOffloadPolicy() if layout.offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(layout.pin_memory) if layout.offload else OffloadPolicy(),
     }
     names = set(layout.layer_classes or layer_class_names(model))
     layers = [module for module in model.modules() if type(module).__name__ in names]

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """How the scale moves: from `start`, doubled after `interval` finite steps, halved down to `floor` on an overflow."""
+
+    start: float = 2.0**16
+    interval: int = 2000
+    floor: float = 1.0
+    constant: bool = False
+
 
 class LossScaler:
-    """Doubles after `interval` finite steps, halves on an overflow. 1 and constant where it is not needed.
+    """The scale of the loss, as `rule` moves it. 1 and constant where it is not needed.
 
     The gradient norm it judges by is the global one, so all ranks take the same decision without communication.
     """
 
-    def __init__(self, enabled: bool, start: float = 2.0**16, interval: int = 2000) -> None:
-        self.enabled, self.interval = enabled, interval
-        self.value = start if enabled else 1.0
+    def __init__(self, enabled: bool, rule: LossScale | None = None) -> None:
+        self.enabled, self.rule = enabled, rule or LossScale()
+        self.value = self.rule.start if enabled else 1.0
         self.finite_steps = 0
 
     def update(self, finite: bool) -> None:
         """After each step, with whether its gradient was finite."""
-        if not self.enabled:
+        if not self.enabled or self.rule.constant:
             return
         self.finite_steps = self.finite_steps + 1 if finite else 0
         if not finite:
-            self.value = max(self.value / 2, 1.0)
-        elif self.finite_steps == self.interval:
+            self.value = max(self.value / 2, self.rule.floor)
+        elif self.finite_steps == self.rule.interval:
             self.value, self.finite_steps = self.value * 2, 0
 
     def state_dict(self) -> dict[str, float]:

@@ -7,13 +7,14 @@ import torch
 
 from dataflex_mega.engines.fsdp.masks import attention_mask
 from dataflex_mega.engines.fsdp.parallel import read_layout
+from dataflex_mega.engines.fsdp.precision import LossScale
 from dataflex_mega.errors import ConfigError
 
 CPU = torch.device("cpu")
 
 
-def parallel_info(world):
-    return SimpleNamespace(world_size=world, device=CPU)
+def parallel_info(world, device=CPU):
+    return SimpleNamespace(world_size=world, device=device)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,17 @@ def test_layer_classes_and_offload():
     assert layout.layer_classes == ("LlamaDecoderLayer",) and layout.offload
 
 
+def test_the_loss_scale_and_pinned_memory():
+    cuda = parallel_info(2, torch.device("cuda"))
+    moving = {"initial_scale_power": 10, "loss_scale_window": 7, "min_loss_scale": 4}
+    layout = read_layout({"fp16": True, "fsdp_config": {**moving, "pin_memory": False}}, cuda)
+    assert layout.loss_scale == LossScale(start=1024.0, interval=7, floor=4.0) and not layout.pin_memory
+    assert read_layout({"fp16": True, "fsdp_config": {"loss_scale": 64}}, cuda).loss_scale.constant
+    default = read_layout({"fp16": True, "fsdp": "full_shard offload"}, cuda)
+    assert default.pin_memory and default.loss_scale == LossScale(65536.0, 2000, 1.0)
+    assert not read_layout({"fsdp": "full_shard offload"}, parallel_info(2)).pin_memory  # needs a device to pin it for
+
+
 def test_keys_without_effect_are_said():
     layout = read_layout({"fsdp": True, "fsdp_config": {"fsdp_state_dict_type": "FULL_STATE_DICT"}}, parallel_info(2))
     assert layout.notes == ("fsdp_config: state_dict_type has no effect on FSDP2",)
@@ -55,6 +67,7 @@ def test_keys_without_effect_are_said():
         ({"fsdp": "hybrid_shard"}, "hybrid_shard"),
         ({"fsdp": "full_shard", "fsdp_config": {"wrap": 1}}, "wrap"),
         ({"fsdp": "full_shard", "fsdp_config": "file.json"}, "mapping"),
+        ({"fsdp_config": {"loss_scale_window": "often"}}, "often"),
         (
             {"fsdp_config": {"activation_checkpointing": True}, "disable_gradient_checkpointing": True},
             "disable_gradient_checkpointing",
