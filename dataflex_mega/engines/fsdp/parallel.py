@@ -95,7 +95,7 @@ def _fsdp_words(value: Any) -> list[str]:
         return []
     if value is True:
         return ["full_shard"]
-    words = [str(word) for word in value] if isinstance(value, list) else str(value).split()
+    words = " ".join(map(str, value)).split() if isinstance(value, list) else str(value).split()
     for word in words:
         if word not in FSDP_WORDS:
             near = did_you_mean(word, FSDP_WORDS)

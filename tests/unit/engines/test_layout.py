@@ -23,6 +23,7 @@ def parallel_info(world, device=CPU):
         ({}, 1, ("single", "fp32", True)),
         ({"bf16": True}, 4, ("ddp", "bf16", True)),
         ({"fsdp": "full_shard auto_wrap"}, 2, ("fsdp2", "fp32", True)),
+        ({"fsdp": ["full_shard auto_wrap"]}, 2, ("fsdp2", "fp32", True)),
         ({"fsdp": True}, 2, ("fsdp2", "fp32", True)),
         ({"fsdp": ["shard_grad_op"]}, 2, ("fsdp2", "fp32", False)),
         (
