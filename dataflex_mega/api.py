@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from torch import Tensor
 import dataflex_mega.plugins as plugins
 from dataflex_mega.algorithms.base import Algorithm
 from dataflex_mega.algorithms.selectors.less import Less
+from dataflex_mega.config import launchers
 from dataflex_mega.config.checks import check_dynamic
 from dataflex_mega.config.load import load
 from dataflex_mega.config.megatron_checks import check_megatron
@@ -103,7 +105,9 @@ def _parse(keys: Mapping[str, Any], files: bool, stack: ExitStack) -> RunConfig:
     if not files:
         keys["output_dir"] = stack.enter_context(tempfile.TemporaryDirectory(prefix="dataflex_mega_"))
         keys = {"tensorboard": False, **keys, "save_strategy": "no", "plot_loss": False}
-    config = parse_config(keys, argument_types())
+    stack.enter_context(launchers.preserved(os.environ))
+    config = parse_config(keys, argument_types(), environment=launchers.without_traces(os.environ))
+    launchers.withdraw(os.environ)
     for note in config.notes:
         get_logger().info("note: %s", note)
     return config

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dataflex_mega.config import launchers
 from dataflex_mega.config.checks import check_dynamic, split_names
 from dataflex_mega.config.environment import check_environment
 from dataflex_mega.config.load import load
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(HELP)
         return 0 if argv else 2
     place = Place()
-    with stop_requests():  # until the run listens itself
+    with stop_requests(), launchers.preserved(os.environ):  # until the run listens itself
         return exit_status(lambda: run(argv[0], argv[1:], place), INTERRUPTED, place)
 
 
@@ -63,8 +64,9 @@ def run(path: str, overrides: Sequence[str] = (), place: Place | None = None) ->
 
     end_children()
     check_environment(os.environ)
-    variable = engine_of_environment(os.environ)  # before LLaMA-Factory is imported, which removes the variables
-    config = parse_config(load(path, overrides), argument_types(), variable)
+    environment = dict(os.environ)  # before LLaMA-Factory is imported, which removes some of the variables
+    variable = engine_of_environment(environment)
+    config = parse_config(load(path, overrides), argument_types(), variable, environment)
     if place is not None:
         place.folder, place.paths = named_paths(config)
     guard_libraries()
@@ -79,6 +81,7 @@ def run(path: str, overrides: Sequence[str] = (), place: Place | None = None) ->
         with default_actions():
             run_static(config.llamafactory, list(config.dataflex.callbacks), datasets)
         return 0
+    launchers.withdraw(os.environ)  # before LLaMA-Factory acts on them again
     for note in check_dynamic(config):
         get_logger().info("note: %s", note)
     if predict.is_requested(config.llamafactory):

@@ -39,10 +39,11 @@ def check_configuration(arguments: list[str]) -> None:
 
     check_environment(os.environ)
     keys = load(arguments[0], arguments[1:])  # before LLaMA-Factory is imported, which takes seconds
-    variable = engine_of_environment(os.environ)
+    environment = {**os.environ, "WORLD_SIZE": total_processes(os.environ, device_count)}
+    variable = engine_of_environment(environment)
     from dataflex_mega.llamafactory.args import argument_types
 
-    config = parse_config(keys, argument_types(), variable)
+    config = parse_config(keys, argument_types(), variable, environment)
     if config.dataflex.train_type != "static" or config.engine == "megatron":
         check_dynamic(config)
         if predict.is_requested(config.llamafactory):
@@ -120,6 +121,12 @@ def num_processes(environment: Mapping[str, str], devices: Callable[[], int]) ->
     if value in ("auto", "gpu", "cpu"):
         return value
     return str(max(1, devices()) if value is None else read_count(environment, "NPROC_PER_NODE", 1))
+
+
+def total_processes(environment: Mapping[str, str], devices: Callable[[], int]) -> str:
+    """Processes on all nodes, what torchrun will put into WORLD_SIZE; a word where only torchrun knows."""
+    processes = num_processes(environment, devices)
+    return str(int(processes) * read_count(environment, "NNODES", 1)) if processes.isdecimal() else processes
 
 
 def read_count(environment: Mapping[str, str], name: str, default: int, minimum: int = 1) -> int:

@@ -30,7 +30,6 @@ REQUIRED = {
 STATIC_DOES = "train_type: static does"
 # Key -> what to do instead. Refused when set to anything but false, 0, nothing or an empty list.
 REFUSED = {
-    "deepspeed": "fsdp: full_shard shards parameters, gradients and optimizer state",
     **dict.fromkeys(("use_badam", "use_galore", "use_apollo", "use_adam_mini", "use_muon"), "use optim: adamw_torch"),
     "optim_target_modules": "use optim: adamw_torch",
     "streaming": "samples must be reachable by number",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dataflex_mega.config import corpus, dataflex_parse, legacy, megatron
+from dataflex_mega.config import corpus, dataflex_parse, launchers, legacy, megatron
 from dataflex_mega.config.component_parameters import Spec
 from dataflex_mega.config.dataflex_arguments import RunArguments
 from dataflex_mega.config.megatron import MegatronArguments
@@ -41,17 +41,23 @@ class RunConfig:
         return initial_proportions(self.dataflex, self.roles.get("mixer"), sizes, names)
 
 
-def parse_config(config: Mapping[str, Any], lf_types: Mapping[str, Any], variable: str | None = None) -> RunConfig:
+def parse_config(
+    config: Mapping[str, Any],
+    lf_types: Mapping[str, Any],
+    variable: str | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> RunConfig:
     """Sort the keys by owner, and parse and check every value once.
 
     Args:
         config: what `load` returns.
         lf_types: LLaMA-Factory's keys -> their annotations.
         variable: the environment variable that asks for Megatron, if one does.
+        environment: the variables that a launcher has set, where they are to be heeded.
 
     Raises:
-        ConfigError: unknown keys (all of them in one line, each with the nearest known one), a wrong value, or two
-            engines at once.
+        ConfigError: unknown keys (all of them in one line, each with the nearest known one), a wrong value, two engines at
+            once, or a launcher that contradicts the configuration.
     """
     learn(config)
     known = [*lf_types, *OUR_KEYS, *MEGATRON_KEYS]
@@ -72,6 +78,14 @@ def parse_config(config: Mapping[str, Any], lf_types: Mapping[str, Any], variabl
     parsed = dataflex_parse.parse(our_keys, uses_own_loop=engine == "megatron")
     corpus.check_engine(parsed.arguments, engine)
     lf_values.update(megatron.implied_lf_keys(megatron_arguments, lf_values))
+    if (
+        parsed.arguments.train_type != "static" or engine == "megatron"
+    ):  # else LLaMA-Factory trains, and hears of them itself
+        megatron_keys = {key: value for key, value in all_keys.items() if key in MEGATRON_KEYS}
+        launched = launchers.resolve(lf_values, megatron_keys, megatron_arguments, engine, environment)
+        lf_values, notes = launched.llamafactory, [*notes, *launched.notes]
+        megatron_arguments = megatron.parse({**megatron_keys, **launched.megatron})
+        all_keys = {key: value for key, value in all_keys.items() if key != "deepspeed"} | launched.megatron
     return RunConfig(
         llamafactory=lf_values,
         dataflex=parsed.arguments,

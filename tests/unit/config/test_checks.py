@@ -67,7 +67,7 @@ def test_what_dynamic_training_does(check, keys):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("deepspeed", "ds_z3.json"), ("deepspeed", {"zero_optimization": {"stage": 3}}), ("use_badam", True),
+        ("use_badam", True),
         ("use_galore", True), ("use_apollo", True), ("use_adam_mini", True), ("use_muon", True), ("streaming", True),
         ("quantization_bit", 4), ("use_unsloth", True),
         ("load_best_model_at_end", True), ("neftune_noise_alpha", 5.0), ("fp8", True),
