@@ -1,0 +1,121 @@
+"""A run that DeepSpeed or accelerate would lay out is the run of the same `fsdp` key, on two processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.support import corpus, runs
+
+SELECT = {"selector": {"name": "loss"}, "warmup_step": 1, "update_step": 1, "update_times": 2, "max_steps": 4}
+AUTO = {"gradient_clipping": "auto", "train_batch_size": "auto", "bf16": {"enabled": "auto"}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return corpus.write(tmp_path_factory.mktemp("launchers"))
+
+
+def config_of(folder, name, **keys):
+    return runs.base(folder, output_dir=str(folder / "out" / name), logging_steps=1, **{**SELECT, **keys})
+
+
+def losses(config):
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in runs.rows(config)]
+
+
+def zero(stage, **keys):
+    return {**AUTO, "zero_optimization": {"stage": stage, **keys}}
+
+
+def test_stage_3_trains_and_resumes_as_full_shard(folder):
+    keys = {"selector": None, "weighter": "loss", "warmup_step": None, "update_step": None, "update_times": None}
+    keys |= {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
+    path = folder / "ds_z3.json"
+    path.write_text(json.dumps(zero(3)))
+    whole = config_of(folder, "whole", fsdp="full_shard auto_wrap", **keys)
+    first = config_of(folder, "half", deepspeed=str(path), **{**keys, "max_steps": 2})
+    second = {**first, "max_steps": 4, "fsdp": "full_shard"}
+    del second["deepspeed"]
+    finished = runs.train_many(2, [whole, first, second])
+    assert [status for status, _ in finished] == [0, 0, 0], finished
+    assert f"note: deepspeed: {path}: fsdp: full_shard" in finished[1][1]
+    assert losses(second) == losses(whole) and len(losses(whole)) == 4
+
+
+@pytest.mark.exhaustive
+def test_deepspeed_stages_train_as_their_layouts(folder):
+    cpu = {"device": "cpu", "pin_memory": True}
+    offload = zero(3, offload_optimizer=cpu, offload_param=cpu)
+    pairs = {
+        "full": ({"fsdp": "full_shard"}, {"deepspeed": zero(3)}),
+        "grad": ({"fsdp": "shard_grad_op"}, {"deepspeed": zero(2)}),
+        "offload": ({"fsdp": "full_shard offload"}, {"deepspeed": offload}),
+        "ddp": ({}, {"deepspeed": zero(0)}),
+    }
+    configs = [config_of(folder, f"{name}{i}", **keys) for name, pair in pairs.items() for i, keys in enumerate(pair)]
+    finished = runs.train_many(2, configs)
+    assert [status for status, _ in finished] == [0] * len(configs), finished
+    for number in range(0, len(configs), 2):
+        assert "note: deepspeed: " in finished[number + 1][1] and "note: deepspeed: " not in finished[number][1]
+        assert losses(configs[number]) == losses(configs[number + 1])
+        assert len(losses(configs[number])) == 4
+
+
+ACCELERATE = {
+    "compute_environment": "LOCAL_MACHINE", "debug": False, "distributed_type": "FSDP", "downcast_bf16": "no",
+    "machine_rank": 0, "main_training_function": "main", "mixed_precision": "no", "num_machines": 1, "num_processes": 2,
+    "rdzv_backend": "static", "same_network": True, "tpu_env": [], "tpu_use_cluster": False, "tpu_use_sudo": False,
+    "use_cpu": True, "main_process_port": 0,
+}  # fmt: skip
+FSDP = {
+    "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_backward_prefetch": "BACKWARD_PRE",
+    "fsdp_cpu_ram_efficient_loading": True, "fsdp_forward_prefetch": False, "fsdp_offload_params": False,
+    "fsdp_sharding_strategy": "FULL_SHARD", "fsdp_state_dict_type": "FULL_STATE_DICT", "fsdp_sync_module_states": True,
+    "fsdp_use_orig_params": True,
+}  # fmt: skip
+SHOW = """import sys
+from dataflex_mega.engines.fsdp import engine
+from dataflex_mega.train import main
+made = engine.FSDPEngine.__post_init__
+def shown(self):
+    made(self)
+    print("LAYOUT", self.parallel_info.rank, self.runner.layout.mode, self.runner.layout.precision, flush=True)
+engine.FSDPEngine.__post_init__ = shown
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("entry", ["script", "module", "cli"])
+def test_accelerate_launch_with_an_fsdp_file_shards(folder, entry):
+    work = folder / entry
+    work.mkdir()
+    (work / "fsdp.yaml").write_text(yaml.safe_dump({**ACCELERATE, "mixed_precision": "bf16", "fsdp_config": FSDP}))
+    (work / "show.py").write_text(SHOW)
+    config = config_of(folder, entry, max_steps=2)
+    (work / "run.yaml").write_text(yaml.safe_dump(config))
+    program = {
+        "script": [str(work / "show.py")], "module": ["-m", "dataflex_mega.train"], "cli": ["-m", "dataflex_mega", "train"],
+    }[entry]  # fmt: skip
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--config_file",
+        str(work / "fsdp.yaml"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(corpus.ROOT), "OMP_NUM_THREADS": "1"}
+    found = subprocess.run([*launch, *program, str(work / "run.yaml")], capture_output=True, text=True, env=environment)
+    assert found.returncode == 0, found.stderr
+    assert found.stderr.count("note: accelerate launch: fsdp: full_shard, bf16: true; 8 FSDP variables have no") == 1
+    if entry == "script":
+        lines = sorted(line for line in found.stdout.splitlines() if line.startswith("LAYOUT"))
+        assert lines == ["LAYOUT 0 fsdp2 bf16", "LAYOUT 1 fsdp2 bf16"]
+    plain = config_of(folder, f"{entry}-plain", max_steps=2, fsdp="full_shard", bf16=True)
+    assert [status for status, _ in runs.train_many(2, [plain])] == [0]
+    assert losses(config) == losses(plain)
