@@ -17,6 +17,7 @@ from dataflex_mega.config import (
     component_parameters,
     components,
     dataflex_parse,
+    deepspeed_schema,
     legacy,
     megatron,
     megatron_checks,
@@ -170,6 +171,24 @@ def parameters_without_effect() -> str:
     return table(("algorithm", "parameter", "reason"), rows)
 
 
+def deepspeed_section() -> list[str]:
+    """What becomes of the keys of a DeepSpeed configuration."""
+    refused = {f"zero_optimization.{key}": instead for key, instead in deepspeed_schema.ZERO_REFUSED.items()}
+    sizes = {f"{key}` above 1, `": instead for key, instead in deepspeed_schema.REFUSED_SIZES.items()}
+    rows = [
+        [f"`{key}`".replace(", ``", ""), why] for key, why in {**deepspeed_schema.REFUSED, **refused, **sizes}.items()
+    ]
+    zero = [f"`{key}`" for key in sorted(deepspeed_schema.ZERO_TUNING - {"_comment"})]
+    top = [f"`{key}`" for key in sorted(deepspeed_schema.TUNING - {"_comment"})]
+    return [
+        "## Keys of a DeepSpeed configuration",
+        "With a role, a `deepspeed` file or mapping is translated; "
+        "[what becomes of it](coming-from.md#deepspeed-and-accelerate). These of its keys are refused when they are on:",
+        table(("key", "instead"), sorted(rows)),
+        f"These have no counterpart, and a note counts them: {', '.join(top)}; in `zero_optimization`: {', '.join(zero)}.",
+    ]
+
+
 def document() -> str:
     """The whole page."""
     our_names = [f.name for f in dataclasses.fields(dataflex_parse.RunArguments)]
@@ -216,6 +235,7 @@ def document() -> str:
         "A dynamic run refuses these keys of LLaMA-Factory by name before anything is built. Static runs accept them.",
         table(("key", "instead"), refused),
         table(("key", "accepted values", "reason"), allowed),
+        *deepspeed_section(),
         "## Old keys",
         "Keys that the installed transformers no longer has, and older names of our keys, are translated, with a note.",
         table(("old", "new"), renamed),
