@@ -65,6 +65,39 @@ def test_deepspeed_stages_train_as_their_layouts(folder):
         assert len(losses(configs[number])) == 4
 
 
+@pytest.mark.exhaustive
+def test_full_training_shapes_of_dataflex_run_with_their_deepspeed_file(folder):
+    corpus.write_experts(folder)
+    corpus.write_reference(folder)
+    path = folder / "ds_z3_config.json"
+    path.write_text(json.dumps(zero(3, overlap_comm=False, stage3_max_live_parameters=1e9)))
+    common = {
+        "do_train": True, "trust_remote_code": True, "deepspeed": str(path), "flash_attn": "fa2", "overwrite_cache": True,
+        "report_to": "none", "bf16": True, "ddp_timeout": 180000000, "warmup_ratio": 0.05, "save_only_model": True,
+        "overwrite_output_dir": True, "mixture_sample_rule": "mixture", "train_type": "dynamic_mix", "dataset": "prose,code",
+        "selector": None, "disable_gradient_checkpointing": None, "max_samples": 40,
+    }  # fmt: skip
+    mixture = {"init_mixture_proportions": [0.3, 0.7], "train_from_scratch": True, "eval_dataset": "code"}
+    reference = {"reference_model": str(folder / "reference")}
+    experts = {"freeze_gate": True, "train_step": 4, "lr_scheduler_type": "cosine", "gradient_accumulation_steps": 2}
+    configs = [
+        config_of(folder, "doremi1", component_name="static", static_mix=True, **common, **mixture, num_train_epochs=1),
+        config_of(folder, "doremi2", component_name="doremi", **common, **mixture, **reference),
+        config_of(folder, "odm", component_name="odm", **common, **mixture),
+        config_of(
+            folder, "moe", component_name="dynamic_moe", model_name_or_path=str(folder / "moe"),
+            mixer_eval_dataset="prose,code", **common, **experts,
+        ),
+    ]  # fmt: skip
+    for config in configs[:1]:  # static_mix has no updates
+        for key in ("warmup_step", "update_step", "update_times"):
+            config.pop(key)
+    for config, (status, stderr) in zip(configs, runs.train_many(2, configs), strict=True):
+        assert status == 0, f"{config['output_dir']}: {stderr}"
+        assert stderr.count(f"note: deepspeed: {path}: fsdp: full_shard; 2 tuning keys have no counterpart") == 1
+        assert len(runs.rows(config)) == 4
+
+
 ACCELERATE = {
     "compute_environment": "LOCAL_MACHINE", "debug": False, "distributed_type": "FSDP", "downcast_bf16": "no",
     "machine_rank": 0, "main_training_function": "main", "mixed_precision": "no", "num_machines": 1, "num_processes": 2,
