@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from dataflex_mega.config import launchers
 from dataflex_mega.config.checks import check_dynamic
 from dataflex_mega.config.environment import check_environment
 from dataflex_mega.config.load import load
@@ -24,10 +25,12 @@ def read_dynamic_config(
     from dataflex_mega.llamafactory.args import argument_types
 
     check_environment(os.environ)
-    config = parse_config(load(path, overrides), argument_types())
+    environment = dict(os.environ)  # before LLaMA-Factory is imported, which removes some of the variables
+    config = parse_config(load(path, overrides), argument_types(), environment=environment)
     if place is not None:
         place.folder, place.paths = named_paths(config)
     if config.dataflex.train_type == "static":
         raise ConfigError(without_role)
+    launchers.withdraw(os.environ)
     check_dynamic(config)
     return config

@@ -65,6 +65,59 @@ def test_deepspeed_stages_train_as_their_layouts(folder):
         assert len(losses(configs[number])) == 4
 
 
+@pytest.fixture
+def started(monkeypatch):
+    """What a run was given, and the variables of its time; nothing is trained."""
+    from dataflex_mega.run import build
+
+    seen = []
+    monkeypatch.setattr(build, "run_training", lambda config, *_: seen.append((config, dict(os.environ))))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    return seen
+
+
+def test_variables_of_accelerate_are_gone_while_a_run_lasts(folder, started):
+    before = {name: value for name, value in os.environ.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
+    config = config_of(folder, "accelerated")
+    for _ in range(2):
+        status, stderr = runs.train_here(config)
+        assert status == 0 and "note: accelerate launch: fsdp: full_shard, bf16: true; 1 FSDP variable" in stderr
+        assert before.items() <= os.environ.items()
+    for found, environment in started:
+        assert found.llamafactory["fsdp"] == "full_shard" and found.llamafactory["bf16"] is True
+        assert not [name for name in environment if name.startswith(("FSDP_", "ACCELERATE_"))]
+
+
+def test_a_contradiction_with_accelerate_is_found_before_torchrun_starts(folder, started, monkeypatch):
+    from dataflex_mega.commands._launcher import check_configuration
+    from dataflex_mega.errors import ConfigError
+
+    path = folder / "contradiction.yaml"
+    path.write_text(yaml.safe_dump(config_of(folder, "contradiction", fsdp="shard_grad_op")))
+    with pytest.raises(ConfigError, match="FSDP_RESHARD_AFTER_FORWARD=true .* contradicts fsdp: shard_grad_op"):
+        check_configuration([str(path)])
+    path.write_text(yaml.safe_dump(config_of(folder, "sizes", deepspeed={"train_batch_size": 8})))
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    with pytest.raises(ConfigError, match="train_batch_size: 8 contradicts .* x 2 processes, which is 16"):
+        check_configuration([str(path)])
+
+
+def test_a_program_under_accelerate_trains_as_it_was_launched(folder, started):
+    import contextlib
+
+    from dataflex_mega import api
+
+    with contextlib.ExitStack() as stack:
+        config = api._parse(config_of(folder, "api"), True, stack)
+        assert config.llamafactory["fsdp"] == "full_shard" and "ACCELERATE_USE_FSDP" not in os.environ
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
+
+
 @pytest.mark.exhaustive
 def test_full_training_shapes_of_dataflex_run_with_their_deepspeed_file(folder):
     corpus.write_experts(folder)
