@@ -178,8 +178,8 @@ def deepspeed_section() -> list[str]:
     rows = [
         [f"`{key}`".replace(", ``", ""), why] for key, why in {**deepspeed_schema.REFUSED, **refused, **sizes}.items()
     ]
-    zero = [f"`{key}`" for key in sorted(deepspeed_schema.ZERO_TUNING - {"_comment"})]
-    top = [f"`{key}`" for key in sorted(deepspeed_schema.TUNING - {"_comment"})]
+    zero = [f"`{key}`" for key in sorted(deepspeed_schema.ZERO_TUNING)]
+    top = [f"`{key}`" for key in sorted(deepspeed_schema.TUNING)]
     return [
         "## Keys of a DeepSpeed configuration",
         "With a role, a `deepspeed` file or mapping is translated; "

@@ -96,15 +96,15 @@ def _check_keys(root: Section, work: Translation) -> None:
             raise ConfigError(f"{section.name(key)}: {section.values[key]} is not supported; {instead}")
     if is_on(root.section("activation_checkpointing").values.get("cpu_checkpointing")):
         raise ConfigError(f"{root.name('activation_checkpointing.cpu_checkpointing')}: not supported; leave it out")
-    tuning = [key for key in root.values if key in schema.TUNING and key != "_comment"]
+    tuning = [key for key in root.values if key in schema.TUNING]
     tuning += [key for key in ("activation_checkpointing",) if root.values.get(key)]
-    tuning += [key for key in zero.values if key in schema.ZERO_TUNING and key != "_comment"]
+    tuning += [key for key in zero.values if key in schema.ZERO_TUNING]
     work.num_tuning = len(tuning)
 
 
 def _refuse_unknown(section: Section, known: frozenset[str]) -> None:
     for key in section.values:
-        if key not in known:
+        if key not in known and key != schema.COMMENT:
             near = did_you_mean(str(key), known)
             raise ConfigError(f"{section.name(str(key))}: not a key of a DeepSpeed configuration{near}")
 

@@ -6,6 +6,7 @@ asks for something that is not done here (REFUSED). A key with no fate is unknow
 
 from __future__ import annotations
 
+COMMENT = "_comment"  # allowed everywhere
 ACTED_ON = frozenset(
     """
     zero_optimization fp16 bf16 bfloat16 gradient_clipping gradient_accumulation_steps train_micro_batch_size_per_gpu
@@ -18,7 +19,7 @@ TUNING = frozenset(
     wall_clock_breakdown memory_breakdown dump_state monitor_config tensorboard csv_monitor wandb comet flops_profiler
     communication_data_type seq_parallel_communication_data_type prescale_gradients gradient_predivide_factor
     sparse_gradients disable_allgather checkpoint load_universal_checkpoint use_node_local_storage aio timers
-    graph_harvesting use_data_before_expert_parallelism vocabulary_size dataloader_drop_last _comment
+    graph_harvesting use_data_before_expert_parallelism vocabulary_size dataloader_drop_last
     """.split()
 )
 NOT_THERE = "it is not there for a run with a role"
@@ -63,7 +64,7 @@ ZERO_TUNING = frozenset(
     stage3_max_reuse_distance max_reuse_distance stage3_module_granularity_threshold module_granularity_threshold
     stage3_use_all_reduce_for_fetch_params use_all_reduce_for_fetch_params ignore_unused_parameters legacy_stage1
     memory_efficient_linear pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings
-    enable_sanity_checks save_muon_momentum_buffer_in_memory _comment
+    enable_sanity_checks save_muon_momentum_buffer_in_memory
     """.split()
 )
 GATHERS_WEIGHTS = frozenset(

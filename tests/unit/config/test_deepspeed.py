@@ -318,7 +318,10 @@ def test_every_key_of_the_schema_has_one_fate():
     assert sum(map(len, fates)) == len(set().union(*fates))
     zero = [schema.ZERO_ACTED_ON, schema.ZERO_TUNING, schema.GATHERS_WEIGHTS, set(schema.ZERO_REFUSED)]
     assert sum(map(len, zero)) == len(set().union(*zero))
-    for key in schema.TUNING - {"_comment"}:
+    assert taken({"_comment": "x", "fp16": {"_comment": "y"}, "zero_optimization": {"_comment": "z", "stage": 3}}) == {
+        "fsdp": "full_shard"
+    }
+    for key in schema.TUNING:
         assert parse({key: 1}).notes == ["deepspeed: DistributedDataParallel; 1 tuning key has no counterpart"]
 
 
