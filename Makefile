@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 OFFLINE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo-data demo-corpus demo soak test test-all test-fast checks docs doctor clean
+.PHONY: help env demo-data demo-corpus demo test test-all soak test-fast checks docs doctor clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

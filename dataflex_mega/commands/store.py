@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataflex_mega.checkpoint_format import Damaged, Manifest
 from dataflex_mega.commands import _launcher
 from dataflex_mega.error_lines import Place
 from dataflex_mega.errors import CheckpointError, ConfigError
@@ -281,6 +280,8 @@ def open_store_run(config: RunConfig, several: bool = False) -> StoreRun:
 
 def load_checkpoint(engine: Any, path: Path) -> None:
     """Load parameters and moments of a checkpoint, every file hashed. Raises CheckpointError when it is none or damaged."""
+    from dataflex_mega.checkpoint_format import Damaged, Manifest  # imports torch
+
     try:
         manifest = Manifest.read(path)
         faults = manifest.faults(path, sorted(manifest.files))

@@ -135,11 +135,6 @@ def _from_json(folder: Path, content: dict[str, Any], where: str) -> Corpus:
     corpus = Corpus(folder, **values)
     if not isinstance(corpus.dtype, str) or corpus.dtype not in ITEMSIZE or not corpus.domains:
         raise DataError(f"{where} is damaged: dtype {corpus.dtype!r}, {len(corpus.domains)} domains")
-    for what in ("name", "prefix"):
-        values = [getattr(domain, what) for domain in corpus.domains]
-        twice = next((value for value in values if values.count(value) > 1), None)
-        if twice is not None:
-            raise DataError(f"{where} is damaged: two domains have the {what} {twice!r}")
     return corpus
 
 
@@ -153,10 +148,11 @@ def _check_types(values: dict[str, Any], where: str) -> None:
         if not domain.name or Path(domain.prefix).name != domain.prefix or domain.prefix in ("", ".", ".."):
             found = f"domain {domain.name!r} has the file {domain.prefix!r}, not one of its folder"
             raise DataError(f"{where} is damaged: {found}")
-    names = [domain.name for domain in values["domains"]]
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"{where} is damaged: domain {name!r} is listed {names.count(name)} times")
+    for what, found in (("domain", "name"), ("prefix", "prefix")):
+        names = [getattr(domain, found) for domain in values["domains"]]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"{where} is damaged: {what} {twice!r} is listed {names.count(twice)} times")
     tokenizer = values["tokenizer"]
     numbers = {"tokenizer.vocabulary": tokenizer.vocab_size, "tokenizer.end": tokenizer.eod_token_id}
     for name, value in numbers.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from dataflex_mega.distributed.protocol import Collectives
 from dataflex_mega.errors import CheckpointError, UserError
@@ -16,17 +16,17 @@ WAIT_SECONDS = 1.0  # between two looks at a lock that another job holds
 
 
 def run_on_main(collectives: Collectives, action: Callable[[], T]) -> T:
-    """The main process's result of `action`, on every process. A UserError or an OSError becomes a CheckpointError on all of
-    them."""
+    """The main process's result of `action`, on every process. An OSError is raised on all of them, a UserError as a
+    CheckpointError."""
     value, error = None, None
     if collectives.parallel_info.is_main:
         try:
             value = action()
         except (UserError, OSError) as raised:
-            error = _one_line(raised)
+            error = _plain(raised)
     value, error = collectives.broadcast_object((value, error))
     if error is not None:
-        raise CheckpointError(error)
+        raise _error(error)
     return value
 
 
@@ -37,18 +37,22 @@ def run_and_agree(collectives: Collectives, action: Callable[[], T]) -> T:
     try:
         value = action()
     except (CheckpointError, OSError) as raised:
-        error = _one_line(raised)
+        error = _plain(raised)
     errors = [one for one in collectives.all_gather_objects(error) if one is not None]
     if errors:
-        raise CheckpointError(errors[0])
+        raise _error(errors[0])
     return cast("T", value)
 
 
-def _one_line(error: Exception) -> str:
-    """The message of an error; of one from the system, the file and the cause."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+def _plain(error: Exception) -> str | tuple[Any, ...]:
+    """What other processes need to raise an error: its message; of the system's its number, words and file."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno, error.strerror, None if error.filename is None else str(error.filename)
     return str(error)
+
+
+def _error(plain: str | tuple[Any, ...]) -> Exception:
+    return CheckpointError(plain) if isinstance(plain, str) else OSError(*plain)
 
 
 @contextmanager

@@ -280,7 +280,7 @@ def test_odd_scores_are_named(folder, name, tmp_path):
         "score_source": "precomputed",
         "score_params": {"score_path": str(tmp_path / "scores.npy")},
     }
-    check_run(folder, f"scores {name}", {"reorder": order}, ["scores.npy"])
+    check_run(folder, f"scores {name}", {"reorder": order, "update_step": 2, "update_times": -1}, ["scores.npy"])
 
 
 def test_a_selectors_file_that_is_not_there_is_named(folder):

@@ -203,7 +203,7 @@ def test_a_domain_that_is_listed_twice(corpus):
     content = json.loads((corpus / manifest.NAME).read_text())
     content["domains"] *= 2
     (corpus / manifest.NAME).write_text(json.dumps(content))
-    assert "domain 'code' is there 2 times" in refused(manifest.read, corpus)
+    assert "domain 'code' is listed 2 times" in refused(manifest.read, corpus)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------

@@ -150,9 +150,7 @@ def test_the_command_is_launched_like_training(monkeypatch):
     heard = {}
     monkeypatch.setenv("NPROC_PER_NODE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.setattr(
-        _launcher.subprocess, "run", lambda c: heard.update(command=c) or type("R", (), {"returncode": 0})
-    )
+    monkeypatch.setattr(_launcher, "run_child", lambda command, *_: heard.update(command=command) or 0)
     assert cli.main(["near", "--candidates", "a", "--queries", "b"]) == 0
     assert heard["command"][-6:] == [_offline.MODULE, "near", "--candidates", "a", "--queries", "b"]
     assert "--nproc_per_node=2" in heard["command"]

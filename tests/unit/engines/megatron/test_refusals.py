@@ -55,7 +55,9 @@ def test_refused_in_one_line_before_processes_are_joined(folder, tmp_path, monke
     from dataflex_mega.train import main
 
     world, keys, first, said = CASES[name]
-    monkeypatch.setenv("WORLD_SIZE", str(world))
+    torchrun = {"WORLD_SIZE": str(world), "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for variable, value in torchrun.items():
+        monkeypatch.setenv(variable, value)
     monkeypatch.setattr(torch.distributed, "init_process_group", joined)
     config = {
         "model_name_or_path": str(folder / keys.get("model", "model")), "stage": "pt", "dataset_dir": str(folder / "data"),
