@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import importlib
 import platform
-import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
@@ -19,13 +18,16 @@ from typing import Any
 
 from dataflex_mega.exit_status import OneLineParser
 from dataflex_mega.log import get_logger
+from dataflex_mega.setup.imports import first_cause
+from dataflex_mega.setup.packages import EXTRAS, IMPORTED_WHEN_PRESENT, LLAMAFACTORY_VERSIONS, module_of
+from dataflex_mega.setup.versions import read_requirement, version_fits
 
 PACKAGE = "dataflex_mega"
 DESCRIPTION = (
     "Print which software and hardware this machine has, and what can therefore be run. Ends with 1 when nothing can."
 )
 # What importing an installed package raises when it, or a library it needs, does not fit this machine.
-IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError)
+IMPORT_ERRORS = (ImportError, OSError, RuntimeError, AttributeError, NameError, TypeError, ValueError)
 OK, ABSENT, BROKEN, UNFIT = "ok", "absent", "broken", "unfit"
 
 MEGATRON_VERSIONS = ">=0.16.1,<0.20"  # versions of megatron-core; engines/megatron/version.py refuses others
@@ -107,43 +109,10 @@ class Probe:
         return sys.version_info[:3]
 
 
-def parse_release(version: str) -> tuple[int, ...]:
-    """The numbers a version starts with, without trailing zeros: `2.13.0+cpu` -> (2, 13)."""
-    match = re.match(r"\d+(\.\d+)*", version)
-    numbers = [int(part) for part in match.group().split(".")] if match else []
-    while numbers and numbers[-1] == 0:
-        numbers.pop()
-    return tuple(numbers)
-
-
-def version_fits(version: str, bounds: str) -> bool:
-    """Whether a version is inside bounds like `>=0.9.5,<0.10`; pre-releases count as their release."""
-    compare: dict[str, Callable[[Any, Any], bool]] = {
-        ">=": lambda a, b: a >= b,
-        "<=": lambda a, b: a <= b,
-        "<": lambda a, b: a < b,
-        ">": lambda a, b: a > b,
-        "==": lambda a, b: a == b,
-        "!=": lambda a, b: a != b,
-    }
-    conditions = re.findall(r"(>=|<=|==|!=|<|>)\s*([0-9][0-9.]*)", bounds)
-    return all(compare[sign](parse_release(version), parse_release(bound)) for sign, bound in conditions)
-
-
 def supported_versions(probe: Probe, distribution: str) -> str:
-    """`>=0.9.5,<0.10` for llamafactory: the range in dataflex_mega's own metadata, or an empty string."""
-    for requirement in probe.requirements():
-        name, _, marker = requirement.partition(";")
-        match = re.match(r"([A-Za-z0-9._-]+)(.*)", name.strip())
-        if match and match.group(1).lower() == distribution and "extra" not in marker:
-            return match.group(2).strip()
-    return ""
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error, short enough for a line of the report."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= 100 else text[:97] + "..."
+    """`>=2.8` for torch: the range in dataflex_mega's own metadata, or an empty string."""
+    ranges = [r.bounds for r in map(read_requirement, probe.requirements()) if r.name == distribution and not r.extra]
+    return ranges[0] if ranges else LLAMAFACTORY_VERSIONS if distribution == "llamafactory" else ""
 
 
 def check_python(probe: Probe) -> Finding:
@@ -168,7 +137,7 @@ def check_package(
     try:
         probe.import_module(module or distribution)
     except IMPORT_ERRORS as error:
-        return Finding(distribution, BROKEN, f"{version}: {first_line(error)}", consequence, required)
+        return Finding(distribution, BROKEN, f"{version}: {first_cause(error)}", consequence, required)
     return Finding(distribution, OK, version, required=required)
 
 
@@ -209,10 +178,25 @@ def check_llamafactory(probe: Probe) -> Finding:
     name, bounds = "llamafactory", supported_versions(probe, "llamafactory")
     version = probe.version(name)
     if version is None:
-        return Finding(name, ABSENT, "`make env` installs it", required=True)
+        return Finding(name, ABSENT, "`dataflex-cli setup` installs it", required=True)
     if not version_fits(version, bounds):
         return Finding(name, UNFIT, f"{version}; {bounds} is supported", required=True)
     return Finding(name, OK, version, required=True)
+
+
+def check_others(probe: Probe, checked: Iterable[str]) -> list[Finding]:
+    """What is wrong with the other packages: those that dataflex_mega asks for, and the optional ones that are installed.
+
+    Optional are those of the extras and those that transformers and peft import when they are there: one of these that is
+    broken makes them unimportable too, by an error that does not name it.
+    """
+    requirements = list(map(read_requirement, probe.requirements()))
+    needed = {r.name for r in requirements if not r.extra} - {*checked}
+    findings = [check_package(probe, name, module=module_of(name)) for name in sorted(needed)]
+    optional = {*IMPORTED_WHEN_PRESENT, *(r.name for r in requirements if r.extra in EXTRAS)} - needed - {*checked}
+    present = [name for name in sorted(optional) if probe.version(name) is not None]
+    findings += [check_package(probe, name, False, "reinstall or remove it", module_of(name)) for name in present]
+    return [finding for finding in findings if finding.state != OK]
 
 
 def check_media(probe: Probe, distribution: str, use: str) -> Finding:
@@ -230,7 +214,7 @@ def check_media(probe: Probe, distribution: str, use: str) -> Finding:
     except IMPORT_ERRORS as error:
         probe.hide_module(distribution)
         consequence = f"treated as not installed; no {use}"
-        return Finding(distribution, BROKEN, f"{version}: {first_line(error)}", consequence)
+        return Finding(distribution, BROKEN, f"{version}: {first_cause(error)}", consequence)
     return Finding(distribution, OK, version)
 
 
@@ -244,7 +228,7 @@ def check_megatron(probe: Probe) -> Finding:
     try:
         probe.import_module("megatron.core")
     except IMPORT_ERRORS as error:
-        return Finding(name, BROKEN, f"{version}: {first_line(error)}")
+        return Finding(name, BROKEN, f"{version}: {first_cause(error)}")
     return Finding(name, OK, version)
 
 
@@ -256,9 +240,9 @@ def check_transformer_engine(probe: Probe) -> Finding:
     except ModuleNotFoundError as error:
         if version is None:
             return Finding(name, ABSENT)
-        return Finding(name, BROKEN, f"{version}: {first_line(error)}")
+        return Finding(name, BROKEN, f"{version}: {first_cause(error)}")
     except IMPORT_ERRORS as error:
-        return Finding(name, BROKEN, f"{version or 'unknown version'}: {first_line(error)}")
+        return Finding(name, BROKEN, f"{version or 'unknown version'}: {first_cause(error)}")
     return Finding(name, OK, version or str(getattr(module, "__version__", "unknown version")))
 
 
@@ -273,11 +257,11 @@ def check_apex(probe: Probe) -> Finding:
         if error.name in {"apex", "apex.optimizers"}:
             return foreign_apex(version)
         return Finding(
-            name, BROKEN, f"{version or 'unknown version'}: {first_line(error)}", "PyPI's apex is another project"
+            name, BROKEN, f"{version or 'unknown version'}: {first_cause(error)}", "PyPI's apex is another project"
         )
     except IMPORT_ERRORS as error:
         return Finding(
-            name, BROKEN, f"{version or 'unknown version'}: {first_line(error)}", "PyPI's apex is another project"
+            name, BROKEN, f"{version or 'unknown version'}: {first_cause(error)}", "PyPI's apex is another project"
         )
     if not hasattr(optimizers, "FusedAdam"):
         return foreign_apex(version)
@@ -356,6 +340,7 @@ def inspect_machine(probe: Probe | None = None) -> Report:
         findings += [check_llamafactory(probe)]
         findings += [check_package(probe, "tensorboard", required=False, consequence="no curves in TensorBoard")]
         findings += [check_megatron(probe), check_transformer_engine(probe), check_apex(probe)]
+        findings += check_others(probe, {finding.name for finding in findings})
     return Report(findings, list_abilities(findings, torch))
 
 

@@ -1,11 +1,9 @@
 """Build the virtual environment that `make demo`, `make test` and CI use. Standard library only.
 
-Why this is not one `pip install -e .`: LLaMA-Factory depends on torchvision and torchaudio. The wheels that PyPI serves
-for Linux are CUDA builds, which cannot be imported beside a CPU build of torch, and a torchvision that is present but
-broken makes every `transformers` model class unimportable. Text training needs neither. So torch comes first, then
-LLaMA-Factory without its dependencies, then those of its dependencies that training uses, and last a torchaudio
-placeholder where no working torchaudio exists (LLaMA-Factory imports the name at module level). The same steps serve a
-machine with GPUs: there the torch wheel is a CUDA build, and a working torchvision/torchaudio may be added by hand.
+These are the steps of a user who installs the wheel and calls `dataflex-cli setup`, from a checkout: torch first, then what
+this package and its extras ask for, then LLaMA-Factory without its dependencies (dataflex_mega/setup/packages.py says why),
+and last a torchaudio placeholder where no working torchaudio exists (LLaMA-Factory imports the name at module level). They
+serve a machine with GPUs too: there the torch wheel is a CUDA build, and a working torchvision/torchaudio may be added.
 
 DATAFLEX_TORCH names another torch, for example "torch==2.9.1" or the path of a wheel.
 """
@@ -16,8 +14,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,18 +23,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACEHOLDER = ROOT / "tools" / "torchaudio_placeholder"
+sys.path.insert(0, str(ROOT))
+
+from dataflex_mega.setup.packages import LLAMAFACTORY  # noqa: E402
+from dataflex_mega.setup.placeholder import write_wheel  # noqa: E402
+from dataflex_mega.setup.versions import SetupError, requirement_name  # noqa: E402
+
+SHARED = [
+    ROOT / "dataflex_mega" / "setup" / name for name in ("packages.py", "placeholder.py", "torchaudio_placeholder.py")
+]
 TORCH = os.environ.get("DATAFLEX_TORCH", "torch==2.13.0")
 PIP_INSTALL = ("-m", "pip", "install", "--quiet", "--progress-bar", "off", "--disable-pip-version-check")
-# Not imported on the training path (the first two cannot be, beside a CPU torch): chat servers, web UI, other hubs.
-NOT_NEEDED = {
-    "torchvision", "torchaudio", "torch", "gradio", "modelscope", "fastapi", "uvicorn", "sse-starlette", "fire", "tyro",
-    "tiktoken", "torchdata", "hf-transfer", "einops", "av", "librosa",
-}  # fmt: skip
-
-
-class SetupError(Exception):
-    """A step failed; the message is shown to the user."""
 
 
 def read_project() -> dict[str, Any]:
@@ -49,14 +44,6 @@ def read_project() -> dict[str, Any]:
     return {"project": tables["project"], "build-system": tables["build-system"]}
 
 
-def requirement_name(requirement: str) -> str:
-    """`PyYAML>=6 ; python_version < "4"` -> `pyyaml`."""
-    match = re.match(r"[A-Za-z0-9._-]+", requirement)
-    if match is None:
-        raise SetupError(f"{requirement!r} is not a requirement")
-    return re.sub(r"[-_.]+", "-", match.group()).lower()
-
-
 def extras_of(project: dict[str, Any], names: list[str]) -> list[str]:
     """The requirements of these extras. Raises SetupError for one that pyproject.toml does not have."""
     known = project["project"].get("optional-dependencies", {})
@@ -64,11 +51,6 @@ def extras_of(project: dict[str, Any], names: list[str]) -> list[str]:
         if name not in known:
             raise SetupError(f"--extras {name}: pyproject.toml has {', '.join(sorted(known))}")
     return [requirement for name in names for requirement in known[name]]
-
-
-def llamafactory_requirements(requires: list[str]) -> list[str]:
-    """The requirements of llamafactory without its extras and without what text training never imports."""
-    return [line for line in requires if "extra ==" not in line and requirement_name(line) not in NOT_NEEDED]
 
 
 def run(command: list[str]) -> str:
@@ -90,10 +72,8 @@ def install_placeholder(python: Path) -> str:
     """Install the torchaudio placeholder where nothing of that name can be imported. Returns a remark on what was done."""
     if imports(python, "torchaudio"):
         return "importable"
-    with tempfile.TemporaryDirectory() as folder:  # a build in place would leave its files in the source tree
-        copy = Path(folder) / PLACEHOLDER.name
-        shutil.copytree(PLACEHOLDER, copy, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
-        run([str(python), *PIP_INSTALL, "--no-deps", "--no-build-isolation", str(copy)])
+    with tempfile.TemporaryDirectory() as folder:
+        run([str(python), *PIP_INSTALL, "--no-deps", str(write_wheel(Path(folder)))])
     return "placeholder"
 
 
@@ -101,8 +81,7 @@ def steps(target: Path, project: dict[str, Any], extras: list[str]) -> list[tupl
     """(label, function) of every step, in order; the function may return a remark."""
     python = target / "bin" / "python"
     dependencies = project["project"]["dependencies"]
-    llamafactory = next(r for r in dependencies if requirement_name(r) == "llamafactory")
-    own_requirements = [r for r in dependencies if requirement_name(r) not in {"torch", "llamafactory"}]
+    own_requirements = [r for r in dependencies if requirement_name(r) != "torch"]
 
     def make_venv() -> str | None:
         if python.exists():
@@ -114,21 +93,14 @@ def steps(target: Path, project: dict[str, Any], extras: list[str]) -> list[tupl
         run([str(python), *PIP_INSTALL, *args])
 
     def install_dependencies() -> str:
-        code = "import importlib.metadata as m; print('\\n'.join(m.requires('llamafactory') or []))"
-        lf_requirements = llamafactory_requirements(run([str(python), "-c", code]).splitlines())
-        requirements = [
-            *own_requirements,
-            *extras_of(project, extras),
-            *lf_requirements,
-            *project["build-system"]["requires"],
-        ]
+        requirements = [*own_requirements, *extras_of(project, extras), *project["build-system"]["requires"]]
         pip(TORCH, *requirements)
         return f"{len(requirements)} requirements"
 
     return [
         (f"virtual environment in {target}", make_venv),
         (TORCH, lambda: pip(TORCH)),
-        (f"{llamafactory} without its dependencies", lambda: pip("--no-deps", llamafactory)),
+        (f"{LLAMAFACTORY} without its dependencies", lambda: pip("--no-deps", LLAMAFACTORY)),
         ("everything else that training needs" + "".join(f" + {e}" for e in extras), install_dependencies),
         ("torchaudio", lambda: install_placeholder(python)),
         (f"{project['project']['name']}, editable", lambda: pip("--no-deps", "--no-build-isolation", "-e", str(ROOT))),
@@ -154,10 +126,8 @@ def build(target: Path, project: dict[str, Any], extras: list[str]) -> None:
 def content_key(project: dict[str, Any]) -> str:
     """A hash of everything that decides what is installed, except the choice of extras."""
     digest = hashlib.sha256(json.dumps([TORCH, str(ROOT), project], sort_keys=True).encode())
-    digest.update(Path(__file__).read_bytes())
-    for file in sorted(PLACEHOLDER.rglob("*")):
-        if file.suffix in {".py", ".toml"} and "build" not in file.parts:
-            digest.update(file.read_bytes())
+    for file in [Path(__file__), *SHARED]:
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

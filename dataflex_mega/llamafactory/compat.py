@@ -15,8 +15,10 @@ import sys
 from types import ModuleType
 
 from dataflex_mega.errors import UserError
+from dataflex_mega.setup.imports import first_cause
 
 BINARY_FAULTS = (ImportError, OSError, RuntimeError, AttributeError)
+REMEDY = "run dataflex-cli setup"
 SUPPORTED = ((0, 9, 5), (0, 10, 0))
 
 
@@ -45,7 +47,7 @@ def works(module: str) -> bool:
 
 
 def ensure_importable() -> None:
-    """Call before the first import of llamafactory. Raises UserError when it is absent or of another version."""
+    """Call before the first import of llamafactory. Raises UserError when it is absent, broken or of another version."""
     if "llamafactory.hparams" in sys.modules:
         return
     # These switch LLaMA-Factory to another argument class at import time; here they only choose our engine.
@@ -59,11 +61,17 @@ def ensure_importable() -> None:
         audio.__spec__ = importlib.machinery.ModuleSpec("torchaudio", loader=None)
         sys.modules["torchaudio"] = audio
     if importlib.util.find_spec("llamafactory") is None:
-        raise UserError("llamafactory is not installed; `make env` builds an environment that has it")
+        raise UserError(f"llamafactory is not installed: {REMEDY}")
     version = llamafactory_version()
     if not SUPPORTED[0] <= version < SUPPORTED[1]:
         found = ".".join(map(str, version))
         raise UserError(f"llamafactory {found} is installed; 0.9.5 up to but not 0.10 is supported")
+    try:
+        importlib.import_module("llamafactory.hparams")
+    except BINARY_FAULTS as error:  # a package that it needs is missing or broken
+        raise UserError(
+            f"llamafactory cannot be imported ({first_cause(error)}): {REMEDY}, or see dataflex-cli env"
+        ) from error
 
 
 def llamafactory_version() -> tuple[int, ...]:

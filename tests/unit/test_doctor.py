@@ -118,7 +118,7 @@ def test_without_gloo_the_cpu_runs_one_process() -> None:
         ({"torch": "2.7.1"}, "torch is unfit (2.7.1; >=2.8 is supported)"),
         ({"transformers": "5.8.0"}, "transformers is unfit (5.8.0; <=5.6.0,>=4.55 is supported)"),
         ({"datasets": None}, "datasets is absent"),
-        ({"llamafactory": None}, "llamafactory is absent (`make env` installs it)"),
+        ({"llamafactory": None}, "llamafactory is absent (`dataflex-cli setup` installs it)"),
         ({"llamafactory": "0.9.4"}, "llamafactory is unfit (0.9.4; <0.10,>=0.9.5 is supported)"),
         ({"llamafactory": "0.10.0"}, "llamafactory is unfit (0.10.0; <0.10,>=0.9.5 is supported)"),
     ],

@@ -15,23 +15,14 @@ def setup(tool: Any) -> ModuleType:
     return tool("setup_env")
 
 
-def test_requirement_names_are_normalised(setup: ModuleType) -> None:
-    names = ["PyYAML>=6 ; python_version < '4'", "sse_starlette", "megatron.core[dev]==1"]
-    assert [setup.requirement_name(n) for n in names] == ["pyyaml", "sse-starlette", "megatron-core"]
-    with pytest.raises(setup.SetupError, match="not a requirement"):
-        setup.requirement_name(">=1")
-
-
-def test_of_llamafactory_only_what_training_needs_is_installed(setup: ModuleType) -> None:
-    requires = ["torch>=2.4", "torchvision", "torchaudio>=2", "gradio<6", "peft<=0.18", "ray; extra == 'ray'", "Pillow"]
-    assert setup.llamafactory_requirements(requires) == ["peft<=0.18", "Pillow"]
-
-
 def test_an_unknown_extra_is_refused_before_anything_is_installed(
     setup: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert setup.main(["--target", str(tmp_path / "venv"), "--extras", "dev,devv"]) == 2
-    assert "--extras devv: pyproject.toml has dev, docs, megatron, metrics, offline" in capsys.readouterr().err
+    assert (
+        "--extras devv: pyproject.toml has dev, docs, llamafactory, megatron, metrics, offline"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "venv").exists()
 
 
@@ -83,15 +74,13 @@ def test_one_line_a_step_and_pips_output_only_on_failure(
     assert not (tmp_path / "venv" / ".dataflex_stamp").exists()
 
 
-def test_the_placeholder_is_built_outside_the_source_tree_and_only_where_needed(
+def test_the_placeholder_is_installed_from_a_wheel_and_only_where_needed(
     setup: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[list[str]] = []
 
     def fake_run(command: list[str]) -> str:
-        folder = Path(command[-1])
-        assert (folder / "pyproject.toml").is_file() and (folder / "torchaudio" / "__init__.py").is_file()
-        assert setup.ROOT not in folder.parents
+        assert command[-1].endswith("-py3-none-any.whl") and Path(command[-1]).is_file()
         calls.append(command)
         return ""
 
@@ -103,12 +92,26 @@ def test_the_placeholder_is_built_outside_the_source_tree_and_only_where_needed(
     assert setup.install_placeholder(Path("python")) == "importable" and len(calls) == 1
 
 
-def test_the_placeholder_can_be_imported_and_says_what_it_is_on_use(root: Path) -> None:
-    code = "import torchaudio; print(torchaudio.__version__); torchaudio.load('x.wav')"
-    folder = root / "tools" / "torchaudio_placeholder"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-    assert done.stdout.strip().endswith("+placeholder")
-    assert done.stderr.splitlines()[-1].startswith("ImportError: torchaudio.load: only a placeholder is installed")
+def test_llamafactory_comes_without_its_dependencies_and_torch_first(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(setup, "run", lambda command: calls.append(command) or "")
+    monkeypatch.setattr(setup, "imports", lambda python, module: True)
+    for _, work in setup.steps(tmp_path / "venv", setup.read_project(), ["dev"]):
+        work()
+    installs = [[word for word in call if word not in setup.PIP_INSTALL] for call in calls if "pip" in call]
+    assert installs[0][1:] == [setup.TORCH]
+    assert ["--no-deps", "llamafactory==0.9.5"] in [call[1:] for call in installs]
+    everything = next(call for call in installs if "peft>=0.18,<=0.18.1" in call)
+    assert everything[1] == setup.TORCH and any(word.startswith("pytest") for word in everything)
+    assert not any(word.startswith(("torchvision", "torchaudio", "llamafactory")) for word in everything)
+
+
+def test_it_starts_with_a_python_that_has_nothing_installed(root: Path) -> None:
+    command = [sys.executable, "-S", "-I", str(root / "tools" / "setup_env.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "--extras" in done.stdout, done.stderr
 
 
 def test_make_lists_every_target(root: Path) -> None:
