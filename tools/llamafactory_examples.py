@@ -109,7 +109,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("only", nargs="*", help="parts of names; all files without any")
     parser.add_argument("--source", type=Path, help="a downloaded llamafactory source distribution, instead of pip")
-    parser.add_argument("--cache", type=Path, default=demo_data.ROOT / ".demo" / "cache", help="folder of the download")
+    parser.add_argument("--cache", type=Path, default=demo_data.FOLDER / "cache", help="folder of the download")
     options = parser.parse_args()
     try:
         archive = options.source or demo_data.download(metadata.version("llamafactory"), options.cache)

@@ -75,7 +75,7 @@ def to_hf(parallel_info: ParallelInfo, request: ConversionRequest) -> None:
     """The inverse of `to_megatron`. The dtype is the one in the configuration."""
     if not (request.source / TENSORS).is_dir():
         raise CheckpointError(
-            f"{request.source}: no folder {TENSORS}; not a checkpoint of tools/convert.py to-megatron"
+            f"{request.source}: no folder {TENSORS}; not a checkpoint of dataflex-cli convert to-megatron"
         )
     config = config_of(request.source)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32

@@ -244,6 +244,24 @@ def test_no_network_ends_with_status_2_and_pips_reason(
     assert "pip: ERROR: No matching distribution found" in message and "--source" in message
 
 
+def test_without_llamafactory_the_command_that_installs_it_is_named(
+    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent(name: str) -> str:
+        raise demo.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(demo.metadata, "version", absent)
+    assert demo.main(["--output", str(tmp_path / "out")]) == 2
+    assert one_line(capsys) == "error: llamafactory is not installed: run dataflex-cli setup\n"
+
+
+def test_where_there_is_no_pip_uv_runs_one(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert demo.pip_command() == [demo.sys.executable, "-m", "pip"]
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(demo.shutil, "which", lambda name: f"/bin/{name}")
+    assert demo.pip_command() == ["/bin/uv", "tool", "run", "--quiet", "pip"]
+
+
 def test_a_cached_archive_needs_no_pip(
     demo: ModuleType, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

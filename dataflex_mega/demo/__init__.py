@@ -1,0 +1,1 @@
+"""What `dataflex-cli demo` trains: small data of five kinds, a random model, and a configuration with a mixer."""
