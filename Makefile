@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 OFFLINE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo-data demo-corpus demo test test-all soak test-fast checks docs doctor clean
+.PHONY: help env demo-data demo-corpus demo test test-all soak test-fast wheel-test checks docs doctor clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ soak: env  ## kill trainings at random moments, by hand: KILLS=60, half an hour 
 
 test-fast: env  ## run the unit tests only, no process groups and no training
 	@$(OFFLINE) $(BIN)/python -m pytest tests/unit -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+wheel-test:  ## build the wheel and use it in an empty environment with a CPU torch; minutes, by hand
+	@$(PYTHON) tools/wheel_test.py
 
 checks: env  ## lint, format, types, layer and size rules
 	@status=0; \

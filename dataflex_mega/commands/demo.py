@@ -76,6 +76,7 @@ def prepare(folder: Path, source: Path | None = None) -> Path:
     count = model.run(folder / "data", folder / "model", model.ModelOptions())
     print(f"tiny model {'is already in' if count is None else 'written to'} {folder / 'model'}", flush=True)
     config = folder / "demo.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
     if not config.exists():  # it may have been changed since
         config.write_text(configuration(folder), encoding="utf-8")
     return config

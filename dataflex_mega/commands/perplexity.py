@@ -128,7 +128,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from dataflex_mega.compare import perplexity
 
     keys, corpus = evaluation_keys(options)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("perplexity", total=None)
         sums = perplexity.evaluate(
             keys, options.batch_size, lambda done, total: progress.update(task, completed=done, total=total), corpus

@@ -69,9 +69,8 @@ def ensure_importable() -> None:
     try:
         importlib.import_module("llamafactory.hparams")
     except BINARY_FAULTS as error:  # a package that it needs is missing or broken
-        raise UserError(
-            f"llamafactory cannot be imported ({first_cause(error)}): {REMEDY}, or see dataflex-cli env"
-        ) from error
+        remedy = f"{REMEDY}; dataflex-cli env names what is broken"
+        raise UserError(f"llamafactory cannot be imported ({first_cause(error)}): {remedy}") from error
 
 
 def llamafactory_version() -> tuple[int, ...]:

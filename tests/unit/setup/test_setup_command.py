@@ -12,6 +12,7 @@ import pytest
 
 from dataflex_mega import cli
 from dataflex_mega.setup import command, placeholder
+from dataflex_mega.setup.versions import read_requirement
 
 REQUIRES = ["torch>=2.8", "peft<=0.18.1,>=0.18", 'fastapi>=0.110; extra == "serve"', 'torchvision; extra == "vision"']
 BARE = {"torch": "2.13.0+cpu", "peft": "0.18.1"}
@@ -46,9 +47,9 @@ class Machine:
                 self.installed["torchaudio"] = "2.4.0+placeholder"
                 self.broken.discard("torchaudio")
             elif word[0].isalpha() and "/" not in word and word != "off":
-                self.installed[word.split("=")[0].split(">")[0].split("<")[0]] = {"llamafactory==0.9.5": "0.9.5"}.get(
-                    word, "9.9"
-                )
+                requirement = read_requirement(word)
+                version = requirement.bounds.removeprefix("==") if "==" in word else "9.9"
+                self.installed.setdefault(requirement.name, version)
         return SimpleNamespace(returncode=0, stdout="", stderr="")
 
 
