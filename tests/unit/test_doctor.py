@@ -297,3 +297,44 @@ def test_a_hidden_module_is_not_found_any_more(monkeypatch: pytest.MonkeyPatch) 
     Probe().hide_module("colorsys")
     with pytest.raises(ModuleNotFoundError):
         Probe().import_module("colorsys")
+
+
+# -- packages that are there but broken --------------------------------------------------------------------------------
+
+
+class AskingProbe(FakeProbe):
+    """Its dataflex_mega asks for sentencepiece, and for gradio and pyyaml in ways of their own."""
+
+    def requirements(self) -> list[str]:
+        more = ["sentencepiece", "pyyaml", 'gradio<=5.50.0; extra == "webui"', 'pytest-xdist>=3; extra == "dev"']
+        return [*REQUIREMENTS, *more]
+
+
+def missing(name: str) -> Exception:
+    """transformers' error about a package that it imports when it is there: the name is in its cause only."""
+    cause = ModuleNotFoundError(f"No module named {name!r}", name=name)
+    error = RuntimeError("Failed to import transformers.integrations because of the following error (look up to see")
+    error.__cause__ = cause
+    return error
+
+
+def test_a_broken_optional_package_is_named_with_what_it_lacks() -> None:
+    probe = AskingProbe(hqq="0.2.8", sentencepiece="0.2.3", pyyaml="6.0.4", gradio="5.50.0", pytest_xdist="3.8")
+    probe.modules["hqq"] = ModuleNotFoundError("No module named 'termcolor'", name="termcolor")
+    probe.modules["transformers.modeling_utils"] = missing("termcolor")
+    probe.modules["yaml"] = SimpleNamespace()
+    report = doctor.inspect_machine(probe)
+    assert finding(report, "hqq") == Finding(
+        "hqq", BROKEN, "0.2.8: No module named 'termcolor'", "reinstall or remove it", required=False
+    )
+    assert report.obstacle == "transformers is broken (5.0: No module named 'termcolor')"
+    names = [f.name for f in report.findings]
+    assert not {"gradio", "sentencepiece", "pyyaml", "pytest-xdist", "torchao"} & set(names)  # fine, or not there
+    assert "  broken  hqq " in "\n".join(doctor.format_report(report))
+
+
+def test_what_dataflex_mega_asks_for_is_missed_by_name() -> None:
+    probe = AskingProbe(pyyaml="6.0.4")
+    probe.modules["yaml"] = SimpleNamespace()
+    report = doctor.inspect_machine(probe)
+    assert finding(report, "sentencepiece").state == ABSENT and report.obstacle == "sentencepiece is absent"
