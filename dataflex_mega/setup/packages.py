@@ -35,6 +35,7 @@ EXTRAS = {
 IMPORTED_WHEN_PRESENT = ("hqq", "torchao", "bitsandbytes", "liger-kernel", "deepspeed", "flash-attn", "gptqmodel")
 MODULES = {"pyyaml": "yaml", "protobuf": "google.protobuf", "pillow": "PIL", "scikit-learn": "sklearn"}
 MODULES |= {"faiss-cpu": "faiss", "megatron-core": "megatron.core"}
+MODULES |= {"hqq": "hqq.core.quantize", "torchao": "torchao.quantization"}  # what is imported; the top is empty
 
 
 def module_of(distribution: str) -> str:

@@ -320,7 +320,7 @@ def missing(name: str) -> Exception:
 
 def test_a_broken_optional_package_is_named_with_what_it_lacks() -> None:
     probe = AskingProbe(hqq="0.2.8", sentencepiece="0.2.3", pyyaml="6.0.4", gradio="5.50.0", pytest_xdist="3.8")
-    probe.modules["hqq"] = ModuleNotFoundError("No module named 'termcolor'", name="termcolor")
+    probe.modules["hqq.core.quantize"] = ModuleNotFoundError("No module named 'termcolor'", name="termcolor")
     probe.modules["transformers.modeling_utils"] = missing("termcolor")
     probe.modules["yaml"] = SimpleNamespace()
     report = doctor.inspect_machine(probe)
