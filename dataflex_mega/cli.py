@@ -92,7 +92,8 @@ def delegate(command: str, arguments: list[str]) -> int:
 
     missing = [package for module, package in NEEDED.get(command, {}).items() if find_spec(module) is None]
     if missing:
-        raise UserError(f"{command}: needs {', '.join(missing)}; pip install {' '.join(missing)}")
+        extra = "serve" if command == "api" else "webui"
+        raise UserError(f"{command}: needs {', '.join(missing)}; dataflex-cli setup --extras {extra}")
     ensure_importable()
     entry_points = metadata.entry_points(group="console_scripts", name=LLAMAFACTORY_CLI)
     if not entry_points:

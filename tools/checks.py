@@ -74,7 +74,7 @@ LAYERS: dict[str, set[str]] = {
     "config": {"plugins", "registry", "schema", "data.manifest", "engines.capabilities"},
     "corpus": {"data.dataset_info", "data.manifest", "exit_status", "locks"},
     "offline": {"data", "distributed", "exit_status", "locks", "store"},
-    "setup": set(),
+    "setup": {"exit_status"},
     "llamafactory": {"data", "setup.imports"},
     "doctor": {"exit_status", "setup"},
     "demo": {"exit_status", "setup.packages"},

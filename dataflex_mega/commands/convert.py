@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex_mega.errors import ConfigError, UserError
+from dataflex_mega.exit_status import OneLineParser
 
 SUMMARY = "convert check | to-megatron | to-hf --model FOLDER  Hugging Face folder <-> megatron-core checkpoint"
 HELP_ORDER = 101
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="dataflex-cli convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)

@@ -17,6 +17,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from dataflex_mega.exit_status import OneLineParser
+from dataflex_mega.files import atomic_write
+
 SUMMARY = "demo [FOLDER] [key=value ...]  make small data and a tiny model, and train them with a mixer"
 HELP_ORDER = 104
 HEADER = """\
@@ -46,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `dataflex-cli demo`."""
-    result = argparse.ArgumentParser(
+    result = OneLineParser(
         prog="dataflex-cli demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument("arguments", nargs="*", metavar="FOLDER | key=value", help="where (demo); keys to change")
@@ -78,7 +81,7 @@ def prepare(folder: Path, source: Path | None = None) -> Path:
     config = folder / "demo.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     if not config.exists():  # it may have been changed since
-        config.write_text(configuration(folder), encoding="utf-8")
+        atomic_write(config, configuration(folder))
     return config
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex_mega.errors import ConfigError, UserError
+from dataflex_mega.exit_status import OneLineParser
 
 SUMMARY = "perplexity --model FOLDER ...  held-out perplexity of a model by data set, or of a run: --config RUN.yaml"
 HELP_ORDER = 75
@@ -58,7 +59,7 @@ def with_options(message: str) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="dataflex-cli perplexity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="folder with weights and tokenizer; with --config: in place of its output_dir")

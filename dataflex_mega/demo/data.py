@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from dataflex_mega.errors import DataError
-from dataflex_mega.exit_status import exit_status
+from dataflex_mega.exit_status import OneLineParser, exit_status
+from dataflex_mega.files import atomic_write
 from dataflex_mega.setup.packages import last_error
 
 FOLDER = Path(".demo")  # of a checkout; `dataflex-cli demo` is told another
@@ -212,7 +213,7 @@ def write(output: Path, rows: dict[str, list[dict[str, str]]], record: dict[str,
     datasets_record: dict[str, Any] = {}
     for name, content in sorted(rows.items()):
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content).encode()
-        (output / f"{name}.jsonl").write_bytes(data)
+        atomic_write(output / f"{name}.jsonl", data)
         info[name] = {"file_name": f"{name}.jsonl"}
         if "text" in content[0]:
             info[name]["columns"] = {"prompt": "text"}
@@ -220,9 +221,9 @@ def write(output: Path, rows: dict[str, list[dict[str, str]]], record: dict[str,
         datasets_record[name] = {"file": f"{name}.jsonl", "rows": len(content), "bytes": len(data)}
         datasets_record[name] |= {"sha256": hashlib.sha256(data).hexdigest(), "origin": origin, "licence": licence}
     record = {**record, "datasets": datasets_record}
-    (output / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-    (output / "SOURCES.md").write_text(sources_page(record), encoding="utf-8")
-    (output / "SOURCES.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    atomic_write(output / "dataset_info.json", json.dumps(info, indent=2) + "\n")
+    atomic_write(output / "SOURCES.md", sources_page(record))
+    atomic_write(output / "SOURCES.json", json.dumps(record, indent=2) + "\n")
     return record
 
 
@@ -281,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def make(argv: list[str] | None) -> int:
     """Write the data that the command line asks for -> 0. Raises UserError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=FOLDER / "data", help="folder to write (.demo/data)")
     parser.add_argument("--source", type=Path, help="a downloaded llamafactory source distribution, instead of pip")
     parser.add_argument("--cache", type=Path, default=FOLDER / "cache", help="folder of the download (.demo/cache)")

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dataflex_mega.errors import ConfigError, DataError
-from dataflex_mega.exit_status import exit_status
+from dataflex_mega.exit_status import OneLineParser, exit_status
+from dataflex_mega.files import atomic_write
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, MixtralForCausalLM, PreTrainedTokenizerFast
@@ -162,13 +163,13 @@ def run(data: Path, output: Path, options: ModelOptions) -> int | None:
     stamp.unlink(missing_ok=True)
     model = make_model(options)
     save(model, make_tokenizer(training_texts(data), options.vocab), output)
-    stamp.write_text(expected)
+    atomic_write(stamp, expected)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[Path, Path, ModelOptions]:
     """Parse the command line -> (data folder, output folder, model options)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = ModelOptions()
     parser.add_argument("--data", type=Path, default=FOLDER / "data", help="folder of the demo data (.demo/data)")
     parser.add_argument("--output", type=Path, default=FOLDER / "model", help="folder to write (.demo/model)")

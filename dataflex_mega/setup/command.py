@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from dataflex_mega.exit_status import OneLineParser
+from dataflex_mega.files import atomic_write
 from dataflex_mega.setup.packages import EXTRAS, last_error
 from dataflex_mega.setup.placeholder import write_wheel
 from dataflex_mega.setup.plan import SetupPlan, make_plan
@@ -98,7 +100,7 @@ def carry_out(plan: SetupPlan, installer: Installer) -> None:
     """Do what the plan says, one line a step. Raises SetupError."""
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / CONSTRAINTS
-        constraints.write_text("".join(f"{line}\n" for line in plan.constraints), encoding="utf-8")
+        atomic_write(constraints, "".join(f"{line}\n" for line in plan.constraints))
 
         def install(*arguments: str) -> Callable[[], None]:
             return lambda: run_installer(installer, [*installer.install, *arguments])
@@ -137,7 +139,7 @@ def check_result(plan: SetupPlan, extras: Sequence[str], installer: Installer) -
 def parser() -> argparse.ArgumentParser:
     """The options of `dataflex-cli setup`."""
     known = "\n".join(f"  {name:<13} {text}" for name, text in EXTRAS.items())
-    result = argparse.ArgumentParser(
+    result = OneLineParser(
         prog="dataflex-cli setup",
         description=__doc__,
         epilog=f"extras:\n{known}",

@@ -333,9 +333,9 @@ def test_other_arguments_end_in_one_line(arguments, words, script, tmp_path, mon
 def test_a_missing_package_is_named_with_the_command_that_installs_it(script, monkeypatch, capsys):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("fastapi", "gradio") else True)
     assert cli.main(["api", "model_name_or_path=x"]) == 2
-    assert capsys.readouterr().err == "error: api: needs fastapi; pip install fastapi\n"
+    assert capsys.readouterr().err == "error: api: needs fastapi; dataflex-cli setup --extras serve\n"
     assert cli.main(["webui"]) == 2
-    assert capsys.readouterr().err == "error: webui: needs gradio; pip install gradio\n"
+    assert capsys.readouterr().err == "error: webui: needs gradio; dataflex-cli setup --extras webui\n"
 
 
 def test_what_llamafactory_gave_up_is_one_line(capsys, monkeypatch):

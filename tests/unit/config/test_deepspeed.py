@@ -284,7 +284,7 @@ def test_on_megatron_zero_is_the_distributed_optimizer():
         ("ds.json", "{", "line 1"),
         ("ds.json", "[1]", "expected a JSON object"),
         ("ds.json", '{"fp16": {}, "fp16": {}}', "'fp16' is given twice"),
-        ("ds.json", '{"a":' * 100_000, "nested too deeply"),
+        ("ds.json", '{"a":' * 100_000, "nested more than 200"),
         ("ds.txt", "{}", "expected a file that ends in .json"),
     ],
 )
