@@ -83,6 +83,7 @@ class Checkpointer:
             self.collectives.barrier()
             run_on_main(self.collectives, partial(self._write_state, writing, state, extra))
             hashes = self._hashes(writing)
+        self.collectives.barrier()  # all have flushed, so the folder may get its name
         run_on_main(self.collectives, partial(self._publish, writing, final, state.step, hashes))
         self.superseded, self.lineage = [], replace(self.lineage, supersedes=())
         return final

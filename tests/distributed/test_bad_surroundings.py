@@ -103,7 +103,7 @@ def test_code_that_raises_while_training_is_named_with_its_file_and_the_trace_is
     monkeypatch.syspath_prepend(tmp_path)
     source = HEAD + "@dataclass\nclass Late(Mixer):\n    def proportions(self, c, r): return 1 / 0"
     (tmp_path / "plug_late.py").write_text(source)
-    line = check_run(folder, "late", {**MIX, "mixer": "plug_late:Late", "max_steps": 2}, [])
+    line = check_run(folder, "late", {**MIX, "mixer": "plug_late:Late", "max_steps": 2}, [], expected=1)
     log = folder / "out" / "late" / "error.log"
     assert "ZeroDivisionError" in line and str(log) in line and "plug_late.py" in log.read_text()
 

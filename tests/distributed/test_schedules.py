@@ -79,7 +79,7 @@ def evaluated(config):
     [
         ({"lr_scheduler_type": "cosine_with_min_lr"}, ["lr_scheduler_kwargs", "min_lr"]),
         ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1.0}}, ["lr_scheduler_kwargs", "lr_end"]),
-        ({"adam_beta1": 2.0}, ["adam_beta1", "2.0"]),
+        ({"adam_beta1": 2.0}, ["adam_beta1", "< 1", "2"]),
         ({"early_stopping_steps": 1, "eval_strategy": "steps", "eval_dataset": "prose,code", "eval_on_each_dataset": True},
          ["metric_for_best_model", "eval_prose_loss", "eval_code_loss"]),
         ({"metric_for_best_model": "eval_losss", "eval_strategy": "steps"}, ["metric_for_best_model", "eval_loss"]),
