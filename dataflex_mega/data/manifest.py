@@ -107,7 +107,7 @@ def read(folder: str | Path, key: str = "corpus_dir") -> Corpus:
         hint = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
         raise DataError(f"{key}: folder {folder} not found{hint}")
     if not file.is_file():
-        raise DataError(f"{key}: {file} not found; `dataflex-cli corpus` writes it")
+        raise DataError(f"{key}: {file} not found; {_who_writes_it(path)}")
     try:
         content = json_text.read(file)
     except (OSError, ValueError) as error:
@@ -120,6 +120,15 @@ def read(folder: str | Path, key: str = "corpus_dir") -> Corpus:
     for domain in corpus.domains:
         _check_files(corpus, domain, key)
     return corpus
+
+
+def _who_writes_it(folder: Path) -> str:
+    """How a folder without a manifest gets one."""
+    prefixes = sorted(str(path.with_suffix("")) for path in folder.glob("*.idx") if path.with_suffix(".bin").is_file())
+    if not prefixes:
+        return "`dataflex-cli corpus` writes it"
+    more = " ..." if len(prefixes) > 3 else ""
+    return f"`dataflex-cli corpus --from-megatron {' '.join(prefixes[:3])}{more} --tokenizer MODEL` writes it"
 
 
 def _from_json(folder: Path, content: dict[str, Any], where: str) -> Corpus:

@@ -127,7 +127,7 @@ def train_here(config):
 
 
 def _config_path(output_dir):
-    """Where the YAML of a run goes: beside its output folder, which is made; elsewhere when that cannot be, or is no path."""
+    """Where the YAML of a run goes: beside its output folder, which is made; elsewhere when that cannot be."""
     output = Path(output_dir if isinstance(output_dir, str) else tempfile.mkdtemp())
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,7 @@ def test_domains_are_picked_in_the_order_asked_for(folder):
 def test_a_missing_folder_or_manifest_is_named_with_the_nearest_name(folder):
     assert f"(did you mean {folder.name!r}?)" in refused(folder.with_name(folder.name + "_"))
     (folder / manifest.NAME).unlink()
-    assert "manifest.json not found; `dataflex-cli corpus` writes it" in refused(folder, "eval_corpus_dir")
+    assert "eval_corpus_dir: " in refused(folder, "eval_corpus_dir") and "manifest.json not found; " in refused(folder)
 
 
 def test_files_that_are_gone_or_of_another_size_are_named(folder):
@@ -78,6 +78,14 @@ def test_a_damaged_manifest_is_refused(folder, change, words):
     change(found)
     (folder / manifest.NAME).write_text(json.dumps(found))
     assert words in refused(folder)
+
+
+def test_files_of_megatron_without_a_manifest_name_the_command_that_writes_it(folder):
+    (folder / manifest.NAME).unlink()
+    assert "dataflex-cli corpus --from-megatron" in refused(folder)
+    for path in folder.glob("*.idx"):
+        path.unlink()
+    assert "; `dataflex-cli corpus` writes it" in refused(folder)
 
 
 def test_text_that_is_not_json_is_refused(folder):
