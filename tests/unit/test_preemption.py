@@ -16,7 +16,7 @@ from dataflex_mega.preemption import default_actions, stop_requests, when_stoppe
 # A program whose main thread does not come back to Python: two threads of one lock.
 BLOCKED = """
 import sys, time
-from dataflex_mega import preemption
+from dataflex_mega import errors, preemption
 preemption.SAME_REQUEST, preemption.LEAVING = 0.3, 0.3
 with preemption.stop_requests() as request:
     request.training = sys.argv[1] == "training"
@@ -25,7 +25,7 @@ with preemption.stop_requests() as request:
     while time.monotonic() < end:
         try:
             time.sleep(1)
-        except Stopped:
+        except errors.Stopped:
             pass  # code that swallows it
 """
 
