@@ -33,6 +33,7 @@ LEFT_OUT = {
     "*.lock": "locks",
     "times.jsonl": "seconds per step",
     "training_args.bin": "a pickled object, from the configuration",
+    "run.json": "the name of a run and whether it has finished",
     "checkpoint-*": "checkpoints; their keys are internal, the runs `resumed` continue from one",
 }
 MAX_SHOWN = 60  # characters of a value in a message
