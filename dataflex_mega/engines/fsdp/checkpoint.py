@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from dataflex_mega.engines.checkpoint_index import IndexReader, IndexWriter, PlainValues, one_line
 from dataflex_mega.engines.fsdp.precision import LossScaler
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
+from dataflex_mega.engines.schedules import plain_state
 from dataflex_mega.files import published_model
 
 # Frozen parameters come from the model itself at start-up; only what training changes is stored.
@@ -39,7 +40,7 @@ def save(
     """Each rank writes its shards; the main one the learning-rate scheduler and the loss scale."""
     dcp.save(_tensors(runner, optimizer), storage_writer=IndexWriter(folder))
     if runner.parallel_info.is_main:
-        plain = {key: value for key, value in scheduler.state_dict().items() if _is_plain(value)}
+        plain = plain_state(scheduler)
         (folder / SCHEDULER_FILE).write_text(json.dumps({"scheduler": plain, "scale": loss_scaler.state_dict()}))
 
 
@@ -56,14 +57,6 @@ def load(
         saved = json.loads((folder / SCHEDULER_FILE).read_text())
         scheduler.load_state_dict(saved["scheduler"])
         loss_scaler.load_state_dict(saved["scale"])
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return isinstance(value, int | float | str | bool | None)
 
 
 def export(runner: FSDPModelRunner, folder: Path) -> None:
