@@ -59,8 +59,8 @@ class Stopped(SystemExit):
         self.line, self.agreed = line, agreed
 
 
-class Blame:
-    """`with Blame("selector my:Thing.score"): ...` around a call of code that is not the package's own.
+class UserCall:
+    """`with UserCall("selector my:Thing.score"): ...` around a call of code that is not the package's own.
 
     What it raises becomes a TrainingFault of one line with the original as its cause. A UserError and a TrainingFault say
     enough already, and an interrupt is nobody's fault; they pass.

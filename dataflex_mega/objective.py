@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataflex_mega.errors import Blame, TrainingFault
+from dataflex_mega.errors import TrainingFault, UserCall
 from dataflex_mega.types import IGNORE_INDEX, Batch, SampleStats, TokenWeightFn, WeightFn
 
 Normalization = Literal["token", "sample"]
@@ -115,7 +115,7 @@ def token_weights(
     for token_loss, batch in losses:
         if batch.reference_losses is None:
             raise TrainingFault("token weights need reference losses, and a batch has none")
-        with Blame("the weighter's TokenSelection.scores"):
+        with UserCall("the weighter's TokenSelection.scores"):
             score = weigh.selection.scores(token_loss.detach().float(), batch.reference_losses)
         if not isinstance(score, Tensor) or score.shape != token_loss.shape:
             found = list(score.shape) if isinstance(score, Tensor) else type(score).__name__

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dataflex_mega.algorithms.base import Algorithm, DomainInfo, Mixer, Reorder, Selector
 from dataflex_mega.distributed.protocol import Collectives
-from dataflex_mega.errors import Blame, TrainingFault, UserError
+from dataflex_mega.errors import TrainingFault, UserCall, UserError
 from dataflex_mega.log import get_logger
 from dataflex_mega.types import SignalTable, StepLossWeights, StepStats, UpdateContext
 
@@ -43,14 +43,14 @@ def describe(value: Any) -> str:
 
 def setup(algorithm: Algorithm, domains: DomainInfo) -> None:
     """Hand over the domains."""
-    with Blame(label(algorithm, "setup")):
+    with UserCall(label(algorithm, "setup")):
         algorithm.setup(domains)
 
 
 def state_dict(algorithm: Algorithm) -> dict[str, Any]:
     """The algorithm's state, a dict."""
     who = label(algorithm, "state_dict")
-    with Blame(who):
+    with UserCall(who):
         state = algorithm.state_dict()
     if not isinstance(state, dict):
         raise TrainingFault(f"{who} returned {describe(state)}, a dict was expected")
@@ -59,7 +59,7 @@ def state_dict(algorithm: Algorithm) -> dict[str, Any]:
 
 def load_state_dict(algorithm: Algorithm, state: dict[str, Any]) -> None:
     """Restore the algorithm's state."""
-    with Blame(label(algorithm, "load_state_dict")):
+    with UserCall(label(algorithm, "load_state_dict")):
         algorithm.load_state_dict(state)
 
 
@@ -69,7 +69,7 @@ def load_state_dict(algorithm: Algorithm, state: dict[str, Any]) -> None:
 def local_scores(selector: Selector, table: SignalTable) -> Tensor:
     """The scores of this rank's candidates, [n] or [n, m] float32 on the CPU."""
     who = label(selector, "score")
-    with Blame(who):
+    with UserCall(who):
         scores = selector.score(table)
     return _checked_scores(who, scores, len(table.sample_ids))
 
@@ -115,7 +115,7 @@ def note_unscored(selector: Selector, scores: Tensor) -> None:
 def combine_updates(selector: Selector, ids: Tensor, scores: Tensor, context: UpdateContext) -> Tensor:
     """The scores that `select` gets."""
     who = label(selector, "combine_updates")
-    with Blame(who):
+    with UserCall(who):
         combined = selector.combine_updates(ids, scores, context)
     return combined if combined is scores else _checked_scores(who, combined, len(ids))
 
@@ -135,7 +135,7 @@ def select(
     """[count] int64 positions in the scores; none twice, unless the selector has a parameter `replacement` that is true or
     there are fewer candidates."""
     who = label(selector, "select")
-    with Blame(who):
+    with UserCall(who):
         positions = selector.select(scores, count, context, rng)
     num = len(scores)
     positions = _checked_integers(who, positions, f"a tensor of {count} integers")
@@ -174,7 +174,7 @@ def _checked_integers(who: str, values: Any, expected: str) -> Tensor:
 def proportions(mixer: Mixer, context: UpdateContext, rng: torch.Generator, num_domains: int) -> tuple[float, ...]:
     """[k] finite numbers >= 0 with sum 1."""
     who = label(mixer, "proportions")
-    with Blame(who):
+    with UserCall(who):
         result = mixer.proportions(context, rng)
     values = _domain_numbers(who, result, num_domains)
     if abs(sum(values) - 1) > TOLERANCE:
@@ -186,7 +186,7 @@ def proportions(mixer: Mixer, context: UpdateContext, rng: torch.Generator, num_
 def loss_weights(mixer: Mixer, drawn: Sequence[float]) -> tuple[float, ...] | None:
     """[k] finite numbers >= 0, above 0 for some domain that is drawn; None without weights."""
     who = label(mixer, "loss_weights")
-    with Blame(who):
+    with UserCall(who):
         result = mixer.loss_weights()
     if result is None:
         return None
@@ -199,7 +199,7 @@ def loss_weights(mixer: Mixer, drawn: Sequence[float]) -> tuple[float, ...] | No
 def step_loss_weights(mixer: Mixer, num_domains: int) -> StepLossWeights | None:
     """The mixer's weights of the next step; None without."""
     who = label(mixer, "step_loss_weights")
-    with Blame(who):
+    with UserCall(who):
         result = mixer.step_loss_weights()
     if result is None:
         return None
@@ -212,14 +212,14 @@ def step_loss_weights(mixer: Mixer, num_domains: int) -> StepLossWeights | None:
 
 def observe(mixer: Mixer, stats: StepStats, drawn: tuple[float, ...], step: int) -> None:
     """Show the mixer a step."""
-    with Blame(label(mixer, "observe")):
+    with UserCall(label(mixer, "observe")):
         mixer.observe(stats, drawn, step)
 
 
 def average_weights(mixer: Mixer, num_domains: int) -> tuple[int, Tensor] | None:
     """(number of updates, [k] mean weights of the run); None for a mixer without."""
     who = label(mixer, "average_weights")
-    with Blame(who):
+    with UserCall(who):
         result = mixer.average_weights()
     if result is None:
         return None
@@ -232,7 +232,7 @@ def average_weights(mixer: Mixer, num_domains: int) -> tuple[int, Tensor] | None
 def report(mixer: Mixer) -> dict[str, Any]:
     """Further fields of a line of the mixer's log."""
     who = label(mixer, "report")
-    with Blame(who):
+    with UserCall(who):
         fields = mixer.report()
     if not isinstance(fields, dict):
         raise TrainingFault(f"{who} returned {describe(fields)}, a dict was expected")
@@ -255,7 +255,7 @@ def _domain_numbers(who: str, values: Any, num_domains: int) -> tuple[float, ...
 def rank_order(reorder: Reorder, count: int, seed: int) -> Tensor:
     """[count] int64, each of 0..count-1 once."""
     who = label(reorder, "rank_order")
-    with Blame(who):
+    with UserCall(who):
         ranks = reorder.rank_order(count, seed)
     ranks = _checked_integers(who, ranks, f"a tensor of {count} integers")
     if ranks.shape != (count,):

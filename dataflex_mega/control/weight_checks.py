@@ -17,7 +17,7 @@ from torch import Tensor
 from dataflex_mega.algorithms.base import Weighter
 from dataflex_mega.control.contracts import describe, label
 from dataflex_mega.distributed.protocol import Collectives
-from dataflex_mega.errors import Blame, TrainingFault
+from dataflex_mega.errors import TrainingFault, UserCall
 from dataflex_mega.types import SampleStats, TokenSelection
 
 MEAN_TOLERANCE = 1e-3
@@ -28,7 +28,7 @@ PRIME = 1_000_003  # of the hash
 def weights_of(weighter: Weighter, samples: SampleStats, step: int, total_steps: int) -> Tensor:
     """One call: [n] numbers, whatever they are."""
     who, count = label(weighter, "weights"), len(samples.sample_ids)
-    with Blame(who):
+    with UserCall(who):
         weights = weighter.weights(samples, step, total_steps)
     if not isinstance(weights, Tensor) or weights.is_complex():
         raise TrainingFault(f"{who} returned {describe(weights)}, a tensor of {count} numbers was expected")
@@ -40,7 +40,7 @@ def weights_of(weighter: Weighter, samples: SampleStats, step: int, total_steps:
 def reduced(weighter: Weighter, samples: SampleStats) -> SampleStats:
     """What a rank sends to the others: as many samples as it has."""
     who = label(weighter, "reduce")
-    with Blame(who):
+    with UserCall(who):
         result = weighter.reduce(samples)
     if not isinstance(result, SampleStats):
         raise TrainingFault(f"{who} returned {describe(result)}, SampleStats were expected")
@@ -54,7 +54,7 @@ def reduced(weighter: Weighter, samples: SampleStats) -> SampleStats:
 def token_selection(weighter: Weighter) -> TokenSelection | None:
     """Which tokens the weighter trains; None: all."""
     who = label(weighter, "token_selection")
-    with Blame(who):
+    with UserCall(who):
         selection = weighter.token_selection()
     if selection is not None and not isinstance(selection, TokenSelection):
         raise TrainingFault(f"{who} returned {describe(selection)}, TokenSelection or None was expected")

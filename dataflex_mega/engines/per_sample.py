@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dataflex_mega.errors import Blame, TrainingFault
+from dataflex_mega.errors import TrainingFault, UserCall
 from dataflex_mega.types import Batch
 
 PerSampleFn = Callable[[Tensor, Tensor], Tensor]
@@ -39,7 +39,7 @@ def per_sample_values(
 
 def _checked(fn: PerSampleFn, logits: Tensor, labels: Tensor) -> Tensor:
     """[m] float32. Raises TrainingFault when the function raises or returns something else than a tensor."""
-    with Blame(_name_of(fn)):
+    with UserCall(_name_of(fn)):
         value = fn(logits, labels)
     if not isinstance(value, Tensor) or value.is_complex():
         raise TrainingFault(f"{_name_of(fn)} returned a {type(value).__name__}, a scalar or [m] tensor was expected")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dataflex_mega.errors import Blame, ConfigError, UserCode, did_you_mean
+from dataflex_mega.errors import ConfigError, UserCall, UserCode, did_you_mean
 from dataflex_mega.llamafactory.args import LFArgs
 from dataflex_mega.log import get_logger
 
@@ -54,7 +54,7 @@ def _make_handler(*arguments: Any) -> Any:
             try:
                 for callback in every:
                     self.callbacks = [callback]
-                    with Blame(f"callback {type(callback).__module__}:{type(callback).__name__}.{event}"):
+                    with UserCall(f"callback {type(callback).__module__}:{type(callback).__name__}.{event}"):
                         control = super().call_event(event, args, state, control, **kwargs)
             finally:
                 self.callbacks = every

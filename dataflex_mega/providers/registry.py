@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 from dataflex_mega.algorithms.base import Algorithm
 from dataflex_mega.algorithms.requests import Request
 from dataflex_mega.engines.capabilities import describe_missing
-from dataflex_mega.errors import Blame, ConfigError, did_you_mean
+from dataflex_mega.errors import ConfigError, UserCall, did_you_mean
 from dataflex_mega.providers.context import SignalContext
 
 Scope = Literal["candidates", "plan", "batch", "forward"]
@@ -179,7 +179,7 @@ def check_requests(role: str, algorithm: Algorithm, engine: EngineInfo) -> None:
 
 def _checked_requests(algorithm: Algorithm, who: str) -> tuple[Request, ...]:
     """What an algorithm asks for. Raises ConfigError for anything but a tuple of requests."""
-    with Blame(f"{who}.requests"):
+    with UserCall(f"{who}.requests"):
         requests = algorithm.requests()
     expected = "a tuple of requests of dataflex_mega.algorithms.requests, such as (LossSignal(),)"
     if not isinstance(requests, (tuple, list)):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dataflex_mega.algorithms.base import Algorithm, Selector
 from dataflex_mega.algorithms.requests import Request
-from dataflex_mega.errors import Blame, TrainingFault
+from dataflex_mega.errors import TrainingFault, UserCall
 from dataflex_mega.providers.context import BatchScope, CandidateScope, PlanScope, SignalContext
 from dataflex_mega.providers.registry import Provider, Scope, display_name, requests_at
 from dataflex_mega.signals.pool_share import PoolShare
@@ -72,16 +72,16 @@ class SignalServer:
     def _deliver(self, algorithm: Algorithm, scope: Scope, at: Any, step: int) -> None:
         for request, entry in requests_at(algorithm, scope):
             who = f"{algorithm.role} {display_name(algorithm)}"
-            with Blame(f"{who}.is_due"):
+            with UserCall(f"{who}.is_due"):
                 due = algorithm.is_due(request, step)
             if due:
                 provider = self._provider(entry.provider)
                 with _blame(provider, f"provider {type(provider).__name__}.compute"):
                     value = provider.compute(request, at)
-                with Blame(f"{who}.receive"):
+                with UserCall(f"{who}.receive"):
                     algorithm.receive(request, value, step)
 
 
 def _blame(provider: Provider, who: str) -> AbstractContextManager[None]:
     """Names a provider that is not of this package when it raises; what goes wrong in ours is not its caller's affair."""
-    return nullcontext() if type(provider).__module__.startswith("dataflex_mega.") else Blame(who)
+    return nullcontext() if type(provider).__module__.startswith("dataflex_mega.") else UserCall(who)

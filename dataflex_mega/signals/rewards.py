@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
-from dataflex_mega.errors import Blame, ConfigError, TrainingFault, did_you_mean
+from dataflex_mega.errors import ConfigError, TrainingFault, UserCall, did_you_mean
 
 Reward = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[float]]
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
@@ -74,7 +74,7 @@ def compute_rewards(
     if not answers:
         return []
     who = f"reward {getattr(reward, '__module__', '')}:{getattr(reward, '__name__', type(reward).__name__)}"
-    with Blame(who):
+    with UserCall(who):
         given = reward(prompts, answers, references)
     expected = f"{len(answers)} numbers were expected, one for each answer"
     if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
