@@ -23,6 +23,8 @@ from dataflex_mega.providers.registry import EngineInfo, Provider, provides
 from dataflex_mega.signals import rewards
 from dataflex_mega.types import IGNORE_INDEX
 
+GENERATED_TOKENS = 16384  # positions of prompts and answers that are generated together: 2 GB of keys and values at 8B
+
 
 @provides(
     PolicyGradientSignal,
@@ -79,7 +81,7 @@ class TargetRollouts:
         columns, rows_per_prompt = self._answer_columns()
         samples: list[list[Sample]] = []
         all_rewards = torch.zeros(len(self.group), self.request.num_answers, dtype=torch.float64)
-        prompts_per_batch = max(1, self.context.batch_size // rows_per_prompt)
+        prompts_per_batch = self._prompts_per_batch(rows_per_prompt)
         is_main = self.context.parallel_info.is_main
         progress = ProgressCounter("nice: prompts answered", len(self.group)) if is_main else None
         for first in range(0, len(self.group), prompts_per_batch):
@@ -93,6 +95,14 @@ class TargetRollouts:
                 progress(int(prompts[-1]) + 1)
         weights = self.request.answer_weights(self.context.collectives.all_reduce_sum(all_rewards))
         return [self._weighted_batch(row, weights[prompt, columns]) for prompt, row in enumerate(samples)]
+
+    def _prompts_per_batch(self, rows_per_prompt: int) -> int:
+        """How many prompts are answered together, equal on every rank: a forward pass of one position of few rows costs
+        hardly less than one of many, and keeps nothing for a backward pass."""
+        targets = self.group.fetch(np.arange(len(self.group)))
+        longest = max(len(split_prompt_answer(target, self.request.max_prompt_length)[0]) for target in targets)
+        rows = GENERATED_TOKENS // (longest + self.request.generation.max_new_tokens)
+        return max(1, max(rows, self.context.batch_size) // rows_per_prompt)
 
     def _answer_columns(self) -> tuple[np.ndarray, int]:
         """Which of a prompt's answers are this rank's, and how many a rank makes: as many as the one with the most."""

@@ -73,9 +73,7 @@ def _left_pad(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tenso
 def sample_tokens(logits: Tensor, numbers: np.ndarray, spec: GenerationSpec) -> np.ndarray:
     """[n, V] logits, [n] in 0..1 -> [n] tokens, of the top_k likeliest and of those the fewest that reach top_p."""
     probabilities = torch.softmax(logits.double() / spec.temperature, dim=1)
-    ranked, tokens = probabilities.sort(dim=1, descending=True, stable=True)
-    if spec.top_k:
-        ranked, tokens = ranked[:, : spec.top_k], tokens[:, : spec.top_k]
+    ranked, tokens = rank_tokens(probabilities, spec.top_k)
     ranked = ranked / ranked.sum(1, keepdim=True)
     before = ranked.cumsum(1) - ranked
     ranked = torch.where(before < spec.top_p, ranked, 0.0)
@@ -83,3 +81,16 @@ def sample_tokens(logits: Tensor, numbers: np.ndarray, spec: GenerationSpec) -> 
     ranks = (bounds <= torch.from_numpy(numbers).unsqueeze(1)).sum(1)
     last = (ranked > 0).sum(1) - 1  # rounding may put a number at the very end
     return tokens.gather(1, torch.minimum(ranks, last).unsqueeze(1)).squeeze(1).numpy()
+
+
+def rank_tokens(probabilities: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """[n, V] -> the highest `top_k` of each row, 0: all, and their tokens; of equal ones the lower token comes first."""
+    vocabulary = probabilities.shape[1]
+    if top_k and 2 * top_k < vocabulary:  # sorting a whole vocabulary takes longer than a small model's forward pass
+        values, tokens = probabilities.topk(2 * top_k, dim=1)
+        if not bool((values[:, -1] == values[:, top_k - 1]).any()):  # else topk may have left a lower token out
+            tokens, order = tokens.sort(dim=1)
+            values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+            return values[:, :top_k], tokens.gather(1, order)[:, :top_k]
+    values, tokens = probabilities.sort(dim=1, descending=True, stable=True)
+    return values[:, : top_k or vocabulary], tokens[:, : top_k or vocabulary]

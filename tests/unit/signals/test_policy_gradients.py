@@ -11,7 +11,7 @@ import torch
 from dataflex_mega.algorithms.selectors.nice import Nice
 from dataflex_mega.data.collate import collate
 from dataflex_mega.distributed.parallel_info import init_distributed, shutdown_distributed
-from dataflex_mega.engines.fsdp.generate import sample_tokens
+from dataflex_mega.engines.fsdp.generate import rank_tokens, sample_tokens
 from dataflex_mega.types import GenerationSpec
 from tests.distributed.layouts import samples_of, tiny_llama
 from tests.unit.algorithms.examples import generator, update_context
@@ -154,3 +154,15 @@ def test_evenly_spaced_numbers_draw_in_proportion_to_the_probabilities():
         counts = np.bincount(tokens, minlength=4)
         assert np.abs(counts - expected).max() <= 1, (spec, counts)
     assert sample_tokens(logits, np.array([1.0]), GenerationSpec(1, top_k=2)).tolist() == [2]
+
+
+@pytest.mark.parametrize("levels", [3, 60, 10**6])
+@pytest.mark.parametrize("top_k", [0, 1, 7, 90])
+def test_the_likeliest_tokens_come_in_the_order_of_a_stable_sort(levels: int, top_k: int) -> None:
+    """Also where many are equal, as logits in bfloat16 are, and where twice as many as asked for are the vocabulary."""
+    generator = torch.Generator().manual_seed(levels + top_k)
+    probabilities = torch.randint(levels, (40, 150), generator=generator).double()
+    values, tokens = rank_tokens(probabilities, top_k)
+    expected_values, expected_tokens = probabilities.sort(dim=1, descending=True, stable=True)
+    count = top_k or 150
+    assert torch.equal(values, expected_values[:, :count]) and torch.equal(tokens, expected_tokens[:, :count])
