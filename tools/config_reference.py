@@ -119,7 +119,8 @@ def algorithm_section(role: str, name: str) -> str:
     known: dict[str, Parameter] = get_parameters(role, name)
     lines = [f"#### {role}: `{name}`", "", first]
     if known:
-        meaning = argument_help(load_class(role, name).__doc__ or "")
+        documented = (CONTRACTS[role], load_class(role, name))
+        meaning = {key: text for cls in documented for key, text in argument_help(cls.__doc__ or "").items()}
         rows = [
             [f"`{p.name}`", f"`{p.type_text}`", p.range_text, format_default(p.default), meaning.get(p.attribute, "")]
             for p in known.values()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -80,10 +80,16 @@ class Algorithm(ABC):
         """The inverse of `state_dict`, called after `setup`."""
 
 
+@dataclass
 class Selector(Algorithm):
-    """Chooses which samples are trained until the next update."""
+    """Chooses which samples are trained until the next update.
+
+    Args:
+        cache_dir: where step_N.json of each selection goes; None: output_dir/selections.
+    """
 
     role: ClassVar[str] = "selector"
+    cache_dir: str | None = field(default=None, kw_only=True)
 
     @abstractmethod
     def score(self, table: SignalTable) -> Tensor:

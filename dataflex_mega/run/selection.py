@@ -56,11 +56,11 @@ def _selection_length(session: Session, roles: RunRoles) -> tuple[str, int]:
 
 def selection_folder(session: Session, roles: RunRoles) -> Path:
     """The folder of a selection's files."""
-    cache_dir = getattr(roles.algorithms.selector, "cache_dir", None)
-    if cache_dir:
-        return Path(cache_dir)
+    selector = roles.algorithms.selector
+    if selector is not None and selector.cache_dir:
+        return Path(selector.cache_dir)
     shared = None if roles.pipeline is None else roles.pipeline.arguments.cache_dir
-    if shared is None or roles.algorithms.selector is None:
+    if shared is None or selector is None:
         return session.output_dir / "selections"
     return Path(shared) / f"selector_{str(roles.specs['selector']['name']).rpartition(':')[2]}"
 

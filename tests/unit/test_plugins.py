@@ -90,3 +90,34 @@ def test_a_name_of_the_package_is_taken() -> None:
 
     with pytest.raises(ConfigError, match="'odm', registered by .* comes with the package"):
         build("mixer", "oddm")
+
+
+SELECTOR = """
+from dataclasses import dataclass
+from dataflex_mega.algorithms.base import Selector
+from dataflex_mega.plugins import register_selector
+
+@register_selector("longest")
+@dataclass
+class Longest(Selector):
+    at_least: int  # without a default
+
+    def score(self, table):
+        return table.sample_ids.float()
+
+    def select(self, scores, count, context, rng):
+        return scores.topk(count).indices
+"""
+
+
+def test_every_selector_has_the_folder_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in DataFlex's components files, where each entry of a selector names it."""
+    name = f"longest_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(SELECTOR)
+    monkeypatch.syspath_prepend(tmp_path)
+    plugins.load_modules([name])
+    built = build("selector", {"name": "longest", "params": {"cache_dir": "saves/mine", "at_least": 3}})
+    assert built.cache_dir == "saves/mine" and built.at_least == 3
+    assert build("selector", {"name": "rho_loss", "cache_dir": "saves/rho"}).cache_dir == "saves/rho"
+    with pytest.raises(ConfigError, match="at_least"):
+        build("selector", "longest")

@@ -43,7 +43,6 @@ class ClusterLess(Selector):
         combine: "mean", exact; "direction", as DataFlex: the sum of the representatives' projected gradients.
         side: of that projection: a layer's gradient becomes side x side numbers.
         seed: of clusters and representatives.
-        cache_dir: where step_N.json goes; None: output_dir/selections.
     """
 
     gradient_type: Literal["adam", "sgd"] = "adam"
@@ -57,7 +56,6 @@ class ClusterLess(Selector):
     combine: Literal["mean", "direction"] = "mean"
     side: Annotated[int, Range(ge=1)] = 16
     seed: Annotated[int, Range(ge=0)] = 42
-    cache_dir: str | None = None
     _clusters: Clusters | None = field(default=None, init=False, repr=False, compare=False)
     _num_samples: int = field(default=0, init=False, repr=False, compare=False)
 

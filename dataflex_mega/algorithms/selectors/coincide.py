@@ -57,7 +57,6 @@ class Coincide(Selector):
         temperature: > 0; large gives the clusters equal shares.
         single_member_density: D of a cluster with one member, > 0.
         seed: of the initial centres.
-        cache_dir: where step_N.json goes; None: output_dir/selections.
     """
 
     mode: Literal["text"] = "text"
@@ -67,7 +66,6 @@ class Coincide(Selector):
     temperature: Annotated[float, Range(gt=0)] = 1.0
     single_member_density: Annotated[float, Range(gt=0)] = 1.0
     seed: Annotated[int, Range(ge=0)] = 42
-    cache_dir: str | None = None
 
     def requests(self) -> tuple[Request, ...]:
         layers = None if self.embedding_layers is None else tuple(self.embedding_layers)

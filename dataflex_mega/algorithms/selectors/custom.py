@@ -19,11 +19,8 @@ from dataflex_mega.types import SignalTable, UpdateContext
 class FirstNSelector(Selector):
     """The same first samples at every update.
 
-    Args:
-        cache_dir: where step_N.json of each selection goes; None: the output directory.
+    Args: none.
     """
-
-    cache_dir: str | None = None
 
     def score(self, table: SignalTable) -> Tensor:
         """[n] zeros: the order of the pool alone decides."""

@@ -67,12 +67,10 @@ class DeltaLoss(Selector):
     Args:
         window_size: the window's fraction of the candidates, 0 < window_size <= 1.
         outside_weight: the weight of a sample outside the window, 0 < outside_weight <= 1; one inside weighs 1.
-        cache_dir: where step_N.json of each selection goes; None: the output directory.
     """
 
     window_size: Annotated[float, Range(gt=0, le=1)] = 0.2
     outside_weight: Annotated[float, Range(gt=0, le=1)] = 0.025
-    cache_dir: str | None = None
     _pool_size: int = field(default=0, init=False, repr=False)
     _initial: Tensor | None = field(default=None, init=False, repr=False, compare=False)  # [N] float32
     _first_step: int = field(default=-1, init=False, repr=False)  # the step of the first update

@@ -44,12 +44,10 @@ class Icons(Selector):
     Args:
         gradient_type: "adam" preconditions the candidates' gradients, "sgd" does not. Targets are never preconditioned.
         task_boundaries: sizes of the tasks, which sum to the number of evaluation samples; None: each set is a task.
-        cache_dir: where step_N.json goes; None: output_dir/selections.
     """
 
     gradient_type: Literal["adam", "sgd"] = "adam"
     task_boundaries: Annotated[list[int] | None, Range(ge=1), NotEmpty()] = None
-    cache_dir: str | None = None
 
     def requests(self) -> tuple[Request, ...]:
         boundaries = None if self.task_boundaries is None else tuple(self.task_boundaries)

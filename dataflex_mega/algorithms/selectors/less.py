@@ -108,7 +108,6 @@ class Less(Selector):
         store_dir: where stores go, one folder for each state of the model; None: output_dir/gradient_store, where a store
             is removed when the next one is whole.
         store_block: samples between checksums: what a killed build computes again, at most, on each process.
-        cache_dir: where step_N.json goes; None: output_dir/selections.
     """
 
     gradient_type: Literal["adam", "sgd"] = "adam"
@@ -120,7 +119,6 @@ class Less(Selector):
     seed: Annotated[int | None, Range(ge=0)] = None
     store_dir: str | None = None
     store_block: Annotated[int, Range(ge=1)] = 256
-    cache_dir: str | None = None
     _history: CosineHistory = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -57,7 +57,6 @@ class LossSelector(Selector):
         quantiles: the two bounds, 0 <= first <= second <= 1.
         replacement: whether a candidate may be selected more than once.
         temperature: above 1 evens the chances out, below 1 sharpens them. > 0.
-        cache_dir: where step_N.json of each selection goes; None: the output directory.
     """
 
     focus: Focus = "high"
@@ -65,7 +64,6 @@ class LossSelector(Selector):
     quantiles: Annotated[tuple[float, float], Range(ge=0, le=1)] = (0.33, 0.66)
     replacement: bool = False
     temperature: Annotated[float, Range(gt=0)] = 1.0
-    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -43,11 +43,9 @@ class Near(Selector):
     Args:
         indices_path: the .npy file of the offline tool: [M, K] int64 or int32, global ids of the pool, nearest first; -1
             where the search found no more.
-        cache_dir: where step_N.json of each selection goes; None: the output directory.
     """
 
     indices_path: str = "top_indices.npy"
-    cache_dir: str | None = None
     _ranks: Tensor | None = field(default=None, init=False, repr=False, compare=False)  # [N] int64
 
     def setup(self, domains: DomainInfo) -> None:

@@ -42,7 +42,6 @@ class Nice(Selector):
         top_p: and among the fewest most likely tokens whose probabilities sum to this.
         max_prompt_length: how many tokens of a prompt are used, the last ones.
         seed: of the answers.
-        cache_dir: where step_N.json goes; None: output_dir/selections.
     """
 
     gradient_type: Literal["adam", "sgd"] = "adam"
@@ -56,7 +55,6 @@ class Nice(Selector):
     top_p: Annotated[float, Range(gt=0, le=1)] = 0.95
     max_prompt_length: Annotated[int, Range(ge=1)] = 4096
     seed: Annotated[int, Range(ge=0)] = 0
-    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,12 +21,10 @@ class RandomSelector(Selector):
     Args:
         seed: another selection with everything else unchanged; None: the run's seed alone decides.
         replacement: whether a candidate may be selected more than once.
-        cache_dir: where step_N.json of each selection goes; None: the output directory.
     """
 
     seed: Annotated[int | None, Range(ge=0)] = None
     replacement: bool = False
-    cache_dir: str | None = None
 
     def score(self, table: SignalTable) -> Tensor:
         """[n] zeros: nothing is computed for the candidates."""

@@ -33,12 +33,10 @@ class Tsds(Selector):
         probs_path: the .npy file of the offline tool: [N] float64 or float32, one number >= 0 for each sample of the
             pool in its order, taken relative to their sum.
         replacement: whether a candidate may be selected more than once.
-        cache_dir: where step_N.json of each selection goes; None: the output directory.
     """
 
     probs_path: str = "tsds_probs.npy"
     replacement: bool = False
-    cache_dir: str | None = None
     _log_chances: Tensor | None = field(default=None, init=False, repr=False, compare=False)  # [N] float32
 
     def setup(self, domains: DomainInfo) -> None:
