@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -45,6 +46,10 @@ SIZES: dict[str, Any] = {
     "update_step": 1, "train_step": 3, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2,
     "gradient_accumulation_steps": 1, "max_new_tokens": 4, "ddp_timeout": 600,
 }  # fmt: skip
+STAND_INS = {
+    "pt": ["c4_demo", "wiki_demo"], "sft": ["alpaca_en_demo", "alpaca_zh_demo", "identity"], "dpo": ["dpo_en_demo"],
+    "rm": ["dpo_en_demo"], "kto": ["kto_en_demo"],
+}  # fmt: skip
 GIVEN = {"max_samples": 12, "cutoff_len": 48}
 SECONDS = 240
 
@@ -66,6 +71,15 @@ def is_training(keys: Any) -> bool:
     return bool(keys.get("do_train")) or "train_type" in keys
 
 
+def known_datasets(names: Any, stage: str, known: list[str]) -> str:
+    """The file's datasets, those that `--data` does not have replaced by others for the stage."""
+    stand_ins = [name for name in STAND_INS.get(stage, STAND_INS["sft"]) if name in known]
+    asked = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
+    spare = iter([name for name in stand_ins if name not in asked])
+    kept = [name if name in known else next(spare, None) for name in asked]
+    return ",".join(name for name in kept if name)
+
+
 def small(keys: dict[str, Any], role: str, model: Path, data: Path, output: Path) -> dict[str, Any]:
     """The file's keys with model, data, output and sizes of ours."""
     changed = {**keys, **{key: value for key, value in SIZES.items() if key in keys}}
@@ -77,8 +91,22 @@ def small(keys: dict[str, Any], role: str, model: Path, data: Path, output: Path
     changed.update(
         model_name_or_path=str(model), template="default", dataset_dir=str(data), output_dir=str(output), use_cpu=True
     )
+    known = list(json.loads((data / "dataset_info.json").read_text()))
+    for key in ("dataset", "eval_dataset"):
+        if keys.get(key):
+            changed[key] = known_datasets(keys[key], str(keys.get("stage", "sft")), known)
     changed.update(ROLES[role])
     return changed
+
+
+def with_reference_model(config: dict[str, Any], start: Path, model: Path, folder: Path) -> dict[str, Any]:
+    """The configuration with a copy of its components file in which DoReMi's reference model is the tiny one."""
+    components = start / str(config.get("components_cfg_file") or "")
+    if not components.is_file():
+        return config
+    copy = folder / "components.yaml"
+    copy.write_text(re.sub(r"(?m)^(\s*reference_model_path:) .*$", rf"\1 {model}", components.read_text()))
+    return {**config, "components_cfg_file": str(copy)}
 
 
 def outcome_of(status: int | None, stderr: str) -> tuple[str, str]:
@@ -99,9 +127,11 @@ def run_file(path: Path, name: str, role: str, arguments: argparse.Namespace, fo
     keys = yaml.safe_load(path.read_text())
     output = folder / role / name.replace("/", "_").removesuffix(".yaml") / "out"
     output.mkdir(parents=True)
-    config = small(keys, role, arguments.model.resolve(), arguments.data.resolve(), output)
+    model, start = arguments.model.resolve(), arguments.start.resolve()
+    config = small(keys, role, model, arguments.data.resolve(), output)
+    config = with_reference_model(config, start, model, output.parent)
     before = Path.cwd()
-    os.chdir(arguments.start.resolve())  # relative names of other files in it
+    os.chdir(start)  # relative names of other files in it
     try:
         processes = runs.start(config, 1)
     finally:
