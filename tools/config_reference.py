@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from dataflex_mega.config import (
-    checks,
     component_parameters,
     components,
     dataflex_parse,
     deepspeed_schema,
+    fates,
     legacy,
     megatron,
     megatron_checks,
     pipelines,
     reorder_arguments,
 )
+from dataflex_mega.config.fate import Fate
 from dataflex_mega.registry import CONTRACTS, Parameter, get_parameters, list_builtin_names, load_class
 from dataflex_mega.schema.coercion import type_text
 from dataflex_mega.schema.constraints import constraints_of, field_hints
@@ -72,6 +73,14 @@ then changes its parameters."""
 
 ORDERS = """Besides the parameters of its pattern, a `reorder` has the following keys. DataFlex's layout, `pattern` with
 `pattern_params`, is accepted too. [Algorithms](algorithms.md#orders) explains them."""
+
+
+FATES = """## What becomes of LLaMA-Factory's keys
+
+In a static run LLaMA-Factory acts on its keys. In a dynamic run each of them acts as it does there, or is noted (it has no
+effect, and a line on standard error says what stands for it), or is refused by name before anything is built. A key is noted
+or refused only where its value says something: its default passes. The classes are LLaMA-Factory's; `TrainingArguments` has
+the keys of transformers' too."""
 
 
 PIPELINES = """`train_type: dynamic_lego` with `component_name`, a preset of the components file, or with the key `pipeline`.
@@ -172,6 +181,19 @@ def parameters_without_effect() -> str:
     return table(("algorithm", "parameter", "reason"), rows)
 
 
+def fate_rows(fated: Mapping[str, Fate]) -> list[list[str]]:
+    """One row per key: its name and what becomes of it."""
+    rows = []
+    for key, fate in sorted(fated.items()):
+        text = f"{fate.verb}: {fate.why}" if fate.verb != "acts" else "acts"
+        if fate.takes:
+            text = f"takes {', '.join(f'`{value}`' for value in fate.takes)}: {fate.why}"
+        elif fate.switch is not None:
+            text = f"acts with `{fate.switch}`".replace(" or ", "` or `")
+        rows.append([f"`{key}`", text])
+    return rows
+
+
 def deepspeed_section() -> list[str]:
     """What becomes of the keys of a DeepSpeed configuration."""
     refused = {f"zero_optimization.{key}": instead for key, instead in deepspeed_schema.ZERO_REFUSED.items()}
@@ -199,10 +221,8 @@ def document() -> str:
     renamed += [[f"`{old}`", f"`{new}`{new_words(words)}"] for old, (new, words) in legacy.OUR_RENAMED.items()]
     renamed += [["`group_by_length`", "`train_sampling_strategy`"]]
     renamed += [[f"`{old}`", f"dropped: {why}"] for old, (_, why) in sorted(legacy.DROPPED.items())]
-    refused = [[f"`{key}`", instead] for key, instead in sorted(checks.REFUSED.items())]
     without = {**megatron.REFUSED, **megatron_checks.REFUSED}
     without_megatron = [[f"`{key}`", instead] for key, instead in sorted(without.items())]
-    allowed = [[f"`{key}`", ", ".join(f"`{v}`" for v in values), why] for key, (values, why) in checks.ALLOWED.items()]
     names = [f.name for f in dataclasses.fields(megatron.MegatronArguments)]
     score_params = [
         [f"`{source}`", ", ".join(f"`{k}`" for k in keys)] for source, keys in reorder_arguments.SCORE_PARAMS.items()
@@ -232,10 +252,12 @@ def document() -> str:
         "A components file written for DataFlex is read as it is. A note names those of its parameters that have no effect "
         "here:",
         parameters_without_effect(),
-        "## Keys that dynamic training refuses",
-        "A dynamic run refuses these keys of LLaMA-Factory by name before anything is built. Static runs accept them.",
-        table(("key", "instead"), refused),
-        table(("key", "accepted values", "reason"), allowed),
+        FATES,
+        *(
+            part
+            for owner, fated in fates.TABLES.items()
+            for part in (f"### {owner}", table(("key", "in a dynamic run"), fate_rows(fated)))
+        ),
         *deepspeed_section(),
         "## Old keys",
         "Keys that the installed transformers no longer has, and older names of our keys, are translated, with a note.",

@@ -1,7 +1,7 @@
 """What a dynamic run cannot do, checked from the configuration alone, before a model or a dataset is touched.
 
-Static runs are LLaMA-Factory's and do all of it. Nothing is ignored in silence: a key of LLaMA-Factory or of Hugging
-Face's Trainer that our loop does not act on is refused by name.
+Static runs are LLaMA-Factory's and do all of it. Nothing is ignored in silence: what becomes of each of LLaMA-Factory's
+keys is in fates.py; here are the checks that need several keys, a path or our own keys.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.config.settings_without_effect import notes_on_settings
 from dataflex_mega.errors import ConfigError, did_you_mean
 
-STAGES = ("pt", "sft")
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 REPORTS = ("none", "tensorboard")
 REQUIRED = {
     "model_name_or_path": "a folder or a hub name",
@@ -27,63 +25,10 @@ REQUIRED = {
     "output_dir": "a folder",
 }
 
-STATIC_DOES = "train_type: static does"
-# Key -> what to do instead. Refused when set to anything but false, 0, nothing or an empty list.
-REFUSED = {
-    **dict.fromkeys(("use_badam", "use_galore", "use_apollo", "use_adam_mini", "use_muon"), "use optim: adamw_torch"),
-    "optim_target_modules": "use optim: adamw_torch",
-    "streaming": "samples must be reachable by number",
-    "quantization_bit": "use LoRA without quantization",
-    "use_unsloth": STATIC_DOES,
-    "use_unsloth_gc": "other gradient checkpointing is on unless disable_gradient_checkpointing is set",
-    "use_kt": STATIC_DOES,
-    "use_liger_kernel": "use enable_liger_kernel",
-    "mixture_of_depths": STATIC_DOES,
-    "fp8": "use bf16",
-    "fp8_enable_fsdp_float8_all_gather": "use bf16",
-    "use_hyper_parallel": STATIC_DOES,
-    "parallelism_config": "use fsdp: full_shard",
-    "accelerator_config": STATIC_DOES,
-    "load_best_model_at_end": "the checkpoints stay in output_dir",
-    "neftune_noise_alpha": STATIC_DOES,
-    "label_smoothing_factor": STATIC_DOES,
-    "compute_accuracy": "evaluation gives the loss",
-    **dict.fromkeys(("use_dft_loss", "use_asft_loss", "use_eaft_loss"), "the loss is cross-entropy"),
-    "moe_aux_loss_coef": "the loss is cross-entropy",
-    "pissa_convert": STATIC_DOES,
-    "torch_compile": STATIC_DOES,
-    "auto_find_batch_size": "the batch size decides which samples a step has",
-    "eval_on_start": STATIC_DOES,
-    "bf16_full_eval": STATIC_DOES,
-    "fp16_full_eval": STATIC_DOES,
-    "full_determinism": STATIC_DOES,
-    "ignore_data_skip": "where the data goes on is arithmetic, nothing is skipped",
-    "enable_jit_checkpoint": "use save_steps",
-    "enable_torch_profiler": STATIC_DOES,
-    "push_to_hub": "upload output_dir afterwards",
-    "use_swanlab": "use TensorBoard",
-    "tokenized_path": "it does not say which row is which",
-    "interleave_probs": "mixer: static with init_mixture_proportions draws in proportions",
-    "disable_shuffling": "the order follows from seed and step",
-    "sortish_sampler": "the order follows from seed and step",
-}
-# Key -> the values it may have.
-ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "stage": (STAGES, f"other stages run with {STATIC_DOES.removesuffix(' does')}"),
-    "optim": (OPTIMIZERS, "an optimizer must work element by element to be sharded"),
-    "mix_strategy": (("concat",), "mixer: static with init_mixture_proportions draws in proportions"),
-    "train_sampling_strategy": (("random",), "the order follows from seed and step"),
-    "save_strategy": (("steps", "epoch", "no"), "checkpoints are for resuming, not for choosing the best"),
-    "do_train": ((True,), "a dynamic run trains"),
-}
-
 
 def check_dynamic(config: RunConfig) -> list[str]:
     """Notes on keys that have no effect. Raises ConfigError naming the key, its value and what is allowed."""
     checks: tuple[Callable[[RunConfig], None], ...] = (
-        _check_required,
-        _check_refused,
-        _check_allowed,
         _check_numbers,
         _check_precision,
         _check_attention,
@@ -94,9 +39,11 @@ def check_dynamic(config: RunConfig) -> list[str]:
         _check_corpora,
         _check_datasets,
     )
+    _check_required(config)
+    notes = check_fates(config.llamafactory)
     for check in checks:
         check(config)
-    return [*check_fates(config.llamafactory), *notes_on_settings(config)]
+    return [*notes, *notes_on_settings(config)]
 
 
 def _check_required(config: RunConfig) -> None:
@@ -106,25 +53,6 @@ def _check_required(config: RunConfig) -> None:
         if not config.llamafactory.get(key):
             near = did_you_mean(key, [k for k in config.all_keys if k not in REQUIRED])
             raise ConfigError(f"{key}: missing; expected {what}{near}")
-
-
-def _is_off(value: Any) -> bool:
-    return value is None or value is False or value == 0 or value in ("", [], {})
-
-
-def _check_refused(config: RunConfig) -> None:
-    for key, value in config.llamafactory.items():
-        if key in REFUSED and not _is_off(value):
-            raise ConfigError(f"{key}: dynamic training does not do this; {REFUSED[key]}")
-
-
-def _check_allowed(config: RunConfig) -> None:
-    for key, (allowed, why) in ALLOWED.items():
-        value = config.llamafactory.get(key, allowed[0])
-        if value not in allowed:
-            near = did_you_mean(value, [a for a in allowed if isinstance(a, str)]) if isinstance(value, str) else ""
-            names = ", ".join(map(str, allowed))
-            raise ConfigError(f"{key}: dynamic training takes {names}, found {value!r}{near}; {why}")
 
 
 def _check_numbers(config: RunConfig) -> None:
@@ -165,6 +93,10 @@ def _check_evaluation(config: RunConfig) -> None:
         raise ConfigError(f"eval_strategy: {strategy} needs {needed}")
     if config.llamafactory.get("early_stopping_steps") and strategy == "no":
         raise ConfigError("early_stopping_steps: needs eval_strategy: steps or epoch")
+    if config.llamafactory.get("do_eval") and strategy == "no":
+        raise ConfigError(
+            "do_eval: needs eval_strategy: steps or epoch in dynamic training, which evaluates while it trains"
+        )
 
 
 def _check_reports(config: RunConfig) -> None:

@@ -63,6 +63,13 @@ def _never_updated(config: RunConfig) -> list[str]:
     return []
 
 
+def _checkpointing(config: RunConfig) -> list[str]:
+    keys = config.llamafactory
+    if keys.get("gradient_checkpointing") and keys.get("disable_gradient_checkpointing"):
+        return ["gradient_checkpointing: has no effect beside disable_gradient_checkpointing: true"]
+    return []
+
+
 CHECKS: tuple[Callable[[RunConfig], list[str]], ...] = (
-    _beyond_the_end, _early_stopping, _never_updated
+    _beyond_the_end, _early_stopping, _never_updated, _checkpointing
 )  # fmt: skip

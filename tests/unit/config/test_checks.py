@@ -2,7 +2,8 @@
 
 import pytest
 
-from dataflex_mega.config.checks import REFUSED, check_dynamic, split_names
+from dataflex_mega.config.checks import check_dynamic, split_names
+from dataflex_mega.config.fates import FATES
 from dataflex_mega.config.parse import parse_config
 from dataflex_mega.errors import ConfigError
 from tests.unit.config.conftest import LF_KEYS
@@ -21,7 +22,7 @@ def check(tmp_path):
 
     def check(**keys):
         config = {key: value for key, value in {**right, **keys}.items() if value is not None}
-        check_dynamic(parse_config(config, {**dict.fromkeys(REFUSED, bool), **LF_KEYS}))
+        check_dynamic(parse_config(config, {**dict.fromkeys(FATES, bool), **LF_KEYS}))
 
     return check
 
@@ -77,12 +78,7 @@ def test_what_dynamic_training_does(check, keys):
     ],
 )  # fmt: skip
 def test_what_dynamic_training_does_not_do_is_refused_by_name(check, key, value):
-    assert fails(check, **{key: value}) == f"{key}: dynamic training does not do this; {REFUSED[key]}"
-
-
-@pytest.mark.parametrize("key", REFUSED)
-def test_every_refused_key_says_what_to_do_instead(key):
-    assert len(REFUSED[key]) > 5
+    assert fails(check, **{key: value}) == f"{key}: dynamic training does not do this; {FATES[key].why}"
 
 
 @pytest.mark.parametrize(

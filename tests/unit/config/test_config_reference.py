@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dataflex_mega.config.checks import REFUSED
 from dataflex_mega.config.dataflex_parse import RunArguments
+from dataflex_mega.config.fates import FATES
 from dataflex_mega.config.megatron import MegatronArguments
 from dataflex_mega.registry import CONTRACTS, get_parameters, list_builtin_names
 
@@ -32,7 +32,7 @@ def test_every_key_and_every_parameter_has_a_row(tool):
             section = text.partition(f"#### {role}: `{name}`")[2].partition("\n#")[0]
             for key in get_parameters(role, name):
                 assert f"\n| `{key}` | " in section
-    for key in REFUSED:
+    for key in FATES:
         assert f"\n| `{key}` | " in text
 
 

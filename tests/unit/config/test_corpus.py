@@ -2,8 +2,9 @@
 
 import pytest
 
-from dataflex_mega.config.checks import REFUSED, check_dynamic
+from dataflex_mega.config.checks import check_dynamic
 from dataflex_mega.config.corpus import with_names
+from dataflex_mega.config.fates import FATES
 from dataflex_mega.config.parse import parse_config
 from dataflex_mega.data import manifest
 from dataflex_mega.data.manifest import Corpus, CorpusDomain, CorpusTokenizer
@@ -32,7 +33,7 @@ def check(tmp_path):
         "model_name_or_path": str(tmp_path / "model"), "output_dir": str(tmp_path / "out"), "stage": "pt",
         "mixer": "static", "corpus_dir": str(tmp_path / "train"),
     }  # fmt: skip
-    known = {**dict.fromkeys(REFUSED, "bool"), "dataset_dir": "str", **LF_KEYS}
+    known = {**dict.fromkeys(FATES, "bool"), "dataset_dir": "str", **LF_KEYS}
 
     def check(**keys):
         for key in ("corpus_dir", "eval_corpus_dir"):

@@ -1,12 +1,29 @@
-"""Keys without an effect in dynamic training are refused or noted, and settings that keep a role from acting are noted."""
+"""Every key of LLaMA-Factory has a fate, and a configuration hears of each key that does not act."""
+
+import dataclasses
 
 import pytest
 
 from dataflex_mega.config.checks import check_dynamic
-from dataflex_mega.config.fates import FATES, check_fates
+from dataflex_mega.config.fates import FATES, TABLES, check_fates
 from dataflex_mega.config.load import load
 from dataflex_mega.config.parse import parse_config
 from dataflex_mega.errors import ConfigError
+
+REFUSED = [key for key, fate in FATES.items() if fate.verb == "refused"]
+NOTED = [key for key, fate in FATES.items() if fate.verb == "noted"]
+SWITCHED = [key for key, fate in FATES.items() if fate.switch is not None]
+
+
+@pytest.fixture(scope="module")
+def classes():
+    """LLaMA-Factory's argument classes, by name; TrainingArguments inherits transformers'."""
+    from dataflex_mega.llamafactory.compat import ensure_importable
+
+    ensure_importable()
+    import llamafactory.hparams as hparams
+
+    return {name: getattr(hparams, name) for name in TABLES}
 
 
 @pytest.fixture(scope="module")
@@ -16,30 +33,135 @@ def keys():
     return argument_types()
 
 
-@pytest.mark.parametrize("key", [key for key, fate in FATES.items() if fate.refused])
+def strangers(classes):
+    """(keys without a fate, fates without a key), each with its class."""
+    fields = {name: {f.name for f in dataclasses.fields(cls) if f.init} for name, cls in classes.items()}
+    without_fate = [f"{name}.{key}" for name, known in fields.items() for key in sorted(known - set(TABLES[name]))]
+    without_key = [f"{name}.{key}" for name, known in fields.items() for key in sorted(set(TABLES[name]) - known)]
+    return without_fate, without_key
+
+
+def test_every_key_of_llamafactory_and_transformers_has_a_fate(classes):
+    assert strangers(classes) == ([], [])
+    assert sum(map(len, TABLES.values())) == len(FATES)  # no key in two tables
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_renamed_key_is_found(classes, name):
+    fields = [(f.name, f.type, dataclasses.field(default=None)) for f in dataclasses.fields(classes[name]) if f.init]
+    copy = dataclasses.make_dataclass("Copy", [("renamed", *fields[0][1:]), *fields[1:]])
+    assert strangers({**classes, name: copy}) == ([f"{name}.renamed"], [f"{name}.{fields[0][0]}"])
+
+
+def test_a_default_passes(classes):
+    for name, cls in classes.items():
+        for field in dataclasses.fields(cls):
+            if field.init and field.name != "do_train":  # which our loop sets itself
+                default = field.default_factory() if callable(field.default_factory) else field.default
+                assert check_fates({field.name: getattr(default, "value", default)}) == [], name
+                assert FATES[field.name].switch is None or FATES[field.name].is_harmless(default), field.name
+
+
+def other_value(key):
+    """A value of `key` that is not harmless."""
+    return next(value for value in (True, False, 7, "x") if not FATES[key].is_harmless(value))
+
+
+@pytest.mark.parametrize("key", REFUSED)
 def test_what_would_change_the_result_is_refused(key):
-    harmless = FATES[key].harmless
-    value = False if True in harmless else "inductor"
-    with pytest.raises(ConfigError, match=f"^{key}: "):
-        check_fates({key: value})
-    assert all(check_fates({key: value}) == [] for value in harmless)
+    assert len(FATES[key].why) > 5
+    with pytest.raises(ConfigError, match=f"^{key}: ") as caught:
+        check_fates({key: other_value(key)})
+    assert str(caught.value).endswith(f"dynamic training does not do this; {FATES[key].why}")
+    assert all(check_fates({key: value}) == [] for value in FATES[key].harmless)
 
 
-@pytest.mark.parametrize("key", [key for key, fate in FATES.items() if not fate.refused])
+@pytest.mark.parametrize("key", NOTED)
 def test_what_changes_nothing_is_noted(key):
-    value = next(v for v in (True, 7, "x") if not any(v == h and type(v) is type(h) for h in FATES[key].harmless))
-    notes = check_fates({key: value})
-    assert len(notes) == 1 and notes[0].startswith(f"{key}: has no effect")
+    assert check_fates({key: other_value(key)}) == [f"{key}: has no effect in dynamic training; {FATES[key].why}"]
+    assert all(check_fates({key: value}) == [] for value in FATES[key].harmless)
 
 
-def test_do_eval_needs_a_strategy():
-    with pytest.raises(ConfigError, match="do_eval: .*eval_strategy"):
-        check_fates({"do_eval": True})
-    assert check_fates({"do_eval": True, "eval_strategy": "epoch"}) == [] == check_fates({"do_eval": False})
+@pytest.mark.parametrize("key", SWITCHED)
+def test_a_key_whose_switch_is_off_is_noted(key):
+    switch = FATES[key].switch
+    off = {switch.keys[0]: "full"} if switch.keys == ("finetuning_type",) else {}
+    assert check_fates({**off, key: other_value(key)}) == [f"{key}: has no effect without {switch}"]
+    assert check_fates({**off, key: FATES[key].harmless[0]}) == []
+
+
+@pytest.mark.parametrize(
+    ("on", "key", "value"),
+    [
+        ({}, "lora_rank", 4), ({"finetuning_type": "oft"}, "oft_rank", 4), ({"do_predict": True}, "top_p", 0.5),
+        ({"predict_with_generate": True}, "top_p", 0.5), ({"use_llama_pro": True}, "freeze_trainable_layers", 1),
+        ({"finetuning_type": "freeze"}, "freeze_trainable_layers", 1),
+        ({"loraplus_lr_ratio": 2.0}, "loraplus_lr_embedding", 1.0),
+    ],
+)  # fmt: skip
+def test_a_key_whose_switch_is_on_acts(on, key, value):
+    assert check_fates({**on, key: value}) == []
+
+
+def test_a_value_that_is_not_taken_is_refused_with_those_that_are():
+    for key, fate in FATES.items():
+        if fate.takes:
+            assert check_fates({key: fate.takes[0]}) == []
+            with pytest.raises(ConfigError, match=f"^{key}: dynamic training takes .*found 'neither'"):
+                check_fates({key: "neither"})
+
+
+def test_keys_without_effect_for_one_reason_share_a_line():
+    assert check_fates({"hub_model_id": "a/b", "hub_private_repo": True, "use_cache": True}) == [
+        "hub_model_id, hub_private_repo: have no effect in dynamic training; nothing is uploaded during a run",
+        "use_cache: has no effect in dynamic training; training keeps no cache of keys and values",
+    ]
+
+
+def test_accelerators_own_defaults_say_nothing():
+    assert check_fates({"accelerator_config": {"even_batches": True, "split_batches": False}}) == []
+    with pytest.raises(ConfigError, match="accelerator_config: dynamic"):
+        check_fates({"accelerator_config": {"even_batches": True, "split_batches": True}})
+
+
+# Keys that a dynamic run once took without a word.
+ONCE_SILENT = {
+    "save_only_model": True, "profile_modules": "q_proj", "ignore_pad_token_for_loss": False,
+    "average_tokens_across_devices": False, "logging_nan_inf_filter": False, "liger_kernel_config": {"rope": False},
+    "include_for_metrics": ["loss"], "batch_eval_metrics": True, "hub_token": "hf_x", "hub_private_repo": True,
+    "hub_model_id": "me/model", "hub_always_push": True, "hub_revision": "dev", "local_rank": 1, "ray_num_workers": 4,
+    "master_addr": "node0", "master_port": 29500, "restore_callback_states_from_checkpoint": True,
+    "include_effective_tokens_per_second": True, "torch_compile_backend": "inductor", "torch_compile_mode": "default",
+    "skip_memory_metrics": False, "include_num_input_tokens_seen": "all", "torch_empty_cache_steps": 2,
+    "dataloader_drop_last": True, "dataloader_prefetch_factor": 4, "dataloader_persistent_workers": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": True}, "eval_accumulation_steps": 2,
+    "eval_do_concat_batches": False, "eval_use_gather_object": True, "prediction_loss_only": True, "use_cache": True,
+    "pref_beta": 0.3, "ppo_epochs": 2, "vllm_maxlen": 100, "export_size": 2, "top_p": 0.1, "galore_rank": 2,
+    "swanlab_project": "mine", "badam_mode": "ratio", "buffer_size": 5,
+}  # fmt: skip
+
+
+def test_none_of_many_keys_at_once_is_ignored_in_silence():
+    told, rest = {}, dict(ONCE_SILENT)
+    while True:  # each refusal is one line; what is left is noted
+        try:
+            notes = check_fates(rest)
+            break
+        except ConfigError as error:
+            key = str(error).partition(":")[0]
+            told[key] = rest.pop(key)
+    named = {key for note in notes for key in note.partition(":")[0].split(", ")}
+    assert {*told, *named} == set(ONCE_SILENT) and len(told) >= 5
 
 
 BASE = {"model_name_or_path": "hub/model", "dataset": "a,b", "output_dir": "out", "mixer": "odm", "update_step": 1,
         "update_times": -1, "max_steps": 100, "stage": "pt"}  # fmt: skip
+
+
+def test_do_eval_needs_a_strategy(keys):
+    with pytest.raises(ConfigError, match=r"do_eval: .*eval_strategy"):
+        check_dynamic(parse_config({**BASE, "do_eval": True}, keys))
+    check_dynamic(parse_config({**BASE, "do_eval": True, "eval_strategy": "epoch", "val_size": 3}, keys))
 
 
 @pytest.mark.parametrize(
@@ -49,6 +171,7 @@ BASE = {"model_name_or_path": "hub/model", "dataset": "a,b", "output_dir": "out"
      ({"logging_steps": 101}, ["logging_steps: 101", "no step"]),
      ({"early_stopping_steps": 4, "eval_strategy": "steps", "eval_steps": 25, "val_size": 9}, ["early_stopping", "125"]),
      ({"update_times": 0}, ["update_times: 0", "odm", "never"]),
+     ({"gradient_checkpointing": True, "disable_gradient_checkpointing": True}, ["gradient_checkpointing", "beside"]),
      ({"save_only_model": True}, ["save_only_model"])],
 )  # fmt: skip
 def test_settings_by_which_nothing_happens_are_noted(keys, change, words):
