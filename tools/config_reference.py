@@ -18,6 +18,7 @@ from dataflex_mega.config import (
     dataflex_parse,
     deepspeed_schema,
     fates,
+    fates_newer,
     legacy,
     megatron,
     megatron_checks,
@@ -194,6 +195,14 @@ def fate_rows(fated: Mapping[str, Fate]) -> list[list[str]]:
     return rows
 
 
+def fate_sections() -> list[str]:
+    """What becomes of LLaMA-Factory's keys, a table for each of its classes."""
+    parts = [FATES]
+    for owner, fated in {**fates.TABLES, "Keys of later versions of LLaMA-Factory": fates_newer.NEWER_FATES}.items():
+        parts += [f"### {owner}", table(("key", "in a dynamic run"), fate_rows(fated))]
+    return parts
+
+
 def deepspeed_section() -> list[str]:
     """What becomes of the keys of a DeepSpeed configuration."""
     refused = {f"zero_optimization.{key}": instead for key, instead in deepspeed_schema.ZERO_REFUSED.items()}
@@ -252,12 +261,7 @@ def document() -> str:
         "A components file written for DataFlex is read as it is. A note names those of its parameters that have no effect "
         "here:",
         parameters_without_effect(),
-        FATES,
-        *(
-            part
-            for owner, fated in fates.TABLES.items()
-            for part in (f"### {owner}", table(("key", "in a dynamic run"), fate_rows(fated)))
-        ),
+        *fate_sections(),
         *deepspeed_section(),
         "## Old keys",
         "Keys that the installed transformers no longer has, and older names of our keys, are translated, with a note.",

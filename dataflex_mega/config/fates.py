@@ -13,6 +13,7 @@ from dataflex_mega.config.fate import Fate
 from dataflex_mega.config.fates_data import DATA_FATES, GENERATING_FATES
 from dataflex_mega.config.fates_finetuning import FINETUNING_FATES
 from dataflex_mega.config.fates_model import MODEL_FATES
+from dataflex_mega.config.fates_newer import NEWER_FATES
 from dataflex_mega.config.fates_training import TRAINING_FATES
 from dataflex_mega.errors import ConfigError, did_you_mean
 
@@ -26,7 +27,7 @@ TABLES: dict[str, dict[str, Fate]] = {
     "FinetuningArguments": FINETUNING_FATES,
     "GeneratingArguments": GENERATING_FATES,
 }
-FATES: dict[str, Fate] = {key: fate for table in TABLES.values() for key, fate in table.items()}
+FATES: dict[str, Fate] = {**NEWER_FATES, **{key: fate for table in TABLES.values() for key, fate in table.items()}}
 
 
 def check_fates(values: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from dataflex_mega.schema.constraints import Range, field_hints
 
 ENGINE_VARIABLES = ("USE_MCA", "USE_MEGATRON_BRIDGE")
 Positive = Range(ge=1)
-ENGINE_KEY = "use_mca"  # LLaMA-Factory's, in some of its published YAMLs
+ENGINE_KEYS = ("use_mca", "use_megatron_bridge")  # LLaMA-Factory's, each does what the variable of its name does
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def resolve_engine(engine: str, keys: Sequence[str], variable: str | None) -> st
     Args:
         engine: `auto` or the name of an engine.
         keys: what `keys_that_select_megatron` returned.
-        variable: what `engine_of_environment` returned, or ENGINE_KEY.
+        variable: what `engine_of_environment` returned, or one of ENGINE_KEYS.
 
     Raises:
         ConfigError: `engine: fsdp` beside something that asks for Megatron.

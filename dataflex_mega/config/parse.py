@@ -9,6 +9,7 @@ from typing import Any
 from dataflex_mega.config import corpus, dataflex_parse, launchers, legacy, megatron
 from dataflex_mega.config.component_parameters import Spec
 from dataflex_mega.config.dataflex_arguments import RunArguments
+from dataflex_mega.config.fates_newer import NEWER_FATES
 from dataflex_mega.config.megatron import MegatronArguments
 from dataflex_mega.config.numbers import check_numbers
 from dataflex_mega.config.pipelines import Pipeline
@@ -60,18 +61,21 @@ def parse_config(
             once, or a launcher that contradicts the configuration.
     """
     learn(config)
-    known = [*lf_types, *OUR_KEYS, *MEGATRON_KEYS]
+    known = [*lf_types, *OUR_KEYS, *MEGATRON_KEYS, *megatron.ENGINE_KEYS]
     all_keys, notes = legacy.migrate_keys(config, set(known))
+    for key in [key for key in NEWER_FATES if key not in known and key in all_keys]:
+        if NEWER_FATES[key].is_harmless(all_keys[key]):  # it says nothing that the installed release would not do
+            del all_keys[key]
     _refuse_unknown(all_keys, known)
     megatron_arguments = megatron.parse({key: value for key, value in all_keys.items() if key in MEGATRON_KEYS})
     lf_values = {
         key: coerce_lenient(key, value, lf_types[key])
         for key, value in all_keys.items()
-        if key not in OUR_KEYS and key not in MEGATRON_KEYS
+        if key in lf_types and key not in megatron.ENGINE_KEYS
     }
     check_numbers(lf_values, every=False)
-    if lf_values.pop(megatron.ENGINE_KEY, False):  # the key says what the variable does
-        variable = variable or megatron.ENGINE_KEY
+    asking = [key for key in megatron.ENGINE_KEYS if coerce_lenient(key, all_keys.get(key, False), bool)]
+    variable = variable or next(iter(asking), None)
     selecting_keys = megatron.keys_that_select_megatron(megatron_arguments)
     engine = megatron.resolve_engine(all_keys.get("engine", "auto"), selecting_keys, variable)
     our_keys = {key: value for key, value in all_keys.items() if key in OUR_KEYS}
@@ -99,6 +103,12 @@ def parse_config(
     )
 
 
+def _about_unknown(key: str, known: list[str]) -> str:
+    if key in NEWER_FATES:
+        return " (of a later LLaMA-Factory than the installed one)"
+    return did_you_mean(key, known) or _nearest_successor(key)
+
+
 def _nearest_successor(key: str) -> str:
     """A hint for a misspelt old key: the old one that is nearest, and what it is called now."""
     old = next((name for name in legacy.OUR_RENAMED if did_you_mean(key, [name])), None)
@@ -108,5 +118,5 @@ def _nearest_successor(key: str) -> str:
 def _refuse_unknown(config: Mapping[Any, Any], known: list[str]) -> None:
     unknown = [str(key) for key in config if key not in known]
     if unknown:
-        listed = ", ".join(f"{key!r}{did_you_mean(key, known) or _nearest_successor(key)}" for key in unknown)
+        listed = ", ".join(f"{key!r}{_about_unknown(key, known)}" for key in unknown)
         raise ConfigError(f"unknown key{'s' if len(unknown) > 1 else ''} {listed}")
