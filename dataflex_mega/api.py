@@ -34,7 +34,7 @@ from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
 from dataflex_mega.engines.options import StepOptions
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.llamafactory.args import argument_types
-from dataflex_mega.log import get_logger
+from dataflex_mega.log import log_notes
 from dataflex_mega.providers.context import SignalContext
 from dataflex_mega.providers.registry import display_name
 from dataflex_mega.providers.server import SignalServer
@@ -108,8 +108,7 @@ def _parse(keys: Mapping[str, Any], files: bool, stack: ExitStack) -> RunConfig:
     stack.enter_context(launchers.preserved(os.environ))
     config = parse_config(keys, argument_types(), environment=launchers.without_traces(os.environ))
     launchers.withdraw(os.environ)
-    for note in config.notes:
-        get_logger().info("note: %s", note)
+    log_notes(config.notes)
     return config
 
 
@@ -120,7 +119,7 @@ def _train(
         raise ConfigError(
             "dm.train: give a selector, mixer, reorder or weighter; plain training is LLaMA-Factory's own"
         )
-    check_dynamic(config)
+    log_notes(check_dynamic(config))
     if config.engine == "megatron":
         check_megatron(config)
     stack.enter_context(process_group_scope())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from functools import cache
 from typing import TextIO
 
@@ -73,6 +74,12 @@ def guard_libraries() -> None:
         for handler in logging.getLogger(name).handlers:
             if not any(isinstance(existing, SecretFilter) for existing in handler.filters):
                 handler.addFilter(SecretFilter())
+
+
+def log_notes(notes: Iterable[str]) -> None:
+    """Write what the user should know of a configuration, a line each."""
+    for note in notes:
+        get_logger().info("note: %s", note)
 
 
 @cache

@@ -19,7 +19,7 @@ from dataflex_mega.error_lines import Place
 from dataflex_mega.errors import Stopped
 from dataflex_mega.exit_status import exit_status
 from dataflex_mega.llamafactory import predict
-from dataflex_mega.log import get_logger, guard_libraries
+from dataflex_mega.log import guard_libraries, log_notes
 from dataflex_mega.preemption import default_actions, stop_requests
 
 HELP = """usage: python -m dataflex_mega.train CONFIG.yaml [key=value ...]
@@ -70,8 +70,7 @@ def run(path: str, overrides: Sequence[str] = (), place: Place | None = None) ->
     if place is not None:
         place.folder, place.paths = named_paths(config)
     guard_libraries()
-    for note in config.notes:
-        get_logger().info("note: %s", note)
+    log_notes(config.notes)
     if config.dataflex.train_type == "static" and config.engine == "fsdp":
         from dataflex_mega.llamafactory.static import run_static
         from dataflex_mega.run.output_folder import refuse_own_run
@@ -82,8 +81,7 @@ def run(path: str, overrides: Sequence[str] = (), place: Place | None = None) ->
             run_static(config.llamafactory, list(config.dataflex.callbacks), datasets)
         return 0
     launchers.withdraw(os.environ)  # before LLaMA-Factory acts on them again
-    for note in check_dynamic(config):
-        get_logger().info("note: %s", note)
+    log_notes(check_dynamic(config))
     if predict.is_requested(config.llamafactory):
         predict.check(config.llamafactory)
     if config.engine == "megatron":

@@ -20,7 +20,7 @@ from dataflex_mega.config.parse import parse_config
 from dataflex_mega.errors import ConfigError, UserError, did_you_mean
 from dataflex_mega.files import atomic_write
 from dataflex_mega.llamafactory.args import argument_types
-from dataflex_mega.log import get_logger
+from dataflex_mega.log import get_logger, log_notes
 
 HELP = """usage: dataflex-cli compare SUITE.yaml [--collect] [--rerun NAME ...] [key=value ...]
 
@@ -97,18 +97,30 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def check_runs(plan: Suite) -> dict[str, str]:
-    """Check every run's configuration before the first is trained -> LLaMA-Factory's keys. Raises ConfigError."""
+    """Check every run's configuration before the first is trained -> LLaMA-Factory's keys. Raises ConfigError.
+
+    A note is written once, with the methods it is about in front where it is not about all.
+    """
     known = argument_types()
+    notes: dict[str, list[str]] = {}
+    checked: list[str] = []
     for run in plan.runs:
         if run.seed != plan.seeds[0] or run.needs_earlier_phase:  # it may name files that do not exist yet
             continue
         try:
             config = parse_config(resolve(dict(run.config), run.key), known)
-            if config.dataflex.train_type != "static":
-                check_dynamic(config)
+            found = [*config.notes, *(check_dynamic(config) if config.dataflex.train_type != "static" else ())]
         except ConfigError as error:
-            raise ConfigError(f"methods.{run.method}{'.' * bool(run.phase)}{run.phase}: {error}") from error
+            raise ConfigError(f"{_name_of(run)}: {error}") from error
+        checked.append(_name_of(run))
+        for note in dict.fromkeys(found):
+            notes.setdefault(note, []).append(_name_of(run))
+    log_notes(note if names == checked else f"{', '.join(names)}: {note}" for note, names in notes.items())
     return known
+
+
+def _name_of(run: TrainingRun) -> str:
+    return f"methods.{run.method}{'.' * bool(run.phase)}{run.phase}"
 
 
 def print_launch_lines(plan: Suite, missing: Sequence[TrainingRun]) -> int:
