@@ -15,6 +15,7 @@ from dataflex_mega.config.megatron import engine_of_environment
 from dataflex_mega.config.megatron_checks import check_megatron
 from dataflex_mega.config.parse import RunConfig, parse_config
 from dataflex_mega.config.paths import named_paths
+from dataflex_mega.config.settings_without_effect import notes_on_static
 from dataflex_mega.error_lines import Place
 from dataflex_mega.errors import Stopped
 from dataflex_mega.exit_status import exit_status
@@ -77,6 +78,7 @@ def run(path: str, overrides: Sequence[str] = (), place: Place | None = None) ->
 
         datasets = [name for key in ("dataset", "eval_dataset") for name in split_names(config.llamafactory.get(key))]
         refuse_own_run(config.llamafactory)
+        log_notes(notes_on_static(config.llamafactory))
         with default_actions():
             run_static(config.llamafactory, list(config.dataflex.callbacks), datasets)
         return 0

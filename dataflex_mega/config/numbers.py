@@ -12,6 +12,7 @@ from typing import Any
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.schema.constraints import Range
 
+NO_SHARE = 1e-6
 LARGEST = 2**53  # above it a whole number is not exact in every library
 AT_LEAST_1 = Range(ge=1)
 AT_LEAST_0 = Range(ge=0)
@@ -79,9 +80,21 @@ def check_numbers(values: Mapping[str, Any], every: bool) -> None:
         error = RANGES[key].error(value) if every and key in RANGES else None
         if error is not None:
             raise ConfigError(f"{key}: {error}")
-    size = values.get("val_size")
-    if isinstance(size, float) and size > 1 and not size.is_integer():
+    _check_val_size(values.get("val_size"))
+
+
+def _check_val_size(size: Any) -> None:
+    """LLaMA-Factory takes what is at most NO_SHARE for nothing, and 1 for all rows."""
+    if isinstance(size, bool) or not isinstance(size, int | float):
+        return
+    if size > 1 and size != int(size):
         raise ConfigError(f"val_size: a share of the rows below 1, or a whole number of rows, found {size}")
+    if size == 1:
+        raise ConfigError(
+            "val_size: 1 is a share, all rows, which leaves none to train on; a number of rows is 2 or more"
+        )
+    if 0 < size <= NO_SHARE:
+        raise ConfigError(f"val_size: a share of {size} is taken for none; it must be above {NO_SHARE}, or 0")
 
 
 def _short(value: float) -> str:

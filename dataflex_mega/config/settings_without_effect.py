@@ -5,7 +5,7 @@ What depends on the data or on the processes (domains, the length of a run in ep
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dataflex_mega.config.parse import RunConfig
@@ -14,6 +14,28 @@ from dataflex_mega.config.parse import RunConfig
 def notes_on_settings(config: RunConfig) -> list[str]:
     """A note for each setting that keeps something from ever happening."""
     return [note for check in CHECKS for note in check(config) if note]
+
+
+# What LLaMA-Factory does in each stage when it is asked to.
+DONE_IN_STAGE = {
+    "pt": ("do_train", "do_eval"), "sft": ("do_train", "do_eval", "do_predict"),
+    "rm": ("do_train", "do_eval", "do_predict"), "ppo": ("do_train",), "dpo": ("do_train", "do_eval"),
+    "kto": ("do_train", "do_eval"),
+}  # fmt: skip
+
+
+def notes_on_static(keys: Mapping[str, Any]) -> list[str]:
+    """A note for a static run that does nothing: LLaMA-Factory loads data and model and ends as if all were well."""
+    stage = str(keys.get("stage") or "sft")
+    asked = DONE_IN_STAGE.get(stage, ())
+    if not asked or any(keys.get(key) for key in asked):
+        return []
+    return [
+        f"do_train: is not true, nor is {' or '.join(asked[1:])}, so this run loads what it needs and does nothing; "
+        "do_train: true trains"
+        if len(asked) > 1
+        else "do_train: is not true, so this run loads what it needs and does nothing; do_train: true trains"
+    ]
 
 
 def _steps(config: RunConfig) -> int | None:

@@ -14,7 +14,8 @@ from dataflex_mega.run.schedule import RunSchedule
 def notes_on_effects(config: RunConfig, roles: RunRoles, data: RunData, schedule: RunSchedule) -> list[str]:
     """A note for every role that cannot act, and for evaluation data that nobody reads."""
     names = {role: str(spec["name"]) for role, spec in roles.specs.items()}
-    notes = [*_moving(names, roles, schedule), *_weighting(config, names, roles, schedule.partition)]
+    notes = [*_moving(names, roles, schedule), *_choosing(config, names, roles, data, schedule)]
+    notes += _weighting(config, names, roles, schedule.partition)
     if "mixer" in names and names["mixer"] != "static" and len(data.pool.sizes) == 1:
         notes.append(f"mixer {names['mixer']}: there is one dataset, so its proportion is always 1")
     return notes + _evaluation(config, roles, data)
@@ -36,6 +37,27 @@ def _moving(names: dict[str, str], roles: RunRoles, schedule: RunSchedule) -> li
                 f"update_step: {update.update_every} of {steps} steps: {only}: {role} {names[role]} sees no loss"
             )
     return notes
+
+
+def _choosing(
+    config: RunConfig, names: dict[str, str], roles: RunRoles, data: RunData, schedule: RunSchedule
+) -> list[str]:
+    """A selector whose choice is everything there is."""
+    selector = roles.algorithms.selector
+    if selector is None or getattr(selector, "replacement", False):
+        return []
+    everything = f"selector {names['selector']} chooses every sample, whatever its score"
+    if roles.pipeline is not None:
+        stage = roles.pipeline.role_stages["selector"]
+        whole = stage.mode == "filter" and stage.keep_ratio == 1
+        return [f"pipeline.stages: keep_ratio: 1: {everything}"] if whole else []
+    if "mixer" in names:  # whose quotas a selection fills
+        return []
+    steps, size = config.dataflex.update_step, schedule.partition.global_batch_size
+    candidates = len(data.pool) if schedule.candidates is None else schedule.candidates.num_total()
+    if steps * size < candidates:
+        return []
+    return [f"update_step: {steps} steps of {size} samples take all {candidates} that are scored: {everything}"]
 
 
 def _weighting(config: RunConfig, names: dict[str, str], roles: RunRoles, partition: BatchPartition) -> list[str]:

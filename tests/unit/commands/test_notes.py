@@ -51,3 +51,16 @@ def test_by_a_comparison_once_for_all_methods_that_have_them(capsys: Any) -> Non
     assert capsys.readouterr().err == NOTES + (
         "note: methods.two: run_name: has no effect in dynamic training; no tracker is written to that shows it\n"
     )
+
+
+def test_by_a_static_run_that_does_nothing(tmp_path: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataflex_mega.llamafactory import static
+    from dataflex_mega.train import main
+
+    monkeypatch.setattr(static, "run_static", lambda *_: None)
+    keys = {"model_name_or_path": "hub/model", "dataset": "a", "output_dir": str(tmp_path / "out"), "stage": "pt"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(keys))
+    assert main([str(tmp_path / "run.yaml")]) == 0
+    assert capsys.readouterr().err.startswith("note: do_train: is not true, nor is do_eval, so this run")
+    assert main([str(tmp_path / "run.yaml"), "do_train=true"]) == 0
+    assert capsys.readouterr().err == ""

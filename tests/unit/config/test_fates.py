@@ -9,6 +9,7 @@ from dataflex_mega.config.fates import FATES, TABLES, check_fates
 from dataflex_mega.config.fates_newer import NEWER_FATES
 from dataflex_mega.config.load import load
 from dataflex_mega.config.parse import parse_config
+from dataflex_mega.config.settings_without_effect import notes_on_static
 from dataflex_mega.errors import ConfigError
 
 REFUSED = [key for key, fate in FATES.items() if fate.verb == "refused"]
@@ -192,6 +193,24 @@ def test_settings_by_which_nothing_happens_are_noted(keys, change, words):
     notes = check_dynamic(parse_config({**BASE, **change}, keys))
     assert len(notes) == 1 and all(word in notes[0] for word in words), notes
     assert check_dynamic(parse_config(BASE, keys)) == []
+
+
+def test_a_static_run_that_does_nothing_says_so():
+    for keys in ({}, {"stage": "pt", "do_predict": True}, {"do_train": False, "predict_with_generate": True}):
+        (note,) = notes_on_static(keys)
+        assert note.startswith("do_train: is not true") and "does nothing" in note
+    for keys in ({"do_train": True}, {"do_eval": True}, {"do_predict": True}, {"stage": "ppo", "do_train": True}):
+        assert notes_on_static(keys) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [(1, "all rows"), (1.0, "all rows"), (1e-7, "for none"), (1.5, "whole number")]
+)
+def test_a_held_out_share_that_cannot_be_meant_is_refused(keys, size, words):
+    with pytest.raises(ConfigError, match=f"^val_size: .*{words}"):
+        check_dynamic(parse_config({**BASE, "val_size": size}, keys))
+    for fine in (0, 0.1, 2, 100):
+        check_dynamic(parse_config({**BASE, "val_size": fine}, keys))
 
 
 def test_former_names_of_llamafactory_are_mapped(keys):
