@@ -188,7 +188,7 @@ def fate_rows(fated: Mapping[str, Fate]) -> list[list[str]]:
     for key, fate in sorted(fated.items()):
         text = f"{fate.verb}: {fate.why}" if fate.verb != "acts" else "acts"
         if fate.takes:
-            text = f"takes {', '.join(f'`{value}`' for value in fate.takes)}: {fate.why}"
+            text = f"takes {', '.join(f'`{value}`' for value in fate.names_taken)}: {fate.why}"
         elif fate.switch is not None:
             text = f"acts with `{fate.switch}`".replace(" or ", "` or `")
         rows.append([f"`{key}`", text])

@@ -44,6 +44,11 @@ class Fate:
     switch: Switch | None = None  # acts: not without this one
     names_value: bool = False  # refused: whether the message repeats the value
 
+    @property
+    def names_taken(self) -> list[str]:
+        """The values of `takes` that are worth naming."""
+        return [str(value) for value in self.takes if isinstance(value, str | bool) and not is_one_of(value, OFF)]
+
     def is_harmless(self, value: Any) -> bool:
         """Whether nothing is lost by it that this value has no effect. A mapping is, when each of its items is."""
         plain = getattr(value, "value", value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dataflex_mega.config.fate import Fate
+from dataflex_mega.config.fate import Fate, is_one_of
 from dataflex_mega.config.fates_data import DATA_FATES, GENERATING_FATES
 from dataflex_mega.config.fates_finetuning import FINETUNING_FATES
 from dataflex_mega.config.fates_model import MODEL_FATES
@@ -55,8 +55,7 @@ def check_fates(values: Mapping[str, Any]) -> list[str]:
 
 
 def _check_value(key: str, value: Any, fate: Fate) -> None:
-    if value not in fate.takes:
-        names = [taken for taken in fate.takes if isinstance(taken, str)]
-        near = did_you_mean(value, names) if isinstance(value, str) else ""
-        taken = ", ".join(map(str, fate.takes))
+    if not is_one_of(value, fate.takes):
+        near = did_you_mean(value, fate.names_taken) if isinstance(value, str) else ""
+        taken = ", ".join(fate.names_taken)
         raise ConfigError(f"{key}: dynamic training takes {taken}, found {value!r}{near}; {fate.why}")

@@ -25,13 +25,13 @@ TRAINING_FATES: dict[str, Fate] = {
     # what a run does, and where
     "do_train": takes((True,), "a dynamic run trains"),
     **acts(
-        "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "data_seed", "do_eval", "do_predict",
+        "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "seed", "data_seed", "full_determinism",
+        "do_eval", "do_predict",
         "predict_with_generate",
     ),
     **acts_with(
         GENERATION, {"generation_max_length": None, "generation_num_beams": None, "generation_config": None}
     ),
-    "full_determinism": refused(STATIC_DOES),
     "ignore_data_skip": noted("where the data goes on is arithmetic, nothing is skipped"),
     "restore_callback_states_from_checkpoint": noted("callbacks are restored from every checkpoint"),
     # the batch and the length of the run
@@ -55,8 +55,7 @@ TRAINING_FATES: dict[str, Fate] = {
     "logging_nan_inf_filter": noted("on_non_finite says what becomes of a step without a finite loss", None, True),
     # precision, memory and speed
     **acts("bf16", "fp16", "tf32", "use_cpu", "gradient_checkpointing"),
-    "bf16_full_eval": refused(STATIC_DOES),
-    "fp16_full_eval": refused(STATIC_DOES),
+    **acts_with(GENERATION, {"bf16_full_eval": False, "fp16_full_eval": False}),
     "fp8": refused("use bf16"),
     **acts_with(Switch(("fp8",)), {"fp8_backend": "auto"}),
     "fp8_enable_fsdp_float8_all_gather": refused("use bf16"),
@@ -68,7 +67,7 @@ TRAINING_FATES: dict[str, Fate] = {
     **acts_with(Switch(("use_liger_kernel",)), {"liger_kernel_config": None}),
     "use_cache": noted("training keeps no cache of keys and values"),
     "torch_empty_cache_steps": noted("the cache is left to torch"),
-    "debug": refused(STATIC_DOES, *OFF),
+    "debug": takes(("underflow_overflow", ["underflow_overflow"], *OFF), "there is no TPU here"),
     "skip_memory_metrics": refused(STATIC_DOES, None, True),
     # the data
     **acts("dataloader_num_workers"),
@@ -118,10 +117,10 @@ TRAINING_FATES: dict[str, Fate] = {
     "hub_always_push": noted(_HUB),
     "hub_revision": noted(_HUB),
     # processes
-    **acts("fsdp", "fsdp_config", "deepspeed", "ddp_find_unused_parameters", "ddp_backend", "ddp_timeout"),
-    "ddp_bucket_cap_mb": noted("buckets have torch's size"),
-    "ddp_broadcast_buffers": noted("buffers are those that were loaded"),
-    "ddp_static_graph": noted("the graph is not fixed"),
+    **acts(
+        "fsdp", "fsdp_config", "deepspeed", "ddp_find_unused_parameters", "ddp_bucket_cap_mb",
+        "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout",
+    ),
     "accelerator_config": refused(STATIC_DOES, ACCELERATOR_DEFAULTS),
     "parallelism_config": refused("use fsdp: full_shard, or engine: megatron", PARALLELISM_DEFAULTS),
     "local_rank": noted(_LAUNCHER, -1),

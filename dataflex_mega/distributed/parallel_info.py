@@ -18,6 +18,7 @@ from torch.distributed import distributed_c10d
 
 from dataflex_mega.distributed.orphans import die_with_launcher
 from dataflex_mega.distributed.peers import end_watch, watch_peers
+from dataflex_mega.errors import ConfigError
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)  # of a collective: a process may read data that long while others wait
 UNLIMITED = (1800, 180000000)  # what Hugging Face and LLaMA-Factory set ddp_timeout to where the configuration does not
@@ -55,6 +56,13 @@ def timeout_of(keys: Mapping[str, Any]) -> timedelta | None:
     """How long a collective may wait, from the key `ddp_timeout`; None where it has its default, which is years."""
     seconds = keys.get("ddp_timeout")
     return None if seconds is None or seconds in UNLIMITED else timedelta(seconds=float(seconds))
+
+
+def hide_accelerators() -> None:
+    """Let this process see no GPU, from here on, whatever asks for one. Raises ConfigError when it has used one already."""
+    if torch.cuda.is_initialized():
+        raise ConfigError("use_cpu: this process has used a GPU already; set CUDA_VISIBLE_DEVICES= before it starts")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def init_distributed(timeout: timedelta | None = None) -> ParallelInfo:

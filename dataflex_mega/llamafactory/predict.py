@@ -17,7 +17,8 @@ TRAINING_KEYS = (
 )  # fmt: skip
 FURTHER_KEYS = (
     "output_dir", "seed", "per_device_eval_batch_size", "bf16", "fp16", "use_cpu", "ddp_timeout", "ddp_backend",
-    "finetuning_type", "stage", "generation_max_length", "generation_num_beams",
+    "finetuning_type", "stage", "generation_max_length", "generation_num_beams", "generation_config",
+    "bf16_full_eval", "fp16_full_eval",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from dataflex_mega.engines.fsdp.engine import FSDPEngine
 from dataflex_mega.engines.fsdp.packing import check_packing
 from dataflex_mega.engines.fsdp.parallel import FSDPLayout, parallelize, read_layout, unwrap
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
+from dataflex_mega.llamafactory.debugging import watch_for_overflow
 from dataflex_mega.llamafactory.model import build_model, freeze_gates
 from dataflex_mega.llamafactory.optim import build_optimizer, build_scheduler
 from dataflex_mega.run.data import packs_rows
@@ -50,6 +51,7 @@ class FSDPBuilder:
         model = build_model(self.args, tokenizer, device_map)
         if self.config.dataflex.freeze_gate:
             freeze_gates(model)
+        watch_for_overflow(self.args, model)
         module = parallelize(model, self.layout, self.parallel_info)
         runner = FSDPModelRunner(module, self.layout, self.parallel_info)
         if packs_rows(self.args):

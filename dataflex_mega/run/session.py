@@ -8,9 +8,10 @@ from typing import Any
 
 from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.distributed.collectives import TorchCollectives
-from dataflex_mega.distributed.parallel_info import ParallelInfo
+from dataflex_mega.distributed.parallel_info import ParallelInfo, hide_accelerators
 from dataflex_mega.llamafactory import args as lf_args
 from dataflex_mega.llamafactory.callbacks import load_callbacks
+from dataflex_mega.llamafactory.debugging import make_deterministic
 from dataflex_mega.llamafactory.model import load_tokenizer
 from dataflex_mega.llamafactory.model_checks import check_model
 from dataflex_mega.log import get_logger
@@ -34,8 +35,11 @@ class Session:
     @classmethod
     def start(cls, config: RunConfig) -> Session:
         """Check what can be checked by one process, then join the processes. Raises ConfigError."""
+        if config.llamafactory.get("use_cpu"):
+            hide_accelerators()
         factory = engine_factory(config)
         args = lf_args.parse_arguments(lf_args.prepare_arguments(corpus.lf_keys(config)))
+        make_deterministic(args)
         args.training.overwrite_output_dir = False  # LLaMA-Factory's callback would remove logs; see run.resume
         callbacks = load_callbacks(list(config.dataflex.callbacks))
         tokenizer_module, template = load_tokenizer(args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +19,15 @@ from dataflex_mega.errors import ConfigError, did_you_mean
 Mode = Literal["single", "ddp", "fsdp2"]
 
 
+# LLaMA-Factory's key -> the argument of DistributedDataParallel.
+DDP_KEYS = {
+    "ddp_find_unused_parameters": "find_unused_parameters",
+    "ddp_bucket_cap_mb": "bucket_cap_mb",
+    "ddp_broadcast_buffers": "broadcast_buffers",
+    "ddp_static_graph": "static_graph",
+}
+
+
 @dataclass(frozen=True)
 class FSDPLayout:
     """The layout that Hugging Face's `fsdp` and `fsdp_config` keys, the precision keys and the world size ask for."""
@@ -27,7 +37,9 @@ class FSDPLayout:
     reshard_after_forward: bool = True
     offload: bool = False
     layer_classes: tuple[str, ...] = ()  # empty: the model's own _no_split_modules
-    find_unused: bool = False
+    ddp: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # arguments of DistributedDataParallel; torch's where it has none
     notes: tuple[str, ...] = ()  # for the user
     pin_memory: bool = True  # of what is offloaded
     loss_scale: LossScale = field(default_factory=LossScale)  # under fp16
@@ -55,18 +67,28 @@ def read_layout(keys: dict[str, Any], parallel_info: ParallelInfo) -> FSDPLayout
     precision = "bf16" if keys.get("bf16") else "fp16" if keys.get("fp16") else "fp32"
     if precision == "fp16" and parallel_info.device.type == "cpu":
         raise ConfigError("fp16: this machine has no device that trains in fp16; use bf16: true or neither")
-    find_unused = bool(keys.get("ddp_find_unused_parameters") or False)
+    ddp = {argument: keys[key] for key, argument in DDP_KEYS.items() if keys.get(key) is not None}
     words = _fsdp_words(keys.get("fsdp"))
     config, notes = _fsdp_config(keys)
     sharded = any(word in ("full_shard", "shard_grad_op", "auto_wrap", "offload") for word in words)
     classes = config.get("transformer_layer_cls_to_wrap") or ()
+    mode: Mode = "fsdp2" if sharded else "ddp" if parallel_info.world_size > 1 else "single"
+    if ddp.get("static_graph") and mode == "ddp" and int(keys.get("gradient_accumulation_steps") or 1) > 1:
+        raise ConfigError(
+            "ddp_static_graph: needs gradient_accumulation_steps: 1, since gradients are reduced in the last backward pass "
+            f"of a step only, found {keys['gradient_accumulation_steps']}"
+        )
+    unused = [key for key in DDP_KEYS if keys.get(key)] if mode != "ddp" else []
+    if unused:
+        where = "sharded parameters" if mode == "fsdp2" else "one process"
+        notes = (*notes, f"{', '.join(unused)}: no effect on {where}, where there is no DistributedDataParallel")
     return FSDPLayout(
-        mode="fsdp2" if sharded else "ddp" if parallel_info.world_size > 1 else "single",
+        mode=mode,
         precision=precision,
         reshard_after_forward=bool(config.get("reshard_after_forward", "shard_grad_op" not in words)),
         offload="offload" in words or bool(config.get("cpu_offload") or config.get("offload_params")),
         layer_classes=(classes,) if isinstance(classes, str) else tuple(classes),
-        find_unused=find_unused,
+        ddp=ddp,
         notes=notes,
         pin_memory=bool(config.get("pin_memory", True)) and parallel_info.device.type != "cpu",
         loss_scale=_loss_scale(config),
@@ -127,7 +149,7 @@ def parallelize(model: nn.Module, layout: FSDPLayout, parallel_info: ParallelInf
     model.to(parallel_info.device)
     if layout.mode == "ddp":
         ids = [parallel_info.device.index] if parallel_info.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=layout.find_unused)
+        return DistributedDataParallel(model, device_ids=ids, **layout.ddp)
     return model
 
 
