@@ -84,15 +84,13 @@ def check_numbers(values: Mapping[str, Any], every: bool) -> None:
 
 
 def _check_val_size(size: Any) -> None:
-    """LLaMA-Factory takes what is at most NO_SHARE for nothing, and 1 for all rows."""
+    """LLaMA-Factory takes what is at most NO_SHARE for nothing, 1.0 for all rows and 1 for one."""
     if isinstance(size, bool) or not isinstance(size, int | float):
         return
     if size > 1 and size != int(size):
         raise ConfigError(f"val_size: a share of the rows below 1, or a whole number of rows, found {size}")
-    if size == 1:
-        raise ConfigError(
-            "val_size: 1 is a share, all rows, which leaves none to train on; a number of rows is 2 or more"
-        )
+    if size == 1 and isinstance(size, float):
+        raise ConfigError("val_size: 1.0 is the share of all rows, which leaves none to train on; 1 is one row")
     if 0 < size <= NO_SHARE:
         raise ConfigError(f"val_size: a share of {size} is taken for none; it must be above {NO_SHARE}, or 0")
 
