@@ -121,7 +121,7 @@ def _train(
         )
     log_notes(check_dynamic(config))
     if config.engine == "megatron":
-        check_megatron(config)
+        log_notes(check_megatron(config))
     stack.enter_context(process_group_scope())
     options = OutputOptions(progress_bar=progress_bar, logs=files, export=files, plots=files, history=True)
     run, trainer, state = run_training(config, instances, options)

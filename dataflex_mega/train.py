@@ -87,7 +87,7 @@ def run(path: str, overrides: Sequence[str] = (), place: Place | None = None) ->
     if predict.is_requested(config.llamafactory):
         predict.check(config.llamafactory)
     if config.engine == "megatron":
-        check_megatron(config)
+        log_notes(check_megatron(config))
     run_dynamic(config)
     return 0
 

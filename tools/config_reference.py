@@ -18,10 +18,10 @@ from dataflex_mega.config import (
     dataflex_parse,
     deepspeed_schema,
     fates,
+    fates_megatron,
     fates_newer,
     legacy,
     megatron,
-    megatron_checks,
     pipelines,
     reorder_arguments,
 )
@@ -230,8 +230,7 @@ def document() -> str:
     renamed += [[f"`{old}`", f"`{new}`{new_words(words)}"] for old, (new, words) in legacy.OUR_RENAMED.items()]
     renamed += [["`group_by_length`", "`train_sampling_strategy`"]]
     renamed += [[f"`{old}`", f"dropped: {why}"] for old, (_, why) in sorted(legacy.DROPPED.items())]
-    without = {**megatron.REFUSED, **megatron_checks.REFUSED}
-    without_megatron = [[f"`{key}`", instead] for key, instead in sorted(without.items())]
+    without_megatron = [[f"`{key}`", instead] for key, instead in sorted(megatron.REFUSED.items())]
     names = [f.name for f in dataclasses.fields(megatron.MegatronArguments)]
     score_params = [
         [f"`{source}`", ", ".join(f"`{k}`" for k in keys)] for source, keys in reorder_arguments.SCORE_PARAMS.items()
@@ -270,8 +269,10 @@ def document() -> str:
         "They have the names of LLaMA-Factory. `engine: megatron`, `USE_MCA=1`, or any of them with another value than the "
         "default asks for the [Megatron engine](megatron.md).",
         table(HEAD, field_rows(megatron.MegatronArguments, names)),
-        "Keys that the Megatron engine refuses by name:",
+        "Keys of Megatron that are refused by name:",
         table(("key", "instead"), without_megatron),
+        "Keys of LLaMA-Factory that this engine treats otherwise than `engine: fsdp`:",
+        table(("key", "with engine: megatron"), fate_rows(fates_megatron.MEGATRON_FATES)),
     ]
     return "\n\n".join(parts) + "\n"
 

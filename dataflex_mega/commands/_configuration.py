@@ -38,5 +38,5 @@ def read_dynamic_config(
     launchers.withdraw(os.environ)
     log_notes([*config.notes, *check_dynamic(config)])
     if config.engine == "megatron":
-        check_megatron(config)
+        log_notes(check_megatron(config))
     return config

@@ -16,6 +16,7 @@ from dataflex_mega.compare.progress import ComparisonProgress
 from dataflex_mega.compare.suite import Suite, TrainingRun
 from dataflex_mega.config.checks import check_dynamic
 from dataflex_mega.config.load import resolve
+from dataflex_mega.config.megatron_checks import check_megatron
 from dataflex_mega.config.parse import parse_config
 from dataflex_mega.errors import ConfigError, UserError, did_you_mean
 from dataflex_mega.files import atomic_write
@@ -110,6 +111,7 @@ def check_runs(plan: Suite) -> dict[str, str]:
         try:
             config = parse_config(resolve(dict(run.config), run.key), known)
             found = [*config.notes, *(check_dynamic(config) if config.dataflex.train_type != "static" else ())]
+            found += check_megatron(config) if config.engine == "megatron" else ()
         except ConfigError as error:
             raise ConfigError(f"{_name_of(run)}: {error}") from error
         checked.append(_name_of(run))

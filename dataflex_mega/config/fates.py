@@ -17,8 +17,6 @@ from dataflex_mega.config.fates_newer import NEWER_FATES
 from dataflex_mega.config.fates_training import TRAINING_FATES
 from dataflex_mega.errors import ConfigError, did_you_mean
 
-NOT_THERE = "dynamic training does not do this"
-
 # Name of LLaMA-Factory's argument class -> the fates of its keys.
 TABLES: dict[str, dict[str, Fate]] = {
     "ModelArguments": MODEL_FATES,
@@ -30,25 +28,32 @@ TABLES: dict[str, dict[str, Fate]] = {
 FATES: dict[str, Fate] = {**NEWER_FATES, **{key: fate for table in TABLES.values() for key, fate in table.items()}}
 
 
-def check_fates(values: Mapping[str, Any]) -> list[str]:
+def check_fates(
+    values: Mapping[str, Any], fates: Mapping[str, Fate] = FATES, who: str = "dynamic training"
+) -> list[str]:
     """Notes on the keys that have no effect, one line for each reason.
+
+    Args:
+        values: LLaMA-Factory's keys of a configuration.
+        fates: those that are checked.
+        who: in messages, what does not act on a key.
 
     Raises ConfigError for a key that would change what is computed or left behind, and for a value that is not taken.
     """
     without_effect: dict[str, list[str]] = {}
     for key, value in values.items():
-        if key not in FATES:
+        if key not in fates:
             continue
-        fate = FATES[key]
+        fate = fates[key]
         if fate.takes:
             _check_value(key, value, fate)
         elif fate.is_harmless(value):
             pass
         elif fate.verb == "refused":
             found = f"{value!r}: " if fate.names_value else ""
-            raise ConfigError(f"{key}: {found}{NOT_THERE}; {fate.why}")
+            raise ConfigError(f"{key}: {found}{who} does not do this; {fate.why}")
         elif fate.verb == "noted":
-            without_effect.setdefault(f"no effect in dynamic training; {fate.why}", []).append(key)
+            without_effect.setdefault(f"no effect in {who}; {fate.why}", []).append(key)
         elif fate.switch is not None and not fate.switch.is_on(values):
             without_effect.setdefault(f"no effect without {fate.switch}", []).append(key)
     return [f"{', '.join(keys)}: {'has' if len(keys) == 1 else 'have'} {why}" for why, keys in without_effect.items()]

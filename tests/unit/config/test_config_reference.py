@@ -40,7 +40,7 @@ def test_every_parameter_of_an_algorithm_is_explained(tool):
     for role in CONTRACTS:
         for name in list_builtin_names(role):
             doc = tool.load_class(role, name).__doc__
-            explained = tool.argument_help(doc)
+            explained = {**tool.argument_help(CONTRACTS[role].__doc__), **tool.argument_help(doc)}
             assert {p.attribute for p in get_parameters(role, name).values()} <= set(explained), (role, name)
 
 

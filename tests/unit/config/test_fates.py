@@ -6,6 +6,7 @@ import pytest
 
 from dataflex_mega.config.checks import check_dynamic
 from dataflex_mega.config.fates import FATES, TABLES, check_fates
+from dataflex_mega.config.fates_megatron import MEGATRON_FATES
 from dataflex_mega.config.fates_newer import NEWER_FATES
 from dataflex_mega.config.load import load
 from dataflex_mega.config.parse import parse_config
@@ -121,6 +122,19 @@ def test_keys_without_effect_for_one_reason_share_a_line():
         "hub_model_id, hub_private_repo: have no effect in dynamic training; nothing is uploaded during a run",
         "use_cache: has no effect in dynamic training; training keeps no cache of keys and values",
     ]
+
+
+@pytest.mark.parametrize("key", MEGATRON_FATES)
+def test_what_the_megatron_engine_does_not_act_on(key):
+    assert key in FATES
+    fate, who = MEGATRON_FATES[key], "engine: megatron"
+    value = next(v for v in (True, False, 7, "x") if not fate.is_harmless(v))
+    assert all(check_fates({key: harmless}, MEGATRON_FATES, who) == [] for harmless in fate.harmless)
+    if fate.verb == "noted":
+        assert check_fates({key: value}, MEGATRON_FATES, who) == [f"{key}: has no effect in {who}; {fate.why}"]
+    else:
+        with pytest.raises(ConfigError, match=f"^{key}: {who} does not do this; "):
+            check_fates({key: value}, MEGATRON_FATES, who)
 
 
 def test_accelerators_own_defaults_say_nothing():
