@@ -6,6 +6,7 @@ from dataflex_mega.config.fate import STATIC_DOES, Fate, Switch, acts, acts_with
 
 QUANTIZATION = Switch(("quantization_bit",))
 KTRANSFORMERS = Switch(("use_kt",))
+NEW_TOKENS = Switch(("resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config"))
 GENERATION = Switch(("do_predict", "predict_with_generate"))
 _SERVING = "llamafactory-cli export, chat and api read it"
 _MEDIA = "dynamic training takes no images, videos or audio"
@@ -15,9 +16,10 @@ MODEL_FATES: dict[str, Fate] = {
     **acts(
         "model_name_or_path", "adapter_name_or_path", "adapter_folder", "cache_dir", "use_fast_tokenizer",
         "resize_vocab", "split_special_tokens", "add_tokens", "add_special_tokens", "new_special_tokens_config",
-        "init_special_tokens", "model_revision", "low_cpu_mem_usage", "train_from_scratch", "trust_remote_code",
+        "model_revision", "low_cpu_mem_usage", "train_from_scratch", "trust_remote_code",
         "hf_hub_token", "ms_hub_token", "om_hub_token", "print_param_status",
     ),
+    **acts_with(NEW_TOKENS, {"init_special_tokens": "noise_init"}),
     # how it computes
     **acts(
         "rope_scaling", "flash_attn", "shift_attn", "enable_liger_kernel", "disable_gradient_checkpointing",

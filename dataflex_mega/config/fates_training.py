@@ -90,9 +90,11 @@ TRAINING_FATES: dict[str, Fate] = {
     "include_num_input_tokens_seen": noted("metrics.jsonl counts the tokens", None, False, "no"),
     # evaluation
     **acts(
-        "eval_strategy", "eval_steps", "eval_delay", "per_device_eval_batch_size", "metric_for_best_model",
+        "eval_strategy", "per_device_eval_batch_size", "metric_for_best_model",
         "greater_is_better",
     ),
+    **acts_with(Switch(("eval_strategy",), ("steps",), default="no"), {"eval_steps": None}),
+    **acts_with(Switch(("eval_strategy",), ("steps", "epoch"), default="no"), {"eval_delay": 0}),
     "eval_on_start": refused(STATIC_DOES),
     "load_best_model_at_end": refused("the checkpoints stay in output_dir"),
     "prediction_loss_only": noted(_EVALUATION),

@@ -10,6 +10,8 @@ from typing import Any
 
 from dataflex_mega.config.parse import RunConfig
 
+LOSS_SCALE_KEYS = ("loss_scale", "initial_scale_power", "loss_scale_window", "min_loss_scale")  # of fsdp_config
+
 
 def notes_on_settings(config: RunConfig) -> list[str]:
     """A note for each setting that keeps something from ever happening."""
@@ -92,6 +94,15 @@ def _checkpointing(config: RunConfig) -> list[str]:
     return []
 
 
+def _sharding(config: RunConfig) -> list[str]:
+    """What `fsdp_config` says where nothing is sharded; how fp16 scales the loss is said there too."""
+    keys: Any = config.llamafactory.get("fsdp_config")
+    if config.engine != "fsdp" or config.llamafactory.get("fsdp") or not isinstance(keys, Mapping):
+        return []
+    unread = [key for key in keys if str(key).removeprefix("fsdp_") not in LOSS_SCALE_KEYS]
+    return [f"fsdp_config: {', '.join(unread)}: no effect without fsdp"] if unread else []
+
+
 CHECKS: tuple[Callable[[RunConfig], list[str]], ...] = (
-    _beyond_the_end, _early_stopping, _never_updated, _checkpointing
+    _beyond_the_end, _early_stopping, _never_updated, _checkpointing, _sharding
 )  # fmt: skip

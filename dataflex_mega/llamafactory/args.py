@@ -81,7 +81,9 @@ def parse_arguments(lf: dict[str, Any]) -> LFArgs:
     except UserError:
         raise
     except REFUSALS as error:
-        raise ConfigError(first_line(error)) from error
+        message = first_line(error)
+        about = "ddp_backend: " if message.startswith("Your assigned backend") else ""
+        raise ConfigError(f"{about}{message}") from error
     if not sys.stderr.isatty():
         hf_logging.disable_progress_bar()
         datasets.disable_progress_bars()  # in a log file every frame of a bar is a line

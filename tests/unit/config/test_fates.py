@@ -201,6 +201,8 @@ def test_do_eval_needs_a_strategy(keys):
      ({"early_stopping_steps": 4, "eval_strategy": "steps", "eval_steps": 25, "val_size": 9}, ["early_stopping", "125"]),
      ({"update_times": 0}, ["update_times: 0", "odm", "never"]),
      ({"gradient_checkpointing": True, "disable_gradient_checkpointing": True}, ["gradient_checkpointing", "beside"]),
+     ({"fsdp_config": {"fsdp_version": 2, "loss_scale": 0}}, ["fsdp_config", "fsdp_version", "without fsdp"]),
+     ({"eval_steps": 5}, ["eval_steps", "without eval_strategy: steps"]),
      ({"save_only_model": True}, ["save_only_model"])],
 )  # fmt: skip
 def test_settings_by_which_nothing_happens_are_noted(keys, change, words):
