@@ -2,10 +2,11 @@
 
     checkpoint-120/
       engine/            parameters, optimizer, learning-rate scheduler, in the engine's own format
-      state.json         step, plan, counters, algorithm state, identity of the run; tensors by name only
+      state.json         step, plan, counters, algorithm state, identity and configuration of the run; tensors by name only
       state.safetensors  the tensors of state.json
       rng-0.safetensors  random generators of rank 0; one file per rank
       manifest.json      step, lineage, size and SHA-256 of every other file; a folder without it is no checkpoint
+      model.safetensors, config.json, adapter_model.safetensors, ... the model or adapter for other programs; see `Contents`
 
 The state does not depend on the number of processes. It names the data and the configuration that it belongs to, and any
 other run is refused with the difference.
@@ -13,23 +14,22 @@ other run is refused with the difference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save_file
 
 import dataflex_mega.checkpoint_folder as checkpoint_folder
 import dataflex_mega.checkpoint_format as checkpoint_format
 from dataflex_mega.checkpoint_folder import PREFIX, WRITING, CheckpointFolder
 from dataflex_mega.checkpoint_format import ENGINE, MANIFEST, STATE, TENSORS, VERSION, FileHash, Lineage, Manifest
-from dataflex_mega.distributed.agreement import run_on_main
+from dataflex_mega.distributed.agreement import run_and_agree, run_on_main
 from dataflex_mega.distributed.protocol import Collectives
 from dataflex_mega.errors import CheckpointError
-from dataflex_mega.files import flushed, remove_tree, replace_folder
+from dataflex_mega.files import flushing, remove_tree, replace_folder
 from dataflex_mega.log_files import flush_logs
 from dataflex_mega.redaction import without_secrets
 from dataflex_mega.types import SamplingPlan, TrainState
@@ -42,6 +42,24 @@ class EngineState(Protocol):
     def load_state(self, folder: Path) -> None: ...
     def rng_state(self) -> dict[str, Any]: ...
     def set_rng_state(self, state: dict[str, Any]) -> None: ...
+    def export(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint has beside its state.
+
+    Attributes:
+        resumable: what a run continues from: parameters, optimizer, random generators.
+        model: the model or the adapter in Hugging Face layout.
+        companions: writes into a folder what belongs to such a model; the main process calls it.
+        configuration: the keys that say how the model is built; plain values.
+    """
+
+    resumable: bool = True
+    model: bool = False
+    companions: Callable[[Path], None] | None = None
+    configuration: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -57,6 +75,7 @@ class Checkpointer:
     superseded: list[CheckpointFolder] = field(default_factory=list)  # they go when the next checkpoint is durable
     former_logs: Path | None = None  # a folder that goes with them
     kept: tuple[Path, ...] = ()  # never removed: the checkpoint that resume_from_checkpoint names
+    contents: Contents = field(default_factory=Contents)
 
     @property
     def _rank(self) -> int:
@@ -68,22 +87,30 @@ class Checkpointer:
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    def save(self, state: TrainState, engine: EngineState, extra: dict[str, Any]) -> Path:
+    def save(self, state: TrainState, engine: EngineState, extra: dict[str, Any], whole: bool = False) -> Path:
         """Write a checkpoint of `state.step` -> its folder. `extra`: any nesting of JSON values and tensors, equal on all
-        ranks. An older checkpoint of the same step is replaced; one of another tool is not.
+        ranks. `whole`: one that a run can continue from, whatever `contents` says. An older checkpoint of the same step is
+        replaced; one of another tool is not.
 
-        When this returns, all of it is on the disk, and only then were older ones removed. Raises CheckpointError when it
-        cannot be written.
+        When this returns, all of it is on the disk, and only then were older ones removed. Raises CheckpointError or
+        OSError, on all ranks the same, when it cannot be written.
         """
         final, writing = self.folder / f"{PREFIX}{state.step}", self.folder / f"{WRITING}{state.step}"
+        resumable = whole or self.contents.resumable
         run_on_main(self.collectives, partial(self._open, writing, final))
-        with flushed(writing):  # every rank flushes every file: on a shared file system only its writer can
-            engine.save_state(writing / ENGINE)
-            save_file(engine.rng_state(), writing / f"rng-{self._rank}.safetensors")
-            self.collectives.barrier()
-            run_on_main(self.collectives, partial(self._write_state, writing, state, extra))
+        with flushing(writing) as flush:  # every rank flushes every file: on a shared file system only its writer can
+            if resumable:
+                run_on_main(self.collectives, (writing / ENGINE).mkdir)
+                engine.save_state(writing / ENGINE)
+                rng = writing / f"rng-{self._rank}.safetensors"
+                run_and_agree(self.collectives, partial(checkpoint_format.write_tensors, engine.rng_state(), rng))
+            if self.contents.model:
+                engine.export(writing)
+                run_on_main(self.collectives, partial(self._write_companions, writing))
+            content = self._content(state, extra if resumable else {})
+            run_on_main(self.collectives, partial(_write_state, writing, content))
             hashes = self._hashes(writing)
-        self.collectives.barrier()  # all have flushed, so the folder may get its name
+            run_and_agree(self.collectives, flush)  # all have flushed, so the folder may get its name
         run_on_main(self.collectives, partial(self._publish, writing, final, state.step, hashes))
         self.superseded, self.lineage = [], replace(self.lineage, supersedes=())
         return final
@@ -93,27 +120,31 @@ class Checkpointer:
             raise CheckpointError(f"{final} is not a checkpoint of this run and is not overwritten; move it away")
         flush_logs(self.folder)  # after a power failure they reach at least as far as the checkpoint
         remove_tree(writing)
-        (writing / ENGINE).mkdir(parents=True)
+        writing.mkdir()
 
-    def _write_state(self, folder: Path, state: TrainState, extra: dict[str, Any]) -> None:
-        tensors: dict[str, torch.Tensor] = {}
-        content = {
+    def _write_companions(self, folder: Path) -> None:
+        checkpoint_format.name_single_file(folder)
+        if self.contents.companions is not None:
+            self.contents.companions(folder)
+
+    def _content(self, state: TrainState, extra: dict[str, Any]) -> dict[str, Any]:
+        return {
             "version": VERSION,
             "world_size": self._world_size,
             "identity": self.identity,
+            "configuration": self.contents.configuration,
             "step": state.step,
             "tokens_seen": state.tokens_seen,
             "samples_seen": state.samples_seen,
             "plan": {f.name: getattr(state.plan, f.name) for f in fields(SamplingPlan)},
             "extra": extra,
         }
-        checkpoint_format.write_json(folder / STATE, checkpoint_format.extract_tensors(content, "", tensors))
-        save_file(tensors, folder / TENSORS)
 
     def _hashes(self, folder: Path) -> dict[str, FileHash]:
         """File name -> size and SHA-256. Every rank hashes some of the files."""
         files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-        local = {str(p.relative_to(folder)): FileHash.of(p) for p in files[self._rank :: self._world_size]}
+        mine = files[self._rank :: self._world_size]
+        local = run_and_agree(self.collectives, lambda: {str(p.relative_to(folder)): FileHash.of(p) for p in mine})
         by_rank = self.collectives.all_gather_objects(local)
         return {name: value for hashes in by_rank for name, value in hashes.items()}
 
@@ -224,3 +255,9 @@ class Checkpointer:
         if differences:
             hint = "another output_dir, overwrite_output_dir: true, or resume_ignore: [...] with the names to accept"
             raise CheckpointError(f"{path} belongs to another run: {'; '.join(differences)} (use {hint})")
+
+
+def _write_state(folder: Path, content: dict[str, Any]) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    checkpoint_format.write_json(folder / STATE, checkpoint_format.extract_tensors(content, "", tensors))
+    checkpoint_format.write_tensors(tensors, folder / TENSORS)

@@ -77,6 +77,11 @@ class CheckpointFolder:
         return self.manifest is not None and self.fault is None and not self.path.is_symlink()
 
     @property
+    def is_model_only(self) -> bool:
+        """Whether no run can continue from it: `save_only_model` was set."""
+        return self.manifest is not None and not self.manifest.resumable
+
+    @property
     def is_renamed(self) -> bool:
         """Whether it is a copy, or one whose name was changed: its step is not that of its name."""
         return self.manifest is not None and recorded_step(self) not in (self.step, None)
@@ -95,7 +100,7 @@ def inspect(path: Path) -> CheckpointFolder:
     try:
         manifest = Manifest.read(path)
     except Damaged as damage:
-        if sum(os.path.lexists(path / name) for name in OWN_FILES) < 2 or foreign_tool(path, "") is not None:
+        if not _has_own_files(path):
             return CheckpointFolder(path, step, foreign=foreign_tool(path) or "another program")
         return CheckpointFolder(path, step, fault=str(damage))
     found = CheckpointFolder(path, step, manifest)
@@ -104,6 +109,21 @@ def inspect(path: Path) -> CheckpointFolder:
         return CheckpointFolder(path, step, manifest, f"holds step {recorded}, so it is a copy or was renamed")
     faults = manifest.faults(path, sorted(manifest.files), contents=False)
     return CheckpointFolder(path, step, manifest, faults[0] if faults else None)
+
+
+def _has_own_files(path: Path) -> bool:
+    """Whether a folder without a usable manifest is one of this program. It may hold a Hugging Face model too, so what
+    another tool would have written speaks against it only where nothing else speaks for it."""
+    count = sum(os.path.lexists(path / name) for name in OWN_FILES)
+    return count > 2 or (count == 2 and (foreign_tool(path) is None or _has_own_state(path)))
+
+
+def _has_own_state(path: Path) -> bool:
+    try:
+        content = json.loads((path / STATE).read_bytes())
+    except UNREADABLE:
+        return False
+    return isinstance(content, dict) and {"version", "identity", "plan"} <= set(content)
 
 
 def recorded_step(found: CheckpointFolder) -> int | None:

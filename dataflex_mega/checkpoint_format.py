@@ -13,15 +13,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from dataflex_mega.errors import CheckpointError
-from dataflex_mega.files import atomic_write
+from dataflex_mega.files import atomic_write, system_errors
 from dataflex_mega.types import SamplingPlan
 
 FORMAT, VERSION = "dataflex_mega checkpoint", 3
 MANIFEST, STATE, TENSORS, ENGINE = "manifest.json", "state.json", "state.safetensors", "engine"
+SINGLE_FILE = "model.safetensors"  # of a Hugging Face model that needs no second one
+SINGLE_INDEX = f"{SINGLE_FILE}.index.json"
 # Errors of reading a file that is damaged, unreadable, nested too deep, or a folder.
 UNREADABLE = (OSError, ValueError, RecursionError)
 STATE_TYPES: dict[str, type] = {
@@ -73,6 +75,11 @@ class Manifest:
     lineage: Lineage
     files: Mapping[str, FileHash]
     digest: str = ""
+
+    @property
+    def resumable(self) -> bool:
+        """Whether it has what a run continues from, and not the model alone (save_only_model)."""
+        return any(name.startswith(f"{ENGINE}/") for name in self.files)
 
     def write(self, folder: Path) -> None:
         """Write it into a folder whose other files are complete."""
@@ -203,12 +210,30 @@ def read_state(folder: Path) -> dict[str, Any]:
     return saved
 
 
+def name_single_file(folder: Path) -> None:
+    """Write the index of a model whose weights are in one file. vLLM and SGLang read every safetensors file of a folder,
+    those of the state too, unless an index says which are the model's."""
+    file = folder / SINGLE_FILE
+    if not file.is_file():
+        return
+    with safe_open(str(file), framework="pt") as stored:
+        names = sorted(stored.keys())
+    content = {"metadata": {"total_size": file.stat().st_size}, "weight_map": dict.fromkeys(names, SINGLE_FILE)}
+    write_json(folder / SINGLE_INDEX, content)
+
+
 def read_tensors(folder: Path, name: str = TENSORS) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file of a checkpoint. Raises CheckpointError when it is missing or damaged."""
     try:
         return load_file(folder / name)
     except (SafetensorError, *UNREADABLE) as error:
         raise CheckpointError(f"{folder} is damaged: {name} cannot be read: {first_words(error)}") from error
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises OSError when the system refuses."""
+    with system_errors(path):
+        save_file(tensors, path)
 
 
 def first_words(error: BaseException) -> str:

@@ -11,13 +11,14 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 LEFTOVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")  # a name that `temporary_path` made
 FLUSH_SECONDS = 0.05  # between two flushes of what is being written
+SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust writes it
 REPLACED = ".replaced-"  # prefix of a folder whose successor is being renamed in
 
 
@@ -104,32 +105,50 @@ def remove_tree(path: Path) -> None:
 
 
 @contextmanager
-def flushed(folder: Path) -> Iterator[None]:
-    """Flush the files of a folder while the block writes them, so that little is left to flush after it; all of it is on the
-    disk when the block has ended. Raises OSError for what could not be written."""
+def flushing(folder: Path) -> Iterator[Callable[[], None]]:
+    """Flush the files of a folder while the block writes them, so that little is left to flush. The block gets a function
+    that flushes the rest: all is on the disk when it returns, and it raises OSError for what could not be written."""
     done, errors = threading.Event(), []
 
     def flush() -> None:
         while not done.wait(FLUSH_SECONDS):
-            for path in folder.rglob("*"):
-                try:
-                    if path.is_file():
-                        fsync_file(path)
-                except FileNotFoundError:  # a temporary name
-                    continue
-                except OSError as error:  # the system tells it once, so the last flush may not see it
-                    errors.append(error)
+            for parent, _, names in os.walk(folder):  # passes over folders that are gone
+                for name in names:
+                    try:
+                        fsync_file(Path(parent, name))
+                    except FileNotFoundError:  # a temporary name
+                        continue
+                    except OSError as error:  # the system tells it once, so the last flush may not see it
+                        errors.append(error)
+
+    def finish() -> None:
+        done.set()
+        thread.join()
+        for error in errors:
+            raise error
+        fsync_tree(folder)
 
     thread = threading.Thread(target=flush, name="flush", daemon=True)
     thread.start()
     try:
-        yield
+        yield finish
     finally:
         done.set()
         thread.join()
-    for error in errors:
-        raise error
-    fsync_tree(folder)
+
+
+@contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """What libraries written in Rust raise when the system refuses to read or write `path` becomes an OSError."""
+    from safetensors import SafetensorError  # here, so that a command which writes text does not load it
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = SYSTEM_ERROR.search(str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def fsync_tree(folder: Path) -> None:

@@ -193,6 +193,15 @@ class RunArguments:
             )
         },
     )
+    save_hf_checkpoints: Literal["auto", "always", "never"] = field(
+        default="auto",
+        metadata={
+            "help": (
+                "whether a checkpoint holds the whole model in Hugging Face layout too. `auto`: with `save_only_model`, "
+                "`load_best_model_at_end` and `save_strategy: best`. An adapter is always in it"
+            )
+        },
+    )
     resume_ignore: list[str] = field(
         default_factory=list,
         metadata={"help": "differences from the checkpoint to accept, such as `global_batch_size`"},

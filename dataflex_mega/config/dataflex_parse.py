@@ -37,7 +37,7 @@ ROLE_KEYS = (
 )  # fmt: skip
 ENGINE_OPTIONS = (
     "weight_scope", "loss_normalization", "on_non_finite", "resume_ignore", "score_batch_size", "prefetch", "tensorboard",
-    "verify", "save_on_signal",
+    "verify", "save_on_signal", "save_hf_checkpoints",
 )  # fmt: skip
 # Those of them that would change what is trained: refused in static training. DataFlex ignores the others and says so.
 DYNAMIC_ONLY = {

@@ -104,11 +104,8 @@ TRAINING_FATES: dict[str, Fate] = {
     "eval_use_gather_object": noted(_NO_OUTPUTS),
     "eval_accumulation_steps": noted(_NO_OUTPUTS),
     # checkpoints and what is uploaded
-    **acts("save_steps", "save_total_limit"),
+    **acts("save_steps", "save_total_limit", "save_only_model"),
     "save_strategy": takes(("steps", "epoch", "no"), "checkpoints are for resuming, not for choosing the best"),
-    "save_only_model": noted(
-        "checkpoints are whole, since a run continues from them; the model alone is exported at the end"
-    ),
     "save_on_each_node": noted("one process writes what all need; the nodes share output_dir"),
     "enable_jit_checkpoint": refused("use save_steps"),
     "push_to_hub": refused("upload output_dir afterwards"),

@@ -81,6 +81,7 @@ FREE_KEYS = frozenset(
     print_param_status badam_verbose enable_torch_profiler profile_modules profiler_active_steps profiler_output_dir
     profiler_profile_memory profiler_record_shapes profiler_repeat profiler_wait_steps profiler_warmup_steps
     profiler_with_stack use_swanlab swanlab_logdir swanlab_mode swanlab_project swanlab_run_name swanlab_workspace
+    save_hf_checkpoints
 
     do_predict predict_with_generate sortish_sampler generation_config generation_max_length generation_num_beams
     do_sample length_penalty max_length max_new_tokens num_beams repetition_penalty skip_special_tokens temperature

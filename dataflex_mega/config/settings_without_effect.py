@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dataflex_mega.config.parse import RunConfig
+from dataflex_mega.errors import ConfigError
 
 LOSS_SCALE_KEYS = ("loss_scale", "initial_scale_power", "loss_scale_window", "min_loss_scale")  # of fsdp_config
 
@@ -103,6 +104,16 @@ def _sharding(config: RunConfig) -> list[str]:
     return [f"fsdp_config: {', '.join(unread)}: no effect without fsdp"] if unread else []
 
 
+def _model_only(config: RunConfig) -> list[str]:
+    """Raises ConfigError for checkpoints that are to hold nothing."""
+    if not config.llamafactory.get("save_only_model"):
+        return []
+    whole = str(config.llamafactory.get("finetuning_type", "lora")) not in ("lora", "oft")
+    if whole and config.dataflex.save_hf_checkpoints == "never":
+        raise ConfigError("save_hf_checkpoints: never, but save_only_model: true leaves nothing else in a checkpoint")
+    return ["save_only_model: no run can continue from its checkpoints; without it one that is interrupted goes on"]
+
+
 CHECKS: tuple[Callable[[RunConfig], list[str]], ...] = (
-    _beyond_the_end, _early_stopping, _never_updated, _checkpointing, _sharding
+    _beyond_the_end, _early_stopping, _never_updated, _checkpointing, _sharding, _model_only,
 )  # fmt: skip

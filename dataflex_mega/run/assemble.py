@@ -14,6 +14,7 @@ from dataflex_mega.llamafactory.callbacks import CallbackHooks
 from dataflex_mega.metrics import Metrics
 from dataflex_mega.progress import TrainingProgressBar
 from dataflex_mega.providers.server import SignalServer
+from dataflex_mega.run.checkpoint_contents import contents_of
 from dataflex_mega.run.data import RunData
 from dataflex_mega.run.ordering import ordered_passes, stage_config
 from dataflex_mega.run.outputs import OutputOptions
@@ -51,12 +52,14 @@ def assemble(
     min_delta = session.config.dataflex.early_stopping_min_delta
     workers = max(1, training.dataloader_num_workers)
     prefetch = session.config.dataflex.prefetch
+    hooks = CallbackHooks(session.args, parts, schedule.max_steps, session.callbacks, min_delta)
+    resume.checkpointer.contents = contents_of(session, hooks)
     return Trainer(
         engine=engine,
         controller=_controller(session, roles, data, schedule, engine, bar),
         loader=Loader(data.pool, schedule.sampler, schedule.partition, data.collate, prefetch, workers),
         checkpointer=resume.checkpointer,
-        hooks=CallbackHooks(session.args, parts, schedule.max_steps, session.callbacks, min_delta),
+        hooks=hooks,
         metrics=_metrics(session, roles, data, schedule, resume, options, bar),
         max_steps=schedule.max_steps,
         global_batch_size=schedule.partition.global_batch_size,

@@ -125,7 +125,9 @@ class _Search:
             return self._from_named(Path(self.requested).expanduser())
         if self.overwrite:
             return self._or_anew()
-        chosen, faults = self.checkpointer.newest_whole([one for one in self.own if one.path not in self.void])
+        candidates = [one for one in self.own if one.path not in self.void and not one.is_model_only]
+        chosen, faults = self.checkpointer.newest_whole(candidates)
+        self._pass_over_models(chosen)
         if chosen is None and faults:
             raise CheckpointError(
                 f"output_dir: no checkpoint in {self.session.output_dir} is whole: {'; '.join(faults)}. "
@@ -149,8 +151,17 @@ class _Search:
             raise CheckpointError(f"resume_from_checkpoint: {path} is not a folder")
         manifest = self._verified(path)
         step = checkpoint_folder.step_of(path, manifest)
+        if not manifest.resumable:
+            raise CheckpointError(
+                f"resume_from_checkpoint: {path} holds the model alone (save_only_model: true), so no run can continue from "
+                f"it; {_begin_with(path)}"
+            )
         self.checkpointer.kept = (path,)
-        descended = [one for one in self._usable() if _origin(one) == manifest.digest and one.step > step]
+        descended = [
+            one
+            for one in self._usable()
+            if _origin(one) == manifest.digest and one.step > step and not one.is_model_only
+        ]
         if descended and not (self.overwrite and self._is_finished(descended[-1])):
             chosen, faults = self.checkpointer.newest_whole(descended)
             self._report_faults(faults, chosen)
@@ -179,8 +190,8 @@ class _Search:
             inside = [one.path.name for one in checkpoint_folder.survey(path)]
             if tool is not None:
                 raise CheckpointError(
-                    f"resume_from_checkpoint: {path} is a checkpoint of {tool}, not of dataflex_mega; to begin with its "
-                    "weights, name it in model_name_or_path (an adapter in adapter_name_or_path) instead"
+                    f"resume_from_checkpoint: {path} is a checkpoint of {tool}, not of dataflex_mega, so no run with a role "
+                    f"can continue from it; {_begin_with(path)}"
                 ) from error
             if inside:
                 raise CheckpointError(
@@ -188,12 +199,29 @@ class _Search:
                 ) from error
             raise CheckpointError(f"resume_from_checkpoint: {error}") from error
 
+    def _pass_over_models(self, chosen: CheckpointFolder | None) -> None:
+        """Say which newer checkpoints a run cannot continue from. Raises CheckpointError when there are no others: what has
+        been trained would be replaced."""
+        first = -1 if chosen is None else chosen.step
+        models = [one for one in self._usable() if one.is_model_only and one.step > first]
+        if not models:
+            return
+        name = models[-1].path.name
+        if chosen is None and self.requested is not False:
+            raise CheckpointError(
+                f"output_dir: {models[-1].path} holds the model alone (save_only_model: true), so no run can continue from "
+                f"it; {START_OVER}, another output_dir leaves it, and {_begin_with(models[-1].path)}"
+            )
+        self.session.report(f"note: {name} holds the model alone (save_only_model: true) and is passed over")
+
     def _or_anew(self) -> Path | None:
         """overwrite_output_dir: begin anew, unless an unfinished run was itself begun so: it was interrupted."""
         mine = [one for one in self._usable() if one.manifest and one.manifest.lineage.overwrites]
         if mine and self.requested is not False and not self._is_finished(mine[-1]):
             run = mine[-1].manifest.lineage.run if mine[-1].manifest else ""
-            chosen, faults = self.checkpointer.newest_whole([one for one in mine if _run(one) == run])
+            chosen, faults = self.checkpointer.newest_whole(
+                [one for one in mine if _run(one) == run and not one.is_model_only]
+            )
             if chosen is not None and not self.checkpointer.differences(read_state(chosen.path)["identity"]):
                 self._report_faults(faults, chosen)
                 self.session.report(
@@ -239,6 +267,15 @@ class _Search:
                 )
             if not one.is_own:
                 self.session.report(f"note: {one.path} is of {one.foreign} and is left alone")
+
+
+def _begin_with(path: Path) -> str:
+    """How a new run begins with the weights of a folder."""
+    if (path / "adapter_config.json").is_file():
+        return f"adapter_name_or_path: {path} begins a new run with its adapter"
+    if (path / "config.json").is_file():
+        return f"model_name_or_path: {path} begins a new run with its weights"
+    return "model_name_or_path (of an adapter adapter_name_or_path) begins a new run with its weights"
 
 
 def _origin(one: CheckpointFolder) -> str | None:

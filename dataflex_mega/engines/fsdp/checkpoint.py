@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -15,12 +18,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
+from dataflex_mega.distributed.agreement import run_on_main
 from dataflex_mega.engines.checkpoint_index import IndexReader, IndexWriter, PlainValues, one_line
 from dataflex_mega.engines.fsdp.precision import LossScaler
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
 from dataflex_mega.engines.schedules import plain_state
-from dataflex_mega.files import published_model
+from dataflex_mega.files import published_model, system_errors
 
 # Frozen parameters come from the model itself at start-up; only what training changes is stored.
 TRAINABLE_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -39,9 +44,8 @@ def save(
 ) -> None:
     """Each rank writes its shards; the main one the learning-rate scheduler and the loss scale."""
     dcp.save(_tensors(runner, optimizer), storage_writer=IndexWriter(folder))
-    if runner.parallel_info.is_main:
-        plain = plain_state(scheduler)
-        (folder / SCHEDULER_FILE).write_text(json.dumps({"scheduler": plain, "scale": loss_scaler.state_dict()}))
+    plain = json.dumps({"scheduler": plain_state(scheduler), "scale": loss_scaler.state_dict()})
+    run_on_main(runner.collectives, partial((folder / SCHEDULER_FILE).write_text, plain))
 
 
 def load(
@@ -61,13 +65,53 @@ def load(
 
 def export(runner: FSDPModelRunner, folder: Path) -> None:
     """`save_pretrained` of the model or adapter, in one piece on the main rank."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    tensors = get_model_state_dict(runner.module, options=options)
-    if runner.parallel_info.is_main:
-        with published_model(folder) as temporary:
-            runner.model.save_pretrained(temporary, state_dict=_storable(tensors))
-    runner.collectives.barrier()
+    if hasattr(runner.model, "peft_config"):
+        tensors = _adapter_tensors(runner)
+    else:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        tensors = get_model_state_dict(runner.module, options=options)
+    run_on_main(runner.collectives, partial(_write_model, runner.model, tensors, folder))
 
 
-def _storable(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+def load_and_export(model: nn.Module, state: Path, folder: Path) -> None:
+    """Put what `save` wrote into `state` into a model of this process alone, and write it as `export` does. Raises
+    CheckpointError for damaged files."""
+    tensors: dict[str, Any] = {"model": get_model_state_dict(model, options=TRAINABLE_ONLY)}
+    with one_line(state):
+        dcp.load(tensors, storage_reader=IndexReader(state), planner=PlainValues(), no_dist=True)
+        set_model_state_dict(model, tensors["model"], options=TRAINABLE_ONLY)
+    _write_model(model, get_model_state_dict(model), folder)
+
+
+def _write_model(model: Any, tensors: dict[str, Any], folder: Path) -> None:
+    whole = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+    with published_model(folder) as temporary, system_errors(folder):
+        model.save_pretrained(temporary, state_dict=whole)
+
+
+def _adapter_tensors(runner: FSDPModelRunner) -> dict[str, torch.Tensor]:
+    """What peft stores of the model, on the main rank; the frozen model is not gathered. Every rank calls it."""
+    runner.reshard()  # parameters that an evaluation left gathered are no shards
+    model = runner.model
+    named = dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
+    names = runner.collectives.broadcast_object(_adapter_names(model, named) if runner.parallel_info.is_main else None)
+    tensors = {}
+    for name in names:
+        whole = _gathered(named[name].detach(), runner.device)
+        if runner.parallel_info.is_main:
+            tensors[name] = whole.cpu()
+    return tensors
+
+
+def _gathered(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """All of a tensor; shards that were offloaded are gathered by the device."""
+    return tensor.to(device).full_tensor() if isinstance(tensor, DTensor) else tensor  # type: ignore[attr-defined]
+
+
+def _adapter_names(model: Any, named: dict[str, torch.Tensor]) -> list[str]:
+    """Which of the tensors of a model belong to its adapter, as peft decides; it may look the base model up on a hub."""
+    from peft import get_peft_model_state_dict
+
+    kept: dict[str, torch.Tensor] = get_peft_model_state_dict(model, state_dict=named)
+    of_adapter = {id(tensor) for tensor in kept.values()}
+    return [name for name, tensor in named.items() if id(tensor) in of_adapter]

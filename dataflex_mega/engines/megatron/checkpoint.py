@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import nn
 
+from dataflex_mega.distributed.agreement import run_on_main
 from dataflex_mega.engines.checkpoint_index import one_line
 from dataflex_mega.engines.megatron.lr_adapter import LRSchedulerAdapter
 from dataflex_mega.engines.megatron.runner import MegatronModelRunner
@@ -27,15 +29,13 @@ METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_a
 def save(runner: MegatronModelRunner, optimizer: Any, lr_scheduler: LRSchedulerAdapter, folder: Path) -> None:
     """Every rank writes its shards, the main one the learning-rate scheduler."""
     target = folder / TENSORS
-    if runner.parallel_info.is_main:
-        target.mkdir(parents=True, exist_ok=True)
-    runner.collectives.barrier()
+    run_on_main(runner.collectives, partial(target.mkdir, parents=True, exist_ok=True))
     strategy = SaveSharded(for_others=False)
     dist_checkpointing.save(
         _tensors(runner, optimizer, loading=False), str(target), strategy, content_metadata=METADATA
     )
-    if runner.parallel_info.is_main:
-        (folder / SCHEDULER_FILE).write_text(json.dumps(lr_scheduler.state_dict()))
+    schedule = json.dumps(lr_scheduler.state_dict())
+    run_on_main(runner.collectives, partial((folder / SCHEDULER_FILE).write_text, schedule))
 
 
 def load(runner: MegatronModelRunner, optimizer: Any, lr_scheduler: LRSchedulerAdapter, folder: Path) -> None:

@@ -31,7 +31,14 @@ from dataflex_mega.engines.megatron.hf_mapping import (
     split_groups,
 )
 from dataflex_mega.engines.megatron.weights import INDEX, ONE_FILE, LocalParameter, local_parameters
-from dataflex_mega.files import atomic_write, hide_model, published_model, remove_other_weights, replace_file
+from dataflex_mega.files import (
+    atomic_write,
+    hide_model,
+    published_model,
+    remove_other_weights,
+    replace_file,
+    system_errors,
+)
 
 FILE_BYTES = 5 * 10**9
 PART = ".part"  # suffix of a file until all ranks have written theirs
@@ -80,6 +87,7 @@ def export(
     for item in parameters:
         for name, tensor in _full_tensors(decoder, item, shapes, dtype):
             writer.add(name, tensor)
+    _raise_everywhere(writer.error)
     files = {
         name: file
         for rank, batches_of_rank in enumerate(plan)
@@ -123,6 +131,7 @@ class _Writer:
         self.folder = folder
         self.files = iter(files)
         self.pending: dict[str, Tensor] = {}
+        self.error: OSError | None = None  # the first; it is raised when the ranks have gathered all tensors
         self.file, self.planned_names = next(self.files, ("", []))
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -130,9 +139,26 @@ class _Writer:
             raise RuntimeError(f"export: {name} came where {self.planned_names[len(self.pending)]} was planned")
         self.pending[name] = tensor
         if len(self.pending) == len(self.planned_names):
-            save_file(self.pending, self.folder / (self.file + PART), metadata={"format": "pt"})
+            self._write(self.folder / (self.file + PART))
             self.pending = {}
             self.file, self.planned_names = next(self.files, ("", []))
+
+    def _write(self, path: Path) -> None:
+        try:
+            with system_errors(path):
+                save_file(self.pending, path, metadata={"format": "pt"})
+        except OSError as error:
+            self.error = self.error or error
+
+
+def _raise_everywhere(error: OSError | None) -> None:
+    """Raise on every rank what the first one that could not write has met."""
+    plain = None if error is None else (error.errno, error.strerror, str(error.filename))
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, plain)
+    for found in errors:
+        if found is not None:
+            raise OSError(*found) from error
 
 
 def _is_first_replica(item: LocalParameter) -> bool:
