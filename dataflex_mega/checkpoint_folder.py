@@ -100,7 +100,7 @@ def inspect(path: Path) -> CheckpointFolder:
     try:
         manifest = Manifest.read(path)
     except Damaged as damage:
-        if not _has_own_files(path):
+        if not has_own_files(path):
             return CheckpointFolder(path, step, foreign=foreign_tool(path) or "another program")
         return CheckpointFolder(path, step, fault=str(damage))
     found = CheckpointFolder(path, step, manifest)
@@ -111,7 +111,7 @@ def inspect(path: Path) -> CheckpointFolder:
     return CheckpointFolder(path, step, manifest, faults[0] if faults else None)
 
 
-def _has_own_files(path: Path) -> bool:
+def has_own_files(path: Path) -> bool:
     """Whether a folder without a usable manifest is one of this program. It may hold a Hugging Face model too, so what
     another tool would have written speaks against it only where nothing else speaks for it."""
     count = sum(os.path.lexists(path / name) for name in OWN_FILES)

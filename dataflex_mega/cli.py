@@ -21,13 +21,14 @@ BEFORE = "usage: dataflex-cli COMMAND [ARGUMENTS]\n"
 AFTER = """\
   help                           this text; `train --help` says more about configurations
 
-  export | chat | api | webchat | webui | eval   run by llamafactory-cli
+  export KEYS | chat | api | webchat | webui | eval   run by llamafactory-cli
 
 examples:
   dataflex-cli train run.yaml                                  a LLaMA-Factory YAML trains as it always did
   dataflex-cli train run.yaml mixer=odm update_step=50         the same data, its proportions moved while training
   dataflex-cli train run.yaml selector.name=loss selector.focus=high update_step=100
   NPROC_PER_NODE=4 dataflex-cli train run.yaml                 four processes (several GPUs start one each by themselves)
+  dataflex-cli export saves/run/checkpoint-100 merged merge=true
   dataflex-cli export model_name_or_path=base adapter_name_or_path=out template=qwen export_dir=merged
 
 Several processes are started through torchrun, by these variables: NPROC_PER_NODE, FORCE_TORCHRUN, NNODES, NODE_RANK,
@@ -51,14 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(command: str, arguments: list[str]) -> int:
     """One command. Raises UserError for one that does not exist."""
-    if command in DELEGATED:
+    if command in DELEGATED and not (command in command_names() and _load(command).takes(arguments)):
         return delegate(command, arguments)
     if command in HELP_WORDS:
         print(help_text())
         return 0
     command = command.removeprefix("--") if command == "--version" else command
     if command not in command_names():
-        known = [*(name for name, _ in load_commands()), "help", *DELEGATED]
+        known = list(dict.fromkeys([*(name for name, _ in load_commands()), "help", *DELEGATED]))
         hint = did_you_mean(command, known) or f"; there is {', '.join(known)}"
         raise UserError(f"unknown command {command!r}{hint}")
     return _load(command).main(arguments)

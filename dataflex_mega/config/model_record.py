@@ -23,8 +23,6 @@ MODEL_KEYS = frozenset(
     use_rslora use_dora pissa_init pissa_iter oft_rank oft_block_size oft_target freeze_trainable_layers
     freeze_trainable_modules freeze_extra_modules freeze_vision_tower freeze_multi_modal_projector freeze_language_model
     use_llama_pro freeze_gate
-
-    mixed_precision transformer_impl attention_backend tensor_model_parallel_size expert_model_parallel_size
     """.split()
 )
 PATHS = ("model_name_or_path", "adapter_name_or_path", "cache_dir")

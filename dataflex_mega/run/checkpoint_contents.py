@@ -17,7 +17,8 @@ TRAINER_STATE = "trainer_state.json"
 
 def contents_of(session: Session, hooks: CallbackHooks) -> Contents:
     """An adapter is always in a checkpoint, since it is small; a whole model as `save_hf_checkpoints` says."""
-    model_only = bool(session.args.training.save_only_model)
+    training = session.args.training
+    model_only = training.save_only_model and not training.load_best_model_at_end  # which reads the engine's state
     return Contents(
         resumable=not model_only,
         model=session.args.finetuning.finetuning_type in ADAPTERS or _wants_model(session),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from dataflex_mega.config.parse import RunConfig
@@ -27,6 +28,11 @@ class EngineBuilder(Protocol):
 
     def build_engine(self, tokenizer: Any, num_domains: int, num_steps: int, options: Mapping[str, Any]) -> Engine:
         """The engine for a run of `num_steps` optimizer steps. `options`: fields of StepOptions that algorithms ask for."""
+        ...
+
+    def export_state(self, tokenizer: Any, state: Path, folder: Path) -> None:
+        """Build the model alone, in one process, fill it from what the engine's `save_state` wrote into `state`, and write
+        it into `folder` as the engine's `export` does. Raises CheckpointError for damaged files."""
         ...
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.distributed.parallel_info import ParallelInfo, init_distributed, timeout_of
+from dataflex_mega.engines.fsdp.checkpoint import load_and_export
 from dataflex_mega.engines.fsdp.engine import FSDPEngine
 from dataflex_mega.engines.fsdp.packing import check_packing
 from dataflex_mega.engines.fsdp.parallel import FSDPLayout, parallelize, read_layout, unwrap
@@ -48,9 +50,7 @@ class FSDPBuilder:
         """Load, freeze and lay out the model, then make its optimizer."""
         # With FSDP2 the model is read into host memory; a device holds only its shards.
         device_map = {"": "cpu"} if self.layout.mode == "fsdp2" else None
-        model = build_model(self.args, tokenizer, device_map)
-        if self.config.dataflex.freeze_gate:
-            freeze_gates(model)
+        model = self._build_model(tokenizer, device_map)
         watch_for_overflow(self.args, model)
         module = parallelize(model, self.layout, self.parallel_info)
         runner = FSDPModelRunner(module, self.layout, self.parallel_info)
@@ -63,6 +63,19 @@ class FSDPBuilder:
             build_scheduler(self.args, optimizer, num_steps),
             build_step_options(self.config, self.args, num_domains, options),
         )
+
+    def _build_model(self, tokenizer: Any, device_map: dict[str, str] | None) -> Any:
+        model = build_model(self.args, tokenizer, device_map)
+        if self.config.dataflex.freeze_gate:
+            freeze_gates(model)
+        return model
+
+    def export_state(self, tokenizer: Any, state: Path, folder: Path) -> None:
+        """Load the model on the CPU, with the trained parameters of a checkpoint in it."""
+        model = self._build_model(tokenizer, {"": "cpu"})
+        if self.layout.mode == "fsdp2" and self.layout.precision != "fp32" and not hasattr(model, "peft_config"):
+            model.float()  # as it was sharded
+        load_and_export(model, state, folder)
 
 
 def make_factory(config: RunConfig) -> FSDPFactory:

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.distributed.parallel_info import (
     DEFAULT_TIMEOUT,
@@ -139,10 +141,17 @@ class MegatronBuilder:
             folder = _folder(self.config.llamafactory)
             weights.load(chunks, hf_config, weights.HFCheckpointReader(folder, hf_config))
 
-    def _exporter(self) -> Any:
-        """(chunks, folder) -> None: write the model in Hugging Face layout, in the precision of its parameters."""
+    def export_state(self, tokenizer: Any, state: Path, folder: Path) -> None:
+        """Build the chunks of this process, which is alone, and fill them with the parameters of a checkpoint."""
+        with cpu.cuda_calls_on_cpu():
+            chunks = build_chunks(self.decoder, self.settings, self.args.training.seed)
+            checkpoint.load_model(chunks, state)
+            self._exporter(checkpoint.stored_dtype(state))(chunks, folder)
+
+    def _exporter(self, dtype: torch.dtype | None = None) -> Any:
+        """(chunks, folder) -> None: write the model in Hugging Face layout, in `dtype` or else that of its parameters."""
         options = ExportOptions(generation=_generation_config(self.config.llamafactory))
-        with_dtype = partial(export, dtype=self.settings.model.params_dtype, options=options)
+        with_dtype = partial(export, dtype=dtype or self.settings.model.params_dtype, options=options)
         return partial(_export, with_dtype, self.decoder.hf_config)
 
 

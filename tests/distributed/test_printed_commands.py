@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 
 import pytest
 import yaml
@@ -40,16 +41,18 @@ def test_an_example_of_help_runs_as_printed(command, folder, monkeypatch, capsys
     words = shlex.split(command)[1:]
     if words[0] == "export":
         adapter = runs.base(folder, output_dir=str(folder / "adapter"), max_steps=1, finetuning_type="lora", mixer="static",
-                            lora_target="all")  # fmt: skip
+                            lora_target="all", save_strategy="steps")  # fmt: skip
         assert runs.train_here(adapter)[0] == 0
         places = {
             "base": str(folder / "model"),
             "out": str(folder / "adapter"),
             "qwen": "empty",
             "merged": str(folder / "m"),
+            "saves/run/checkpoint-100": str(folder / "adapter" / "checkpoint-1"),
+            "true": "true",
         }
-        pairs = [word.partition("=") for word in words[1:]]
-        words = ["export", *(f"{key}={places[value]}" for key, _, value in pairs)]
+        shutil.rmtree(folder / "m", ignore_errors=True)
+        words = ["export", *("=".join([*word.split("=")[:-1], places[word.split("=")[-1]]]) for word in words[1:])]
     monkeypatch.setattr("sys.argv", ["dataflex-cli"])
     status = cli.main(words)
     assert status == 0, capsys.readouterr().err

@@ -49,8 +49,8 @@ def test_help_teaches_by_example(capsys, argv):
 
 def test_every_command_has_a_file_and_a_place_in_the_help():
     assert [name for name, _ in cli.load_commands()] == [
-        "train", "reference", "store", "doremi", "components", "compare", "regmix", "perplexity", "embed", "near", "tsds",
-        "corpus", "convert", "demo", "setup", "env", "version",
+        "train", "reference", "store", "doremi", "components", "compare", "regmix", "perplexity", "export", "embed", "near",
+        "tsds", "corpus", "convert", "demo", "setup", "env", "version",
     ]  # fmt: skip
     for name, module in cli.load_commands():
         assert callable(module.main), name

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -25,11 +26,13 @@ from dataflex_mega.engines.checkpoint_index import IndexReader, IndexWriter, Pla
 from dataflex_mega.engines.fsdp.precision import LossScaler
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
 from dataflex_mega.engines.schedules import plain_state
+from dataflex_mega.errors import CheckpointError
 from dataflex_mega.files import published_model, system_errors
 
 # Frozen parameters come from the model itself at start-up; only what training changes is stored.
 TRAINABLE_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 SCHEDULER_FILE = "schedule.json"
+IN_MODEL = "model."  # what the names of the model's tensors begin with in the files
 
 
 def _tensors(runner: FSDPModelRunner, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -75,10 +78,22 @@ def export(runner: FSDPModelRunner, folder: Path) -> None:
 
 def load_and_export(model: nn.Module, state: Path, folder: Path) -> None:
     """Put what `save` wrote into `state` into a model of this process alone, and write it as `export` does. Raises
-    CheckpointError for damaged files."""
+    CheckpointError for damaged files and for those of another model."""
+    reader = IndexReader(state)
+    stored = reader.read_metadata().state_dict_metadata
+    dtypes = {
+        name.removeprefix(IN_MODEL): item.properties.dtype
+        for name, item in stored.items()
+        if name.startswith(IN_MODEL) and isinstance(item, TensorStorageMetadata)
+    }
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
     tensors: dict[str, Any] = {"model": get_model_state_dict(model, options=TRAINABLE_ONLY)}
+    left = sorted(set(dtypes) - set(tensors["model"]))
+    if left:
+        raise CheckpointError(f"{state}: {len(left)} of its tensors have no place in the model, such as {left[0]}")
     with one_line(state):
-        dcp.load(tensors, storage_reader=IndexReader(state), planner=PlainValues(), no_dist=True)
+        dcp.load(tensors, storage_reader=reader, planner=PlainValues(), no_dist=True)
         set_model_state_dict(model, tensors["model"], options=TRAINABLE_ONLY)
     _write_model(model, get_model_state_dict(model), folder)
 

@@ -11,13 +11,15 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dataflex_mega.distributed.agreement import run_on_main
-from dataflex_mega.engines.checkpoint_index import one_line
+from dataflex_mega.engines.checkpoint_index import one_line, read_index
 from dataflex_mega.engines.megatron.lr_adapter import LRSchedulerAdapter
 from dataflex_mega.engines.megatron.runner import MegatronModelRunner
 from dataflex_mega.engines.megatron.sharded_files import LoadCommon, LoadSharded, SaveSharded
 from dataflex_mega.engines.megatron.wrapping import unwrap
+from dataflex_mega.errors import CheckpointError
 
 SCHEDULER_FILE = "schedule.json"
 TENSORS = "tensors"  # a folder of its own, because megatron-core wants it empty
@@ -66,6 +68,15 @@ def load_model(chunks: list[Any], folder: Path) -> None:
         state: Any = dist_checkpointing.load(tensors, str(source), LoadSharded(), LoadCommon(wanted=False))
         for name, chunk in _chunks(chunks).items():
             chunk.load_state_dict(state[name])
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The precision of the parameters that `save` wrote. Raises CheckpointError."""
+    source = folder / TENSORS if (folder / TENSORS).is_dir() else folder
+    for name, item in read_index(source).state_dict_metadata.items():
+        if not name.startswith("optimizer") and isinstance(item, TensorStorageMetadata):
+            return item.properties.dtype
+    raise CheckpointError(f"{source}: no parameter of a model is in it")
 
 
 def _chunks(chunks: list[Any]) -> dict[str, Any]:
