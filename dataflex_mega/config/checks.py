@@ -17,6 +17,7 @@ from dataflex_mega.config.numbers import check_numbers
 from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.config.settings_without_effect import notes_on_settings
 from dataflex_mega.errors import ConfigError, did_you_mean
+from dataflex_mega.folder_hints import not_a_model
 
 REPORTS = ("none", "tensorboard")
 REQUIRED = {
@@ -111,7 +112,7 @@ def _check_model_path(config: RunConfig) -> None:
     path = Path(name).expanduser()
     local = name.startswith((".", "/", "~")) or (path.parent != Path() and path.parent.is_dir())
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ConfigError(f"model_name_or_path: {name} has no config.json")
+        raise ConfigError(f"model_name_or_path: {name} has no config.json{not_a_model(path)}")
     if path.is_file():
         raise ConfigError(f"model_name_or_path: {name} is a file, expected a folder with config.json")
     if path.is_dir():

@@ -148,7 +148,12 @@ class RunArguments:
     )
     reference_model: str | None = field(
         default=None,
-        metadata={"help": "folder of the reference model of `doremi`, `rho_loss` and `rho1`, in Hugging Face layout"},
+        metadata={
+            "help": (
+                "folder of the reference model of `doremi`, `rho_loss` and `rho1`: a Hugging Face model, an adapter, or a "
+                "checkpoint"
+            )
+        },
     )
     reference_cache: str | None = field(
         default=None,

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from dataflex_mega.data.collate import PAD_TO_MULTIPLE
 from dataflex_mega.errors import ConfigError, did_you_mean
+from dataflex_mega.folder_hints import not_an_adapter
 from dataflex_mega.llamafactory.args import FAILURES, LFArgs, first_line
 
 # What comes out of transformers, peft and safetensors for a model that they cannot read.
@@ -306,7 +307,7 @@ def _check_adapter(source: str, model: Any) -> Any:
     if not folder.is_dir():
         return model  # a name on a hub, or a mistake that is found when it is loaded
     if not (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"{where}: no adapter_config.json")
+        raise ConfigError(f"{where}: no adapter_config.json{not_an_adapter(folder)}")
     try:
         config = PeftConfig.from_pretrained(source)
         start = str(getattr(config, "init_lora_weights", ""))

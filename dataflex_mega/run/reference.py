@@ -22,11 +22,12 @@ from dataflex_mega.errors import CheckpointError, ConfigError
 from dataflex_mega.llamafactory.args import first_line
 from dataflex_mega.llamafactory.model_checks import UNREADABLE, check_positions, preview_model
 from dataflex_mega.locks import FolderLock
+from dataflex_mega.run import reference_model
 from dataflex_mega.run.data import RunData
 from dataflex_mega.run.roles import RunRoles
 from dataflex_mega.run.session import Session
 from dataflex_mega.store.manifest import MANIFEST
-from dataflex_mega.store.reference_losses import ReferenceLossCache, model_fingerprint
+from dataflex_mega.store.reference_losses import ReferenceLossCache
 from dataflex_mega.types import Batch
 
 FOLDER = "reference"  # in output_dir, when `reference_cache` names none
@@ -48,7 +49,7 @@ def find_cache(session: Session, roles: RunRoles, pool: SamplePool) -> Reference
         names = ", ".join(f"{kind} {spec['name']}" for kind, spec in roles.specs.items())
         raise ConfigError(
             f"reference_model: missing; {names} compares losses with those of a reference model: set reference_model (a "
-            "Hugging Face folder) or reference_cache (a folder that `dataflex-cli reference` wrote)"
+            "Hugging Face folder or a checkpoint) or reference_cache (a folder that `dataflex-cli reference` wrote)"
         )
     return configured_cache(session, pool)
 
@@ -86,9 +87,7 @@ def ensure_complete(session: Session, data: RunData, cache: ReferenceLossCache) 
 def _model_of(source: Path | None, folder: Path) -> str:
     """The fingerprint of the reference model; without one, of the model that the cache says it was made with."""
     if source is not None:
-        if not (source / "config.json").is_file():
-            raise ConfigError(f"reference_model: {source} is not a Hugging Face folder (no config.json)")
-        return model_fingerprint(source)
+        return reference_model.fingerprint(source)
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise CheckpointError(f"reference_cache: {folder} has no {MANIFEST}; set reference_model to build it there")
@@ -112,7 +111,8 @@ def build_cache(session: Session, data: RunData, cache: ReferenceLossCache, sour
         f"reference: {len(missing)} of {cache.num_blocks} blocks to compute with {source} into {cache.folder}"
     )
     with torch.random.fork_rng(devices):
-        losses = reference_losses(session, source)
+        with reference_model.readable(session, source) as model_folder:
+            losses = reference_losses(session, model_folder)
         for done in range(0, len(missing), world_size):
             _compute_blocks(session, data, cache, missing[done : done + world_size], losses)
             session.report(f"reference: {min(done + world_size, len(missing))}/{len(missing)} blocks")
@@ -165,7 +165,7 @@ def reference_losses(session: Session, source: Path) -> Callable[[Batch], Tensor
     return losses
 
 
-def _check_reference(session: Session, source: Path) -> None:
+def _check_reference(session: Session, source: str) -> None:
     """Raises ConfigError for weights that are not those of its configuration, and rows longer than its positions."""
     from transformers import AutoConfig
 
@@ -173,20 +173,25 @@ def _check_reference(session: Session, source: Path) -> None:
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except UNREADABLE as error:
-        raise ConfigError(f"reference_model {str(source)!r}: config.json: {first_line(error)}") from error
-    preview = preview_model("reference_model", str(source), config, options)
-    check_positions(int(session.args.data.cutoff_len), config, preview, f"reference_model {str(source)!r}")
+        raise ConfigError(f"reference_model {source!r}: config.json: {first_line(error)}") from error
+    preview = preview_model("reference_model", source, config, options)
+    check_positions(int(session.args.data.cutoff_len), config, preview, f"reference_model {source!r}")
 
 
 def _load(session: Session, source: Path, dtype: torch.dtype) -> Any:
     """The model in the precision that the run computes in. Raises ConfigError when its tokens are not the run's."""
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = session.tokenizer
-    trust = bool(session.args.model.trust_remote_code)
-    _check_reference(session, source)
+    trust, of_adapter = bool(session.args.model.trust_remote_code), reference_model.is_adapter(source)
+    base = reference_model.base_of(source) if of_adapter else str(source)
+    _check_reference(session, base)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=trust)
+        options: dict[str, Any] = {"dtype": torch.float32 if of_adapter else dtype, "trust_remote_code": trust}
+        model: Any = AutoModelForCausalLM.from_pretrained(base, **options)
+        if of_adapter:
+            model = PeftModel.from_pretrained(model, str(source)).merge_and_unload().to(dtype)  # type: ignore[operator]
     except torch.OutOfMemoryError:
         raise
     except UNREADABLE as error:

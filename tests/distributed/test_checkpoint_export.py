@@ -182,3 +182,25 @@ def test_an_export_of_megatrons_state_is_the_runs_own_export_bit_by_bit(folder):
     pytest.importorskip("megatron.core")
     for name, out, target in exported(folder, 2, MEGATRON):
         check_equal(name, out, target)
+
+
+@pytest.mark.exhaustive
+def test_a_checkpoint_is_a_reference_model(folder, adapter):
+    """The losses are those of the exported folder; of an adapter those of the merged model."""
+    out, merged = adapter
+    full = config_of(folder, "reference", learning_rate=1.0e-2)
+    checkpoint = Path(full["output_dir"]) / "checkpoint-2"
+    plain = folder / "reference-exported"
+    done(runs.train_many(1, [full, [checkpoint, plain]], train_or_export, plain=True))
+    sources = {"state": checkpoint, "folder": plain, "adapter": out / "checkpoint-3", "merged": merged}
+    jobs = [
+        config_of(folder, f"rho1-{name}", weighter={"name": "rho1", "keep": 0.5}, reference_model=str(source), **SFT)
+        for name, source in sources.items()
+    ]
+    done(runs.train_many(1, jobs, plain=True))
+    state, exported, of_adapter, of_merged = [
+        [row["loss"] for row in runs.rows(job)] + [row["objective"] for row in runs.rows(job)] for job in jobs
+    ]
+    assert state == exported and state != of_adapter
+    assert of_adapter == pytest.approx(of_merged, rel=1e-5)
+    assert not list(Path(jobs[0]["output_dir"]).glob(".reference-model*"))
