@@ -5,9 +5,11 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from safetensors.torch import save_file
 
+from dataflex_mega.checkpoint import Contents
 from dataflex_mega.checkpoint_folder import choose_for_removal, find_superseded, inspect, recover, remove, survey
-from dataflex_mega.checkpoint_format import Lineage
+from dataflex_mega.checkpoint_format import Lineage, Manifest, read_state
 from dataflex_mega.errors import CheckpointError
 from tests.support import trees
 from tests.unit.test_checkpoint import EXTRA, FakeEngine, checkpointer, state
@@ -242,3 +244,52 @@ def test_a_checkpoint_loses_its_name_before_its_files(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         remove(path)
     assert [p.name for p in tmp_path.iterdir()] == [".removing-checkpoint-4"]
+
+
+class Exporting(FakeEngine):
+    """Writes a Hugging Face model too."""
+
+    def export(self, folder):
+        save_file({"weight": self.value}, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text("{}")
+
+
+def with_model(folder, step, **contents):
+    saver = checkpointer(folder)
+    saver.contents = Contents(
+        model=True, companions=lambda path: (path / "trainer_state.json").write_text("{}"), **contents
+    )
+    return saver.save(state(step), Exporting(step), EXTRA)
+
+
+def test_a_model_inside_is_hashed_and_what_damages_it_damages_the_checkpoint(tmp_path):
+    path = with_model(tmp_path, 4)
+    listed = set(Manifest.read(path).files)
+    assert {"model.safetensors", "config.json", "trainer_state.json", "model.safetensors.index.json"} <= listed
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {"weight": "model.safetensors"}
+    assert inspect(path).is_usable and not inspect(path).is_model_only
+    (path / "model.safetensors").write_bytes(b"")
+    assert inspect(path).fault and inspect(path).is_own
+
+
+@pytest.mark.parametrize("files", [("manifest.json",), ("manifest.json", "state.json"), ("model.safetensors",)])
+def test_a_damaged_one_with_a_model_inside_is_ours(tmp_path, files):
+    path = with_model(tmp_path, 4)
+    for name in files:
+        (path / name).unlink()
+    found = inspect(path)
+    assert found.is_own and not found.is_usable and found.may_be_replaced
+    assert with_model(tmp_path, 4) == path and inspect(path).is_usable
+
+
+def test_one_with_the_model_alone_has_no_state_of_the_engine_and_is_counted(tmp_path):
+    for step in (2, 4):
+        path = with_model(tmp_path, step, resumable=False)
+    assert inspect(path).is_model_only and not (path / "engine").exists() and not list(path.glob("rng*"))
+    assert read_state(path)["extra"] == {}
+    saver = checkpointer(tmp_path, save_total_limit=1)
+    assert saver.save(state(6), FakeEngine(6), EXTRA) and trees.checkpoints(tmp_path) == ["checkpoint-6"]
+    saver.contents = Contents(resumable=False, model=True)
+    whole = saver.save(state(8), Exporting(8), EXTRA, whole=True)
+    assert not inspect(whole).is_model_only

@@ -145,7 +145,7 @@ def test_accelerators_own_defaults_say_nothing():
 
 # Keys that a dynamic run once took without a word.
 ONCE_SILENT = {
-    "save_only_model": True, "profile_modules": "q_proj", "ignore_pad_token_for_loss": False,
+    "profile_modules": "q_proj", "ignore_pad_token_for_loss": False,
     "average_tokens_across_devices": False, "logging_nan_inf_filter": False, "liger_kernel_config": {"rope": False},
     "include_for_metrics": ["loss"], "batch_eval_metrics": True, "hub_token": "hf_x", "hub_private_repo": True,
     "hub_model_id": "me/model", "hub_always_push": True, "hub_revision": "dev", "local_rank": 1, "ray_num_workers": 4,
