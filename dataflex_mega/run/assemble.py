@@ -14,6 +14,7 @@ from dataflex_mega.llamafactory.callbacks import CallbackHooks
 from dataflex_mega.metrics import Metrics
 from dataflex_mega.progress import TrainingProgressBar
 from dataflex_mega.providers.server import SignalServer
+from dataflex_mega.run.accuracy import evaluate_with_accuracy
 from dataflex_mega.run.checkpoint_contents import contents_of
 from dataflex_mega.run.data import RunData
 from dataflex_mega.run.ordering import ordered_passes, stage_config
@@ -130,15 +131,22 @@ def _metrics(
 
 
 def _evaluate(session: Session, roles: RunRoles, data: RunData, engine: Engine) -> dict[str, float]:
-    """Token-mean loss of each evaluation set, under Trainer's names, and its exponential."""
-    metrics = {}
+    """Token-mean loss of each evaluation set, under Trainer's names, its exponential, and the accuracy if asked for."""
+    metrics, counts_hits = {}, session.args.finetuning.compute_accuracy
     for name, pool in data.evaluation.items():
-        sums = evaluate(_pool_share(session, roles, pool), data.collate, engine.sample_losses)
-        loss, tokens = (session.collectives.all_reduce_sum(part).sum() for part in sums)
+        share = _pool_share(session, roles, pool)
+        if counts_hits:
+            sums = evaluate_with_accuracy(share, data.collate, engine)
+        else:
+            sums = evaluate(share, data.collate, engine.sample_losses)
+        loss, tokens, *hits = (session.collectives.all_reduce_sum(part) for part in sums)
+        loss, tokens = loss.sum(), tokens.sum()
         if not float(tokens) > 0:
             raise TrainingFault(f"eval_dataset {name!r}: no target token, so there is no loss")
         mean = float(loss / tokens)
         prefix = f"eval_{name}" if name else "eval"
         metrics[f"{prefix}_loss"] = mean
         metrics[f"{prefix}_perplexity"] = math.exp(min(mean, LARGEST_EXPONENT))
+        if hits:
+            metrics[f"{prefix}_accuracy"] = float(hits[0][0] / hits[0][1])
     return metrics

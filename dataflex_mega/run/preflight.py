@@ -20,7 +20,8 @@ def check(session: Session, data: RunData, schedule: RunSchedule) -> None:
     give."""
     check_schedule(session.args, check_optimizer(session.args), schedule.max_steps)
     direction_is_set = session.config.llamafactory.get("greater_is_better") is not None
-    check_metric(session.args, metric_names(list(data.evaluation)), session.callbacks, direction_is_set)
+    metrics = (*METRICS, "accuracy") if session.args.finetuning.compute_accuracy else METRICS
+    check_metric(session.args, metric_names(list(data.evaluation), metrics), session.callbacks, direction_is_set)
     epochs = schedule.max_steps * schedule.partition.global_batch_size / len(data.pool)
     session.report(*(f"note: {note}" for note in idle_patience(session.args, schedule.max_steps, epochs)))
 
@@ -58,6 +59,6 @@ def num_evaluations(training: Any, max_steps: int, epochs: float) -> int:
     return sum(step >= delay for step in steps)
 
 
-def metric_names(sets: list[str]) -> list[str]:
+def metric_names(sets: list[str], metrics: tuple[str, ...] = METRICS) -> list[str]:
     """What an evaluation gives for evaluation sets of these names; one without a name is the only one."""
-    return [f"eval_{name}_{metric}" if name else f"eval_{metric}" for name in sets for metric in METRICS]
+    return [f"eval_{name}_{metric}" if name else f"eval_{metric}" for name in sets for metric in metrics]
