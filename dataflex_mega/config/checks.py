@@ -13,6 +13,7 @@ from typing import Any
 import dataflex_mega.json_text as json_text
 from dataflex_mega.config.corpus import check_corpora, training_domains
 from dataflex_mega.config.fates import check_fates
+from dataflex_mega.config.losses import check_losses
 from dataflex_mega.config.numbers import check_numbers
 from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.config.settings_without_effect import notes_on_settings
@@ -44,7 +45,8 @@ def check_dynamic(config: RunConfig) -> list[str]:
     notes = check_fates(config.llamafactory)
     for check in checks:
         check(config)
-    return [*notes, *notes_on_settings(config)]
+    losses = check_losses(config.llamafactory)
+    return [*notes, *losses, *notes_on_settings(config)]
 
 
 def _check_required(config: RunConfig) -> None:

@@ -17,7 +17,6 @@ PREFERENCES = Switch(("stage",), ("dpo", "kto"), default="sft")
 REFERENCE = Switch(("stage",), ("dpo", "kto", "ppo"), default="sft", alternative=Switch(("use_asft_loss",)))
 PPO = Switch(("stage",), ("ppo",), default="sft")
 _OPTIMIZER = "use optim: adamw_torch"
-_CROSS_ENTROPY = "the loss is cross-entropy"
 
 FINETUNING_FATES: dict[str, Fate] = {
     "stage": takes(STAGES, f"other stages run with {STATIC_DOES.removesuffix(' does')}"),
@@ -41,7 +40,7 @@ FINETUNING_FATES: dict[str, Fate] = {
     **acts_with(Switch(("pissa_init",)), {"pissa_iter": 16}),
     "pissa_convert": refused(STATIC_DOES),
     # the loss
-    **dict.fromkeys(("use_dft_loss", "use_asft_loss", "use_eaft_loss"), refused(_CROSS_ENTROPY)),
+    **acts("use_dft_loss", "use_asft_loss", "use_eaft_loss"),
     **acts_with(Switch(("use_asft_loss",)), {"asft_alpha": 0.1}),
     **acts_with(Switch(("use_eaft_loss",)), {"eaft_alpha": 1.0}),
     # optimizers
@@ -77,8 +76,7 @@ FINETUNING_FATES: dict[str, Fate] = {
     "use_hyper_parallel": refused(STATIC_DOES),
     **acts_with(Switch(("use_hyper_parallel",)), {"hyper_parallel_args": None}),
     # what is watched and reported
-    **acts("early_stopping_steps", "plot_loss"),
-    "compute_accuracy": refused("evaluation gives the loss"),
+    **acts("early_stopping_steps", "plot_loss", "compute_accuracy"),
     "include_effective_tokens_per_second": noted("metrics.jsonl has the tokens of each step"),
     "disable_shuffling": refused("the order follows from seed and step"),
     "use_swanlab": refused("use TensorBoard"),

@@ -25,6 +25,8 @@ MEGATRON_FATES: dict[str, Fate] = {
     "optim_args": refused(FSDP_DOES),
     "upcast_layernorm": refused(FSDP_DOES),
     "upcast_lmhead_output": refused("token losses are float32 in any case"),
+    "use_asft_loss": refused(f"a second model is not laid out there; {FSDP_DOES}"),
+    "neftune_noise_alpha": refused(FSDP_DOES),
     "debug": refused("on_non_finite says what becomes of a step whose loss is not finite"),
     "disable_gradient_checkpointing": noted(_RECOMPUTED),
     "gradient_checkpointing": noted(_RECOMPUTED),

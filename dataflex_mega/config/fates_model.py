@@ -28,7 +28,7 @@ MODEL_FATES: dict[str, Fate] = {
     "mixture_of_depths": refused(STATIC_DOES),
     "use_unsloth": refused(STATIC_DOES),
     "use_unsloth_gc": refused("other gradient checkpointing is on unless disable_gradient_checkpointing is set"),
-    "moe_aux_loss_coef": refused("the loss is cross-entropy"),
+    **acts("moe_aux_loss_coef"),
     # quantization
     "quantization_bit": refused("use LoRA without quantization"),
     **acts_with(

@@ -50,8 +50,7 @@ TRAINING_FATES: dict[str, Fate] = {
     "optim": takes(OPTIMIZERS, "an optimizer must work element by element to be sharded"),
     "optim_target_modules": refused("use optim: adamw_torch"),
     "average_tokens_across_devices": refused("a token counts the same on every rank", None, True),
-    "label_smoothing_factor": refused(STATIC_DOES),
-    "neftune_noise_alpha": refused(STATIC_DOES),
+    **acts("label_smoothing_factor", "neftune_noise_alpha"),
     "logging_nan_inf_filter": noted("on_non_finite says what becomes of a step without a finite loss", None, True),
     # precision, memory and speed
     **acts("bf16", "fp16", "tf32", "use_cpu", "gradient_checkpointing"),

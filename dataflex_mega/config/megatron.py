@@ -7,7 +7,7 @@ of 1 or a None leaves everything as it is. `fp8` is missing because LLaMA-Factor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 from dataflex_mega.config.engine_names import AUTO
@@ -223,6 +223,20 @@ def resolve_engine(engine: str, keys: Sequence[str], variable: str | None) -> st
     if engine != AUTO:
         return engine
     return "megatron" if keys or variable else "fsdp"
+
+
+def with_lf_keys(arguments: MegatronArguments, lf: Mapping[str, Any]) -> MegatronArguments:
+    """With the values of LLaMA-Factory's keys that Megatron has under another name. Raises ConfigError where both are given
+    and differ."""
+    coefficient = lf.get("moe_aux_loss_coef")
+    if not coefficient:
+        return arguments
+    if arguments.moe_aux_loss_coeff not in (0.0, coefficient):
+        raise ConfigError(
+            f"moe_aux_loss_coef: {coefficient}, but Megatron's moe_aux_loss_coeff is {arguments.moe_aux_loss_coeff}; drop "
+            "one of them"
+        )
+    return replace(arguments, moe_aux_loss_coeff=coefficient)
 
 
 def implied_lf_keys(arguments: MegatronArguments, lf: Mapping[str, Any]) -> dict[str, Any]:

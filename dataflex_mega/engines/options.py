@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dataflex_mega.losses.base import LossForm
 from dataflex_mega.objective import Normalization
 from dataflex_mega.types import EmbeddingSpec
 
@@ -20,4 +21,6 @@ class StepOptions:
     on_non_finite: str = "stop"  # or "continue": skip the step
     count_router_loads: bool = False  # whether a mixer wants to know where routers send tokens
     embedding_spec: EmbeddingSpec | None = None  # what a weighter wants of the training forward, besides losses
+    loss_form: LossForm | None = None  # what is differentiated of a token; None: its cross-entropy
+    moe_aux_loss_coef: float = 0.0  # weight of the routers' load-balancing loss; 0: none
     stop_requested: Callable[[], bool] | None = None  # whether this process was asked to leave after the step

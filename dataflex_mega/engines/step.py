@@ -72,18 +72,34 @@ class StepLoss:
         """The embeddings that `__call__` needs of the training forward pass."""
         return self.options.embedding_spec if self.weight_fn is not None and self.precomputed is None else None
 
-    def __call__(self, number: int, batch: Batch, embeddings: Tensor | None, token_losses: Tensor) -> Tensor:
-        """Micro-batch `number` with [b, S] differentiable token losses, 0 where there is no target -> the scalar to
-        differentiate. Adds the micro-batch to the accumulator."""
+    def __call__(
+        self,
+        number: int,
+        batch: Batch,
+        embeddings: Tensor | None,
+        token_losses: Tensor,
+        trained: Tensor | None = None,
+        auxiliary: Tensor | None = None,
+    ) -> Tensor:
+        """Micro-batch `number` with [b, S] token losses, 0 where there is no target -> the scalar to differentiate. Adds the
+        micro-batch to the accumulator.
+
+        Args:
+            trained: [b, S] what is differentiated of each token; None: `token_losses` themselves.
+            auxiliary: a scalar of the micro-batch that is differentiated too, by its part of the step and without weights.
+        """
         normalization = self.options.normalization
         loss_sum = objective.sample_sums(token_losses, batch)
         samples = objective.make_sample_stats(loss_sum, batch, token_losses, self.denominators, embeddings)
         weights, token_weights = self._weights(number, samples, batch, token_losses)
-        if token_weights is not None:
-            loss_sum = objective.sample_sums(token_losses * token_weights, batch)
+        if trained is not None or token_weights is not None:
+            trained = token_losses if trained is None else trained
+            loss_sum = objective.sample_sums(trained if token_weights is None else trained * token_weights, batch)
         total = self.denominators.sum().clamp(min=1)
         count = total.long() if self.divides else 1.0
         loss = objective.weighted_loss(loss_sum, samples.num_tokens, weights, count, normalization)
+        if auxiliary is not None:
+            loss = loss + auxiliary * (objective.loss_denominator(batch, normalization) / count)
         self.accumulator.add(samples, batch, loss.detach() if self.divides else loss.detach() / total, weights)
         return loss
 

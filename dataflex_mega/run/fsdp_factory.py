@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.integrations.neftune import activate_neftune
+
 from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.distributed.parallel_info import ParallelInfo, init_distributed, timeout_of
 from dataflex_mega.engines.fsdp.checkpoint import load_and_export
 from dataflex_mega.engines.fsdp.engine import FSDPEngine
+from dataflex_mega.engines.fsdp.frozen_model import frozen_logits
 from dataflex_mega.engines.fsdp.packing import check_packing
 from dataflex_mega.engines.fsdp.parallel import FSDPLayout, parallelize, read_layout, unwrap
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
 from dataflex_mega.llamafactory.debugging import watch_for_overflow
+from dataflex_mega.llamafactory.frozen_model import build_frozen_model
 from dataflex_mega.llamafactory.model import build_model, freeze_gates
 from dataflex_mega.llamafactory.optim import build_optimizer, build_scheduler
 from dataflex_mega.run.data import packs_rows
@@ -52,17 +56,18 @@ class FSDPBuilder:
         device_map = {"": "cpu"} if self.layout.mode == "fsdp2" else None
         model = self._build_model(tokenizer, device_map)
         watch_for_overflow(self.args, model)
+        if self.args.training.neftune_noise_alpha:
+            activate_neftune(model, self.args.training.neftune_noise_alpha)  # a hook that acts in training mode
         module = parallelize(model, self.layout, self.parallel_info)
         runner = FSDPModelRunner(module, self.layout, self.parallel_info)
         if packs_rows(self.args):
             check_packing(runner, self.args.data.cutoff_len)
+        step_options = build_step_options(self.config, self.args, num_domains, options)
+        if step_options.loss_form is not None and step_options.loss_form.needs_reference:
+            runner.reference = frozen_logits(runner, build_frozen_model(self.args, runner.model, device_map))
         optimizer = build_optimizer(self.args, unwrap(module))
-        return FSDPEngine(
-            runner,
-            optimizer,
-            build_scheduler(self.args, optimizer, num_steps),
-            build_step_options(self.config, self.args, num_domains, options),
-        )
+        scheduler = build_scheduler(self.args, optimizer, num_steps)
+        return FSDPEngine(runner, optimizer, scheduler, step_options)
 
     def _build_model(self, tokenizer: Any, device_map: dict[str, str] | None) -> Any:
         model = build_model(self.args, tokenizer, device_map)

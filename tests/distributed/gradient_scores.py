@@ -37,7 +37,7 @@ def constant(optimizer):
     return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
 
 
-def fsdp_engine(parallel_info, name, mode):
+def fsdp_engine(parallel_info, name, mode, **options):
     hf = AutoModelForCausalLM.from_config(small.configs()[name])
     reinitialise(hf, SEED)
     layout = FSDPLayout(mode)
@@ -47,12 +47,12 @@ def fsdp_engine(parallel_info, name, mode):
         FSDPModelRunner(module, layout, parallel_info),
         optimizer,
         constant(optimizer),
-        StepOptions(2, max_grad_norm=1.0),
+        StepOptions(2, max_grad_norm=1.0, **options),
     )
 
 
-def megatron_engine(parallel_info, name, keys, rows=2):
-    """`keys`: as in a YAML."""
+def megatron_engine(parallel_info, name, keys, rows=2, **options):
+    """`keys`: as in a YAML. `options`: further ones of a step."""
     from dataflex_mega.engines.megatron import cpu, process_groups, weights
     from dataflex_mega.engines.megatron.build import build_chunks, build_engine
     from dataflex_mega.engines.megatron.decoder_config import DecoderConfig
@@ -68,9 +68,8 @@ def megatron_engine(parallel_info, name, keys, rows=2):
         parallel_info = process_groups.init_model_parallel(parallel_info, layout)
         chunks = build_chunks(shape, settings, 1)
         weights.load(chunks, config, NamedInit(config, SEED))
-        return build_engine(
-            chunks, settings, layout, parallel_info, StepOptions(2, max_grad_norm=1.0), constant, rows, lambda *_: None
-        )
+        step_options = StepOptions(2, max_grad_norm=1.0, **options)
+        return build_engine(chunks, settings, layout, parallel_info, step_options, constant, rows, lambda *_: None)
 
 
 def make_micro_batches(parallel_info, samples_list, rows, pack=None):
@@ -88,7 +87,7 @@ def scored(parallel_info, case):
     """([8, 2] inner products, [8] squared norms) of all candidates, the change that scoring made, later gradient norms, and
     the [2, 2] inner products of the groups' mean gradients."""
     build = megatron_engine if "keys" in case else fsdp_engine
-    engine = build(parallel_info, case["model"], case.get("keys", case.get("mode")))
+    engine = build(parallel_info, case["model"], case.get("keys", case.get("mode")), **case.get("options", {}))
     parallel_info, rows = engine.parallel_info, case.get("rows", 2)
     for step in range(STEPS):
         engine.train_step(make_micro_batches(parallel_info, samples(step, 8), rows), None)

@@ -17,6 +17,7 @@ import dataflex_mega.objective as objective
 from dataflex_mega.distributed.collectives import TorchCollectives
 from dataflex_mega.distributed.parallel_info import ParallelInfo
 from dataflex_mega.engines.fsdp import checkpoint
+from dataflex_mega.engines.fsdp.auxiliary_loss import AuxiliaryLoss
 from dataflex_mega.engines.fsdp.capabilities import CAPABILITIES
 from dataflex_mega.engines.fsdp.feature_maker import FSDPFeatureMaker
 from dataflex_mega.engines.fsdp.generate import generate_answers
@@ -54,10 +55,13 @@ class FSDPEngine:
     options: StepOptions
     loss_scaler: LossScaler = field(init=False)
     routers: FSDPRouterCounter | None = field(init=False)
+    auxiliary: AuxiliaryLoss | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.loss_scaler = LossScaler(self.runner.layout.precision == "fp16", self.runner.layout.loss_scale)
         self.routers = FSDPRouterCounter(self.model) if self.options.count_router_loads else None
+        self.runner.loss_form = self.options.loss_form
+        self.auxiliary = AuxiliaryLoss(self.model) if self.options.moe_aux_loss_coef else None
 
     @property
     def name(self) -> str:
@@ -97,9 +101,15 @@ class FSDPEngine:
             step.precomputed = precompute_weights(results, micro_batches, weight_fn, denominators, self.collectives)
         for number, batch in enumerate(micro_batches):
             set_gradient_sync(runner.module, last=number == len(micro_batches) - 1)
-            with self.routers.counting(batch, loads) if self.routers and loads else contextlib.nullcontext():
-                token_losses, embeddings = runner.forward(batch, step.embedding_spec)
-            loss = step(number, batch, embeddings, token_losses)
+            with (
+                self.routers.counting(batch, loads) if self.routers and loads else contextlib.nullcontext(),
+                self.auxiliary.recording() if self.auxiliary else contextlib.nullcontext([]) as recorded,
+            ):
+                logits, embeddings = runner.forward(batch, step.embedding_spec)
+            losses = runner.losses_of(logits, batch)
+            trained = None if options.loss_form is None else losses.trained
+            balance = self.auxiliary.loss(recorded, batch) * options.moe_aux_loss_coef if self.auxiliary else None
+            loss = step(number, batch, embeddings, losses.plain, trained, balance)
             # The wrappers average gradients over ranks; the loss is a sum over them.
             (loss * (self.parallel_info.dp_size * self.loss_scaler.value)).backward()
         grad_norm = self._update(accumulator, denominators)
@@ -109,9 +119,13 @@ class FSDPEngine:
         """Losses and embeddings of all micro-batches, with the dropout masks that training will draw."""
         state = self.rng_state()
         with torch.no_grad():
-            results = [self.runner.forward(batch, self.options.embedding_spec) for batch in micro_batches]
+            results = [self._forward(batch) for batch in micro_batches]
         self.set_rng_state(state)
         return results
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        logits, embeddings = self.runner.forward(batch, self.options.embedding_spec)
+        return objective.token_losses(logits, batch.labels), embeddings
 
     def _update(self, accumulator: StepAccumulator, denominators: Tensor) -> float:
         """Clip and step -> the gradient norm before clipping. A step that is not finite changes nothing."""

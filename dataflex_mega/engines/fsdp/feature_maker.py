@@ -66,7 +66,7 @@ class FSDPFeatureMaker:
                 runner.evaluation_mode(),
                 self.hooks.recording(len(batch.sample_ids), plain, runner.device) as features,
             ):
-                sums = objective.sample_sums(runner.token_losses(batch), batch)
+                sums = objective.sample_sums(runner.training_losses(batch).trained, batch)
                 means = sums / objective.make_sample_stats(sums, batch).num_tokens.clamp(min=1)
                 torch.autograd.grad(means.sum(), entries[:1])
         finally:

@@ -38,7 +38,7 @@ def _gradient(
     optimizer.zero_grad(set_to_none=True)
     for number, batch in enumerate(moved):
         set_gradient_sync(runner.module, last=number == len(moved) - 1)
-        loss = objective.sample_sums(runner.token_losses(batch), batch).sum() / count
+        loss = objective.sample_sums(runner.training_losses(batch).trained, batch).sum() / count
         # The wrappers average gradients over ranks; the loss is a sum over them.
         (loss * (runner.parallel_info.dp_size * loss_scale)).backward()
     gradients = []

@@ -111,7 +111,8 @@ class FSDPGradientScorer:
             count = 0
             for batch, factors in prompts:
                 tokens = objective.sample_sums((batch.labels != IGNORE_INDEX).long(), batch)
-                self._backward([batch], [(factors * tokens).float().to(self.runner.device)])
+                weights = (factors * tokens).float().to(self.runner.device)
+                self._backward([batch], [weights], of_likelihood=True)
                 grads = {name: weight.grad.detach() for name, weight in self.weights.items() if weight.grad is not None}
                 length = float(full_tensor(torch.nn.utils.get_total_norm(list(grads.values()))))
                 if length > 0:
@@ -127,8 +128,9 @@ class FSDPGradientScorer:
         local = torch.stack([(n > 0).sum() for n in lengths]).sum()
         return nonzero_targets(self.runner.collectives.all_reduce_sum(local))
 
-    def _backward(self, batches: Sequence[Batch], weights: Sequence[Tensor]) -> None:
-        """Gradient of sum_v weight_v * (mean token loss of v) over all ranks, into the parameters' own buffers.
+    def _backward(self, batches: Sequence[Batch], weights: Sequence[Tensor], of_likelihood: bool = False) -> None:
+        """Gradient of sum_v weight_v * (mean token loss of v) over all ranks, into the parameters' own buffers. The loss is
+        what training differentiates, or the cross-entropy where a gradient `of_likelihood` is asked for.
 
         What would reach the embeddings' weight is set to zero: where that is the output layer's weight too, the targets'
         gradients are to count the same use of it as the candidates'.
@@ -137,12 +139,14 @@ class FSDPGradientScorer:
         with self._evaluating(_zero_embedding_grad):
             for number, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
                 set_gradient_sync(runner.module, last=number == len(batches) - 1)
-                loss = self._weighted(batch.to(runner.device), weight)
+                loss = self._weighted(batch.to(runner.device), weight, of_likelihood)
                 (loss * runner.parallel_info.dp_size).backward()  # the wrappers average over ranks
 
-    def _weighted(self, batch: Batch, weights: Tensor) -> Tensor:
+    def _weighted(self, batch: Batch, weights: Tensor, of_likelihood: bool = False) -> Tensor:
         """Weighted sum of the samples' mean token losses."""
-        return (self.runner.token_losses(batch) * objective.mean_weights(weights, batch)).sum()
+        runner = self.runner
+        losses = runner.token_losses(batch) if of_likelihood else runner.training_losses(batch).trained
+        return (losses * objective.mean_weights(weights, batch)).sum()
 
     @contextmanager
     def _evaluating(self, at_embeddings: Any) -> Iterator[None]:

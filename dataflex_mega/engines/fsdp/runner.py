@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,17 +17,25 @@ from dataflex_mega.distributed.parallel_info import ParallelInfo
 from dataflex_mega.engines.fsdp.hidden_states import capture_hidden_states
 from dataflex_mega.engines.fsdp.masks import AttentionKinds
 from dataflex_mega.engines.fsdp.parallel import FSDPLayout, unwrap
+from dataflex_mega.losses.base import LossForm, TokenLosses, form_losses
 from dataflex_mega.signals.sample_embeddings import sample_embeddings
 from dataflex_mega.types import Batch, EmbeddingSpec
 
 
 @dataclass
 class FSDPModelRunner:
-    """`module` is what parallel.parallelize returned."""
+    """`module` is what parallel.parallelize returned.
+
+    Attributes:
+        loss_form: what is differentiated of a token; None: its cross-entropy.
+        reference: a batch -> [b, S, V] logits of the frozen model, without gradient; for forms that need one.
+    """
 
     module: nn.Module
     layout: FSDPLayout
     parallel_info: ParallelInfo
+    loss_form: LossForm | None = None
+    reference: Callable[[Batch], Tensor] | None = None
     collectives: TorchCollectives = field(init=False)
     attention_kinds: AttentionKinds = field(init=False)
 
@@ -50,25 +58,43 @@ class FSDPModelRunner:
 
     def logits(self, batch: Batch) -> Tensor:
         """[b, S, V] in the precision of the model's output layer, differentiable."""
+        return self.logits_of(self.module, batch)
+
+    def logits_of(self, module: nn.Module, batch: Batch) -> Tensor:
+        """The same of another module that takes what this one takes."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        if getattr(getattr(unwrap(module), "config", None), "output_router_logits", False):
+            inputs["output_router_logits"] = (
+                False  # see auxiliary_loss; the model itself cannot tell padding when packed
+            )
         if batch.is_packed:
             inputs["position_ids"] = batch.position_ids
             inputs["attention_mask"] = self.attention_kinds.mask(batch, self.layout.dtype)
         # Unpacked rows are padded on the right: under causal attention no token sees the padding, so no mask is needed.
         with self.autocast():
-            return self.module(**inputs).logits
+            return module(**inputs).logits
 
     def token_losses(self, batch: Batch) -> Tensor:
-        """[b, S] float32, differentiable, 0 where there is no target."""
+        """[b, S] float32 cross-entropy, differentiable, 0 where there is no target."""
         return objective.token_losses(self.logits(batch), batch.labels)
 
+    def training_losses(self, batch: Batch) -> TokenLosses:
+        """Of a forward pass of its own."""
+        return self.losses_of(self.logits(batch), batch)
+
+    def losses_of(self, logits: Tensor, batch: Batch) -> TokenLosses:
+        """[b, S, V] logits of `batch` -> what is seen and what is differentiated of each token."""
+        needs_reference = self.loss_form is not None and self.loss_form.needs_reference
+        reference = self.reference(batch) if needs_reference and self.reference is not None else None
+        return form_losses(self.loss_form, logits, batch.labels, reference)
+
     def forward(self, batch: Batch, spec: EmbeddingSpec | None) -> tuple[Tensor, Tensor | None]:
-        """(token losses [b, S], differentiable; embeddings of the samples [n, h] for `spec`, without gradient)."""
+        """(logits [b, S, V], differentiable; embeddings of the samples [n, h] for `spec`, without gradient)."""
         if spec is None:
-            return self.token_losses(batch), None
+            return self.logits(batch), None
         with capture_hidden_states(self.model, [spec.layer]) as captured:
-            losses = self.token_losses(batch)
-        return losses, sample_embeddings(captured[spec.layer], batch, spec)
+            logits = self.logits(batch)
+        return logits, sample_embeddings(captured[spec.layer], batch, spec)
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -82,11 +108,12 @@ class FSDPModelRunner:
     @contextlib.contextmanager
     def evaluation_mode(self) -> Iterator[None]:
         """Inside, modules are in evaluation mode: no dropout."""
+        training = self.module.training
         self.module.eval()
         try:
             yield
         finally:
-            self.module.train()
+            self.module.train(training)
 
     def reshard(self) -> None:
         """Free gathered parameters: after a forward pass alone, FSDP2 leaves the outermost group gathered."""

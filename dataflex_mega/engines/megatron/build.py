@@ -78,5 +78,5 @@ def build_engine(
     lr_scheduler = LRSchedulerAdapter(
         optimizer, settings.optimizer.lr or 0.0, settings.optimizer.weight_decay, build_scheduler
     )
-    runner = MegatronModelRunner(wrapped, parallel_info, layout, options.count_router_loads)
+    runner = MegatronModelRunner(wrapped, parallel_info, layout, options.count_router_loads, options.loss_form)
     return MegatronEngine(runner, optimizer, lr_scheduler, options, score_micro_batch_rows, exporter)

@@ -36,6 +36,7 @@ from dataflex_mega.engines.step import (
     precompute_weights,
 )
 from dataflex_mega.errors import ConfigError, NotFinite
+from dataflex_mega.losses.base import TokenLosses
 from dataflex_mega.types import Batch, EmbeddingSpec, GenerationSpec, ProjectionSpec, SampleStats, StepStats, WeightFn
 
 
@@ -117,9 +118,10 @@ class MegatronEngine:
                     )
             runner.zero_grad(self.optimizer)
 
-            def loss_fn(number: int, batch: Batch, embeddings: Tensor | None, losses: Tensor) -> ScheduleLoss:
+            def loss_fn(number: int, batch: Batch, embeddings: Tensor | None, losses: TokenLosses) -> ScheduleLoss:
                 count = objective.loss_denominator(batch, options.normalization).int()
-                return step(number, batch, embeddings, losses), count, {}
+                trained = None if options.loss_form is None else losses.trained
+                return step(number, batch, embeddings, losses.plain, trained), count, {}
 
             with routers.recording(loads) if routers and loads else contextlib.nullcontext():
                 runner.forward_backward(micro_batches, loss_fn, False, step.embedding_spec)

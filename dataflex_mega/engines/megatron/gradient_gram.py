@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dataflex_mega.engines.megatron import cpu
 from dataflex_mega.engines.megatron.runner import MegatronModelRunner, ScheduleLoss
+from dataflex_mega.losses.base import TokenLosses
 from dataflex_mega.signals.gradient_gram import gram_matrix
 from dataflex_mega.types import IGNORE_INDEX, Batch
 
@@ -51,7 +52,7 @@ def _gradient(runner: MegatronModelRunner, optimizer: Any, group: list[Batch]) -
     return gradients
 
 
-def _mean_loss(_number: int, batch: Batch, _embeddings: Tensor | None, losses: Tensor) -> ScheduleLoss:
+def _mean_loss(_number: int, batch: Batch, _embeddings: Tensor | None, losses: TokenLosses) -> ScheduleLoss:
     """For `forward_backward`, which divides the sum of the first by that of the second."""
     targets = batch.labels != IGNORE_INDEX
-    return losses.sum(), targets.sum().int(), {}
+    return losses.trained.sum(), targets.sum().int(), {}

@@ -34,6 +34,7 @@ from dataflex_mega.engines.megatron.runner import MegatronModelRunner, ScheduleL
 from dataflex_mega.engines.megatron.wrapping import unwrap
 from dataflex_mega.engines.per_sample import nonzero_targets
 from dataflex_mega.errors import ConfigError
+from dataflex_mega.losses.base import TokenLosses
 from dataflex_mega.signals.per_sample_gradients import DotAndNormSums, LayerOperands, upcast
 from dataflex_mega.types import Batch
 
@@ -264,8 +265,9 @@ def _weights_frozen(chunks: Sequence[Any]) -> Iterator[None]:
 def _loss(by_token: Sequence[Tensor]) -> Any:
     """For `MegatronModelRunner.forward_backward`: the sum of weighted token losses."""
 
-    def loss(number: int, _batch: Batch, _embeddings: Tensor | None, losses: Tensor) -> ScheduleLoss:
-        return (losses * by_token[number]).sum(), torch.ones((), dtype=torch.int, device=losses.device), {}
+    def loss(number: int, _batch: Batch, _embeddings: Tensor | None, losses: TokenLosses) -> ScheduleLoss:
+        total = (losses.trained * by_token[number]).sum()
+        return total, torch.ones((), dtype=torch.int, device=total.device), {}
 
     return loss
 

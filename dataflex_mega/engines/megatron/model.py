@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from dataflex_mega.engines.megatron.context import ContextParallel
 from dataflex_mega.engines.megatron.decoder_config import DecoderConfig, inverse_frequencies
 from dataflex_mega.engines.megatron.kernels import fused_rms_norm
+from dataflex_mega.engines.megatron.vocabulary import ShardedVocabulary
+from dataflex_mega.losses.base import LossForm, TokenOutputs
 
 
 class LocalRMSNorm(nn.Module):
@@ -91,19 +93,32 @@ class TorchAttention(MegatronModule):
 
 
 class MegatronGPT(GPTModel):
-    """GPTModel whose padded vocabulary entries have no probability."""
+    """GPTModel whose padded vocabulary entries have no probability.
+
+    Attributes:
+        loss_form: what is differentiated of a token in the next pass; None: its cross-entropy.
+    """
 
     real_vocab: int
+    loss_form: LossForm | None = None
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """[b, s] labels, [s, b, vocab / TP] logits -> [b, s] float32 token losses; meaningless where a label is not
-        a token."""
+        a token. With a form [2, b, s]: the cross-entropy without gradient, and what is differentiated."""
         first = logits.shape[-1] * parallel_state.get_tensor_model_parallel_rank()
         real = self.real_vocab - first  # entries of this rank's part that are no padding
         if real < logits.shape[-1]:
             padding = torch.arange(logits.shape[-1], device=logits.device) >= real
             logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
-        return super().compute_language_model_loss(labels, logits)
+        form = self.loss_form
+        if form is None:
+            return super().compute_language_model_loss(labels, logits)
+        # megatron-core computes the softmax in the memory of float32 logits.
+        kept = logits.to(torch.float32, copy=True) if form.reads_logits else logits.detach()
+        losses = super().compute_language_model_loss(labels, logits)
+        vocabulary = ShardedVocabulary(self.real_vocab, first)
+        tokens = TokenOutputs(kept.transpose(0, 1), labels, losses, vocabulary=vocabulary)
+        return torch.stack([losses.detach(), form.token_losses(tokens)])
 
 
 def create_chunks(

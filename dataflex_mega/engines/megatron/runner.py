@@ -23,15 +23,16 @@ from dataflex_mega.engines.megatron.hidden_states import HiddenStateCapture
 from dataflex_mega.engines.megatron.layout import MegatronLayout
 from dataflex_mega.engines.megatron.routers import MegatronRouterCounter
 from dataflex_mega.engines.megatron.wrapping import unwrap
+from dataflex_mega.losses.base import LossForm, TokenLosses
 from dataflex_mega.types import IGNORE_INDEX, Batch, EmbeddingSpec
 
 # A forward-only pass cuts its batch into that many micro-batches for each stage: stages wait for 1 part in 4, or less.
 MICRO_BATCHES_PER_STAGE = 4
 
 ScheduleLoss = tuple[Tensor, Tensor, dict[str, Any]]  # what megatron-core's schedules take: loss, its count, a log
-LossFn = Callable[[int, Batch, Tensor | None, Tensor], ScheduleLoss]
-"""(number of the micro-batch, the micro-batch, [n, h] embeddings or None, [b, S] float32 token losses, 0 where there is no
-target) -> ScheduleLoss. megatron-core divides gradients by the total of the counts at the end of the pass."""
+LossFn = Callable[[int, Batch, Tensor | None, TokenLosses], ScheduleLoss]
+"""(number of the micro-batch, the micro-batch, [n, h] embeddings or None, float32 token losses) -> ScheduleLoss.
+megatron-core divides gradients by the total of the counts at the end of the pass."""
 
 
 @dataclass
@@ -41,12 +42,14 @@ class MegatronModelRunner:
     Attributes:
         model_chunks: this stage's chunks, wrapped in megatron-core's DistributedDataParallel.
         count_router_loads: whether routers are counted while `routers` is recording.
+        loss_form: what passes with a gradient differentiate of a token; None: its cross-entropy.
     """
 
     model_chunks: list[Any]
     parallel_info: ParallelInfo
     layout: MegatronLayout
     count_router_loads: bool = False
+    loss_form: LossForm | None = None
     collectives: TorchCollectives = field(init=False)
 
     def __post_init__(self) -> None:
@@ -129,16 +132,20 @@ class MegatronModelRunner:
             embeddings = self.hidden_states.embeddings(captured, batch, spec)
             return output, partial(self._loss_of_whole_rows, loss_fn, number, batch, embeddings)
 
+        for chunk in self.model_chunks:
+            unwrap(chunk).loss_form = None if forward_only else self.loss_form
         self._run_schedule(forward, micro_batches, forward_only)
 
     def _loss_of_whole_rows(
         self, loss_fn: LossFn, number: int, batch: Batch, embeddings: Tensor | None, losses: Tensor
     ) -> ScheduleLoss:
         """`loss_fn` of the token losses of all context-parallel ranks; its count is counted once for all of them."""
-        losses = self.context.gather(losses)
-        losses = torch.where(batch.labels == IGNORE_INDEX, 0.0, losses.float())
-        total, count, log = loss_fn(number, batch, embeddings, losses)
+        plain, *others = (self._of_whole_rows(part, batch) for part in (losses if losses.dim() == 3 else [losses]))
+        total, count, log = loss_fn(number, batch, embeddings, TokenLosses(plain, *(others or [plain])))
         return total, count if self.context.rank == 0 else torch.zeros_like(count), log
+
+    def _of_whole_rows(self, losses: Tensor, batch: Batch) -> Tensor:
+        return torch.where(batch.labels == IGNORE_INDEX, 0.0, self.context.gather(losses).float())
 
     def forward_logits(self, micro_batches: Sequence[Batch], consume: Callable[[Batch, Tensor], None]) -> None:
         """A pass without gradient; the last stage calls `consume` with each micro-batch and its logits [b, S, V / TP],
@@ -178,9 +185,10 @@ class MegatronModelRunner:
         """([b, S] token losses, [n, h] embeddings for `spec`) of each micro-batch on the last stage, else nothing."""
         results: list[tuple[Tensor, Tensor | None]] = []
 
-        def collect(_number: int, _batch: Batch, embeddings: Tensor | None, losses: Tensor) -> ScheduleLoss:
-            results.append((losses, embeddings))
-            return losses.sum(), torch.ones((), dtype=torch.int, device=losses.device), {}
+        def collect(_number: int, _batch: Batch, embeddings: Tensor | None, losses: TokenLosses) -> ScheduleLoss:
+            plain = losses.plain
+            results.append((plain, embeddings))
+            return plain.sum(), torch.ones((), dtype=torch.int, device=plain.device), {}
 
         with torch.no_grad(), self.gathered_parameters():
             self.forward_backward(micro_batches, collect, True, spec)

@@ -1,0 +1,1 @@
+"""Loss forms: what a step differentiates of a token instead of its cross-entropy, one file each."""

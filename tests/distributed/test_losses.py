@@ -1,0 +1,98 @@
+"""Runs with another loss than cross-entropy: equal in every layout, resumed bit-equal, evaluated and refused."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.support import corpus, runs
+from tests.support.bad_inputs import check_line
+
+ROLES = {"mixer": "odm", "weighter": "loss", "update_step": 2, "update_times": -1}
+LORA = {"finetuning_type": "lora", "lora_target": "q_proj,v_proj", "lora_rank": 4}
+FORMS = {
+    "smoothing": {"label_smoothing_factor": 0.2},
+    "dft": {"use_dft_loss": True},
+    "eaft": {"use_eaft_loss": True, "eaft_alpha": 0.7},
+    "asft": {"use_asft_loss": True, "asft_alpha": 0.5},
+    "asft of an adapter": {"use_asft_loss": True, "asft_alpha": 0.5, **LORA},
+}
+TWO = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "weight_scope": "step"}
+NOISY = {"neftune_noise_alpha": 5.0, "per_device_train_batch_size": 4, "weight_scope": "step"}
+EVALUATES = {"eval_dataset": "tables", "eval_strategy": "steps", "eval_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return corpus.write(tmp_path_factory.mktemp("losses"))
+
+
+def config_of(folder, name, **keys):
+    options = {"max_steps": 4, "max_samples": 16, **ROLES, **keys}
+    return runs.base(folder, output_dir=str(folder / name.replace(" ", "-")), **options)
+
+
+def same(rows, expected, tolerance=2e-5):
+    for row, other in zip(rows, expected, strict=True):
+        assert row["drawn"] == other["drawn"]
+        for key in ("loss", "objective", "grad_norm"):
+            assert row[key] == pytest.approx(other[key], rel=tolerance), key
+
+
+def train(world, configs):
+    results = runs.train_many(world, configs)
+    for status, stderr in results:
+        assert status == 0, stderr
+    return results
+
+
+def test_a_run_of_each_form_is_evaluated_by_cross_entropy_and_resumes_bit_equal(folder):
+    saving = {"save_strategy": "steps", "save_steps": 2, **EVALUATES, "compute_accuracy": True}
+    chosen = {"dft": FORMS["dft"], "asft of an adapter": FORMS["asft of an adapter"], "noise": NOISY}
+    configs = [config_of(folder, f"{name} whole", **saving, **keys) for name, keys in chosen.items()]
+    printed = [stderr for _, stderr in train(1, configs)]
+    resumed = [config_of(folder, f"{name} resumed", **saving, **keys) for name, keys in chosen.items()]
+    for whole, again in zip(configs, resumed, strict=True):
+        shutil.copytree(whole["output_dir"], again["output_dir"])
+        shutil.rmtree(Path(again["output_dir"]) / "checkpoint-4")
+    train(1, resumed)
+    for whole, again in zip(configs, resumed, strict=True):
+        expected, found = ([{**row, "seconds": 0} for row in runs.rows(c)] for c in (whole, again))
+        assert found == expected
+    for stderr in printed:
+        loss, accuracy = (float(re.search(f"eval_{name} ([0-9.]+)", stderr).group(1)) for name in ("loss", "accuracy"))
+        assert loss > 3 and 0 <= accuracy <= 1, "plain cross-entropy"
+    dft = runs.rows(configs[0])
+    assert dft[0]["objective"] < 0.1 < 3 < dft[0]["loss"], "p * ce is small where ce is large"
+
+
+@pytest.mark.exhaustive
+def test_every_layout_gives_the_same(folder):
+    alone = {name: config_of(folder, f"{name} 1", **keys) for name, keys in FORMS.items()}
+    packed = {name: config_of(folder, f"{name} packed", **keys, packing=True) for name, keys in FORMS.items()}
+    train(1, [*alone.values(), *packed.values()])
+    layouts = {"ddp": None, "fsdp2": "full_shard"}
+    two = {
+        (name, mode): config_of(folder, f"{name} {mode}", fsdp=fsdp, **{**keys, **TWO})
+        for name, keys in FORMS.items()
+        for mode, fsdp in layouts.items()
+    }
+    noisy = [config_of(folder, f"noise {mode}", fsdp=fsdp, **NOISY) for mode, fsdp in layouts.items()]
+    train(2, [*two.values(), *noisy])
+    for (name, _), config in two.items():
+        same(runs.rows(config), runs.rows(alone[name]))
+    same(*map(runs.rows, noisy))
+    assert runs.rows(noisy[0])[0]["loss"] != runs.rows(alone["dft"])[0]["loss"]
+
+
+@pytest.mark.exhaustive
+def test_what_cannot_be_is_refused_in_one_line(folder):
+    cases = [
+        ({"use_dft_loss": True, "use_eaft_loss": True}, ["use_dft_loss, use_eaft_loss:"]),
+        ({"moe_aux_loss_coef": 0.1}, ["moe_aux_loss_coef: a llama has no load-balancing loss"]),
+        ({"use_asft_loss": True, "ref_model": "nowhere"}, ["ref_model 'nowhere'"]),
+    ]
+    results = runs.train_many(1, [config_of(folder, f"bad {i}", **keys) for i, (keys, _) in enumerate(cases)])
+    for (status, stderr), (_, words) in zip(results, cases, strict=True):
+        check_line(status, stderr, words)
