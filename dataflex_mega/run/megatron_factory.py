@@ -51,6 +51,10 @@ class MegatronFactory:
         decoder = DecoderConfig.from_hf_config(hf_config, math.lcm(VOCAB_MULTIPLE, layout.tensor))
         grad_accumulation = int(lf_keys.get("gradient_accumulation_steps") or 1)
         check_layout(layout, decoder, keys, grad_accumulation, int(lf_keys.get("cutoff_len") or CUTOFF_LEN))
+        if lf_keys.get("moe_aux_loss_coef") and decoder.experts is None:
+            raise ConfigError(
+                f"moe_aux_loss_coef: a {decoder.model_type} has no load-balancing loss; leave the key out"
+            )
         object.__setattr__(self, "layout", layout)
         object.__setattr__(self, "decoder", decoder)
         plain = TrainingSettings("adam", 0.0, 0.0, (0.9, 0.999), 1e-8, 0.0, _precision(lf_keys))

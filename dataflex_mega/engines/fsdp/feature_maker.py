@@ -74,8 +74,11 @@ class FSDPFeatureMaker:
         return features
 
     def fingerprint(self) -> str:
-        """32 hexadecimal digits: a hash of what features depend on, the parameters and, with `adam`, the moments."""
+        """32 hexadecimal digits: a hash of what features depend on, the parameters, the loss and, with `adam`, the
+        moments."""
         sha = xxhash.xxh3_128()
+        if self.runner.loss_form is not None:
+            sha.update(repr(self.runner.loss_form).encode())
         trained = {id(linear.weight) for linear in self.linears.values()}
         for name, parameter in self.runner.model.named_parameters():
             sha.update(name.encode())

@@ -12,6 +12,7 @@ from dataflex_mega.config.megatron import (
     notes_of,
     parse,
     resolve_engine,
+    with_lf_keys,
 )
 from dataflex_mega.errors import ConfigError
 
@@ -115,3 +116,13 @@ def test_which_variable_asks(value):
     assert engine_of_environment({"USE_MCA": value}) == "USE_MCA"
     assert engine_of_environment({"USE_MCA": "0", "USE_MEGATRON_BRIDGE": value}) == "USE_MEGATRON_BRIDGE"
     assert engine_of_environment({"USE_MCA": "no", "USE_MEGATRON_BRIDGE": "false"}) is None
+
+
+def test_llamafactorys_name_of_the_load_balancing_weight_is_megatrons():
+    assert with_lf_keys(parse({}), {"moe_aux_loss_coef": 0.02}).moe_aux_loss_coeff == 0.02
+    assert with_lf_keys(parse({"moe_aux_loss_coeff": 0.02}), {"moe_aux_loss_coef": 0.02}).moe_aux_loss_coeff == 0.02
+    assert with_lf_keys(parse({"moe_aux_loss_coeff": 0.02}), {}).moe_aux_loss_coeff == 0.02
+    with pytest.raises(
+        ConfigError, match="^moe_aux_loss_coef: 0.5, but Megatron's moe_aux_loss_coeff is 0.02; drop one"
+    ):
+        with_lf_keys(parse({"moe_aux_loss_coeff": 0.02}), {"moe_aux_loss_coef": 0.5})

@@ -78,13 +78,14 @@ def test_scores_and_features_are_of_the_form_and_policy_gradients_of_the_likelih
         results[name] = (
             scorer.score(batch, directions)[1].clone(), engine.feature_maker(ProjectionSpec(), adam=False).features(batch),
             engine.gradient_gram([[batch]]), scorer.policy_directions([[(batch, torch.ones(8))]]).for_layer("lm_head"),
-            engine.sample_losses(batch).loss_sum,
+            engine.sample_losses(batch).loss_sum, engine.feature_maker(ProjectionSpec(), adam=False).fingerprint(),
         )  # fmt: skip
     plain, dft = results["plain"], results["dft"]
     for of_gradient in range(3):
         assert not torch.allclose(plain[of_gradient], dft[of_gradient], rtol=0.1)
     for of_likelihood in (3, 4):
         assert torch.equal(plain[of_likelihood], dft[of_likelihood])
+    assert plain[5] != dft[5], "a store of the one is not taken for the other's"
     model = tiny_llama()
     loss = ce_of(model, made[0])
     (loss * (-loss.detach()).exp()).sum().div((loss > 0).sum()).backward()
