@@ -15,6 +15,7 @@ from dataflex_mega.metrics import Metrics
 from dataflex_mega.progress import TrainingProgressBar
 from dataflex_mega.providers.server import SignalServer
 from dataflex_mega.run.accuracy import evaluate_with_accuracy
+from dataflex_mega.run.answers import answer_metrics, answers_prompts
 from dataflex_mega.run.checkpoint_contents import contents_of
 from dataflex_mega.run.data import RunData
 from dataflex_mega.run.ordering import ordered_passes, stage_config
@@ -131,7 +132,7 @@ def _metrics(
 
 
 def _evaluate(session: Session, roles: RunRoles, data: RunData, engine: Engine) -> dict[str, float]:
-    """Token-mean loss of each evaluation set, under Trainer's names, its exponential, and the accuracy if asked for."""
+    """Token-mean loss of each evaluation set, under Trainer's names, its exponential, and what else is asked for."""
     metrics, counts_hits = {}, session.args.finetuning.compute_accuracy
     for name, pool in data.evaluation.items():
         share = _pool_share(session, roles, pool)
@@ -149,4 +150,7 @@ def _evaluate(session: Session, roles: RunRoles, data: RunData, engine: Engine) 
         metrics[f"{prefix}_perplexity"] = math.exp(min(mean, LARGEST_EXPONENT))
         if hits:
             metrics[f"{prefix}_accuracy"] = float(hits[0][0] / hits[0][1])
+        if answers_prompts(session, engine):
+            answers = answer_metrics(session, share, engine)
+            metrics.update({f"{prefix}_{metric}": value for metric, value in answers.items()})
     return metrics

@@ -7,6 +7,8 @@ from typing import Any
 
 from dataflex_mega.llamafactory.callbacks import check_metric
 from dataflex_mega.llamafactory.optim import check_optimizer, check_schedule
+from dataflex_mega.llamafactory.similarity import METRICS as SIMILARITIES
+from dataflex_mega.run.answers import answers_prompts, notes_on_answers
 from dataflex_mega.run.data import RunData
 from dataflex_mega.run.schedule import RunSchedule
 from dataflex_mega.run.session import Session
@@ -20,10 +22,13 @@ def check(session: Session, data: RunData, schedule: RunSchedule) -> None:
     give."""
     check_schedule(session.args, check_optimizer(session.args), schedule.max_steps)
     direction_is_set = session.config.llamafactory.get("greater_is_better") is not None
-    metrics = (*METRICS, "accuracy") if session.args.finetuning.compute_accuracy else METRICS
+    metrics = METRICS
+    metrics += ("accuracy",) if session.args.finetuning.compute_accuracy else ()
+    metrics += SIMILARITIES if answers_prompts(session) else ()
     check_metric(session.args, metric_names(list(data.evaluation), metrics), session.callbacks, direction_is_set)
     epochs = schedule.max_steps * schedule.partition.global_batch_size / len(data.pool)
-    session.report(*(f"note: {note}" for note in idle_patience(session.args, schedule.max_steps, epochs)))
+    notes = [*idle_patience(session.args, schedule.max_steps, epochs), *notes_on_answers(session)]
+    session.report(*(f"note: {note}" for note in notes))
 
 
 def idle_patience(args: Any, max_steps: int, epochs: float) -> list[str]:

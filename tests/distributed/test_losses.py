@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support import corpus, runs
 from tests.support.bad_inputs import check_line
+from tests.support.built_run import build_run
 
 ROLES = {"mixer": "odm", "weighter": "loss", "update_step": 2, "update_times": -1}
 LORA = {"finetuning_type": "lora", "lora_target": "q_proj,v_proj", "lora_rank": 4}
@@ -25,7 +27,7 @@ EVALUATES = {"eval_dataset": "tables", "eval_strategy": "steps", "eval_steps": 4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return corpus.write(tmp_path_factory.mktemp("losses"))
+    return corpus.write_experts(corpus.write(tmp_path_factory.mktemp("losses")))
 
 
 def config_of(folder, name, **keys):
@@ -70,20 +72,56 @@ def test_a_run_of_each_form_is_evaluated_by_cross_entropy_and_resumes_bit_equal(
 @pytest.mark.exhaustive
 def test_every_layout_gives_the_same(folder):
     alone = {name: config_of(folder, f"{name} 1", **keys) for name, keys in FORMS.items()}
-    packed = {name: config_of(folder, f"{name} packed", **keys, packing=True) for name, keys in FORMS.items()}
-    train(1, [*alone.values(), *packed.values()])
+    train(1, list(alone.values()))
     layouts = {"ddp": None, "fsdp2": "full_shard"}
     two = {
         (name, mode): config_of(folder, f"{name} {mode}", fsdp=fsdp, **{**keys, **TWO})
         for name, keys in FORMS.items()
         for mode, fsdp in layouts.items()
     }
-    noisy = [config_of(folder, f"noise {mode}", fsdp=fsdp, **NOISY) for mode, fsdp in layouts.items()]
-    train(2, [*two.values(), *noisy])
+    train(2, list(two.values()))
     for (name, _), config in two.items():
         same(runs.rows(config), runs.rows(alone[name]))
-    same(*map(runs.rows, noisy))
-    assert runs.rows(noisy[0])[0]["loss"] != runs.rows(alone["dft"])[0]["loss"]
+
+
+@pytest.mark.exhaustive
+def test_load_balancing_is_the_same_in_every_layout_also_where_activations_are_recomputed(folder):
+    balanced = {"model_name_or_path": str(folder / "moe"), "moe_aux_loss_coef": 0.5, "per_device_train_batch_size": 4,
+                "weight_scope": "step"}  # fmt: skip
+    recomputing = {**balanced, "disable_gradient_checkpointing": False}
+    alone = config_of(folder, "experts 1", gradient_accumulation_steps=2, **balanced)
+    without = config_of(folder, "experts unbalanced", **{**balanced, "moe_aux_loss_coef": 0, "max_steps": 1})
+    layouts = ({"ddp_find_unused_parameters": True}, {"fsdp": "full_shard"})
+    two = [config_of(folder, f"experts two {i}", **recomputing, **keys) for i, keys in enumerate(layouts)]
+    train(1, [alone, without])
+    train(2, two)
+    for config in two:
+        same(runs.rows(config), runs.rows(alone))
+    assert runs.rows(alone)[0]["objective"] > runs.rows(without)[0]["objective"] + 0.4
+
+
+def evaluated(config):
+    run, trainer = build_run(config)
+    with run.held:
+        before = torch.get_rng_state()
+        results = trainer.evaluate()
+        trainer.loader.close()
+        return results, bool(torch.equal(torch.get_rng_state(), before))
+
+
+@pytest.mark.exhaustive
+def test_evaluations_answer_prompts_alike_on_every_layout_and_leave_the_random_state_alone(folder):
+    keys = {
+        "stage": "sft", "template": "default", "dataset": "sft", "eval_dataset": "sft", "max_samples": 5, "mixer": None,
+        "update_step": None, "update_times": None, "predict_with_generate": True, "max_new_tokens": 6, "cutoff_len": 64,
+        "eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "rouge-l", "early_stopping_steps": 3,
+        "per_device_eval_batch_size": 2,
+    }  # fmt: skip
+    ((alone, untouched),) = runs.train_many(1, [config_of(folder, "answers", **keys)], run=evaluated)
+    assert untouched and {"eval_loss", "eval_rouge-1", "eval_rouge-2", "eval_rouge-l", "eval_bleu-4"} <= set(alone)
+    two = [config_of(folder, f"answers {fsdp}", fsdp=fsdp, **keys) for fsdp in (None, "full_shard")]
+    for results, untouched in runs.train_many(2, two, run=evaluated):
+        assert untouched and results == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.exhaustive

@@ -52,10 +52,11 @@ def generate_answers(
 
 def _step(runner: FSDPModelRunner, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
     """([n, V] float32 logits of the next token on the CPU, the cache)."""
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    if runner.records_routers(runner.module):
+        inputs["output_router_logits"] = False
     with runner.autocast():
-        outputs = runner.module(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
+        outputs = runner.module(**inputs, past_key_values=cache, use_cache=True)
     return outputs.logits[:, -1].float().cpu(), outputs.past_key_values
 
 

@@ -63,7 +63,7 @@ class FSDPModelRunner:
     def logits_of(self, module: nn.Module, batch: Batch) -> Tensor:
         """The same of another module that takes what this one takes."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
-        if getattr(getattr(unwrap(module), "config", None), "output_router_logits", False):
+        if self.records_routers(module):
             inputs["output_router_logits"] = (
                 False  # see auxiliary_loss; the model itself cannot tell padding when packed
             )
@@ -73,6 +73,11 @@ class FSDPModelRunner:
         # Unpacked rows are padded on the right: under causal attention no token sees the padding, so no mask is needed.
         with self.autocast():
             return module(**inputs).logits
+
+    @staticmethod
+    def records_routers(module: nn.Module) -> bool:
+        """Whether a Hugging Face model gives its routers' outputs, and a loss of them, unless it is told not to."""
+        return bool(getattr(getattr(unwrap(module), "config", None), "output_router_logits", False))
 
     def token_losses(self, batch: Batch) -> Tensor:
         """[b, S] float32 cross-entropy, differentiable, 0 where there is no target."""
