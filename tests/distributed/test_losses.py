@@ -51,7 +51,7 @@ def train(world, configs):
 
 def test_a_run_of_each_form_is_evaluated_by_cross_entropy_and_resumes_bit_equal(folder):
     saving = {"save_strategy": "steps", "save_steps": 2, **EVALUATES, "compute_accuracy": True}
-    chosen = {"dft": FORMS["dft"], "asft of an adapter": FORMS["asft of an adapter"], "noise": NOISY}
+    chosen = {"dft": {**FORMS["dft"], **NOISY}, "asft of an adapter": FORMS["asft of an adapter"]}
     configs = [config_of(folder, f"{name} whole", **saving, **keys) for name, keys in chosen.items()]
     printed = [stderr for _, stderr in train(1, configs)]
     resumed = [config_of(folder, f"{name} resumed", **saving, **keys) for name, keys in chosen.items()]
