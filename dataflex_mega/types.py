@@ -30,11 +30,14 @@ class Batch:
     domain_ids: Tensor  # [n] int64, 0..k-1
     is_packed: bool = False  # whether a row may hold several samples, so attention needs `segment_ids`
     reference_losses: Tensor | None = None  # [b, S] float32 token losses of the reference model, aligned with `labels`
+    # Further inputs of the model by name, such as the pixels of images; see llamafactory.media
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         moved = {name: value.to(device, non_blocking=True) for name, value in self.tensors().items()}
-        return Batch(**moved, is_packed=self.is_packed)
+        extra = {name: value.to(device, non_blocking=True) for name, value in self.extra.items()}
+        return Batch(**moved, is_packed=self.is_packed, extra=extra)
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are tensors, by name; without `reference_losses` where there are none."""

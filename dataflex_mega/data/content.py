@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import xxhash
 
+from dataflex_mega.data.media import media_hash, media_of
 from dataflex_mega.data.pool import RowSource, SamplePool
 
 BLOCK_ROWS = 4096
@@ -51,7 +52,7 @@ def content_hashes(
 
 
 def block_hash(rows: RowSource, first: int) -> str:
-    """XXH3-128 of the rows of one block: their lengths, their tokens, their labels."""
+    """XXH3-128 of the rows of one block: their lengths, their tokens, their labels, and their media where rows have any."""
     stop = min(first + BLOCK_ROWS, len(rows))
     if isinstance(rows, BlockSource):
         parts = rows.read_block(first, stop)
@@ -62,4 +63,6 @@ def block_hash(rows: RowSource, first: int) -> str:
     xxh = xxhash.xxh3_128()
     for part in parts:
         xxh.update(np.ascontiguousarray(part, dtype=np.int64).data)
+    for media in media_of(rows, np.arange(first, stop)) or ():
+        xxh.update(media_hash(media))
     return xxh.hexdigest()

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
+from dataflex_mega.data.media import NO_MEDIA, Media, media_hash, media_kinds, media_of
 from dataflex_mega.errors import DataError
 
 ROWS_PER_READ = 1024  # while all rows of a domain are hashed
@@ -49,6 +50,12 @@ class RowSlice:
     def fetch(self, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         return self.rows.fetch(rows + self.first)
 
+    def media_kinds(self) -> tuple[str, ...]:
+        return media_kinds(self.rows)
+
+    def media(self, rows: np.ndarray) -> list[Media]:
+        return media_of(self.rows, rows + self.first) or [NO_MEDIA] * len(rows)
+
 
 @dataclass(frozen=True)
 class Domain:
@@ -68,6 +75,7 @@ class Sample:
     labels: np.ndarray  # [length] int64, aligned with input_ids
     # [length] float32: at position s the reference model's loss of token s + 1; 0 at the last position
     reference_losses: np.ndarray | None = None
+    media: Media = NO_MEDIA  # images, videos and audio, whose placeholders are among the input_ids
 
 
 class SamplePool:
@@ -106,14 +114,15 @@ class SamplePool:
         for d in np.unique(domain_ids):
             positions = np.flatnonzero(domain_ids == d)
             fetched = self.domains[d].rows.fetch(rows[positions])
-            for position, (input_ids, labels) in zip(positions, fetched, strict=True):
+            media = media_of(self.domains[d].rows, rows[positions]) or [NO_MEDIA] * len(positions)
+            for position, (input_ids, labels), of_row in zip(positions, fetched, media, strict=True):
                 sample_id, losses = int(ids[position]), all_losses[position]
                 if losses is not None and len(losses) != len(input_ids):
                     raise DataError(
                         f"{self.describe(sample_id)}: {len(input_ids)} tokens but {len(losses)} reference losses; "
                         "build the reference again"
                     )
-                samples[position] = Sample(sample_id, int(d), input_ids, labels, losses)
+                samples[position] = Sample(sample_id, int(d), input_ids, labels, losses, of_row)
         return [sample for sample in samples if sample is not None]
 
     def partition(self, sizes: Sequence[int]) -> list[SamplePool]:
@@ -141,11 +150,12 @@ class SamplePool:
         for domain in self.domains:
             xxh = xxhash.xxh3_128()
             for first in range(0, len(domain.rows), ROWS_PER_READ):
-                for input_ids, labels in domain.rows.fetch(
-                    np.arange(first, min(first + ROWS_PER_READ, len(domain.rows)))
-                ):
+                rows = np.arange(first, min(first + ROWS_PER_READ, len(domain.rows)))
+                for input_ids, labels in domain.rows.fetch(rows):
                     xxh.update(len(input_ids).to_bytes(8, "little"))
                     xxh.update(input_ids.tobytes())
                     xxh.update(labels.tobytes())
+                for media in media_of(domain.rows, rows) or ():
+                    xxh.update(media_hash(media))
             hashes[domain.name] = xxh.hexdigest()
         return hashes

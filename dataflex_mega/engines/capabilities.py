@@ -19,6 +19,7 @@ class Capability:
     ALL_HIDDEN_STATES = "hidden_states:all_layers"  # the same of any layer
     PER_SAMPLE = "per_sample"  # Engine.per_sample
     GENERATION = "generation"  # Engine.generate
+    MEDIA = "media"  # batches with images, video or audio in Batch.extra
 
     @classmethod
     def all(cls) -> frozenset[str]:
@@ -36,6 +37,7 @@ DESCRIPTIONS = {
     Capability.ALL_HIDDEN_STATES: "hidden states of any layer",
     Capability.PER_SAMPLE: "logits of single samples",
     Capability.GENERATION: "generation",
+    Capability.MEDIA: "images, videos and audio",
 }
 
 

@@ -18,18 +18,20 @@ from typing import Any
 import numpy as np
 
 import dataflex_mega.data.dataset_info as dataset_info
+from dataflex_mega.data.media import NO_MEDIA, Media, media_kinds
 from dataflex_mega.data.pool import Domain, RowSource
 from dataflex_mega.errors import DataError, did_you_mean
-from dataflex_mega.llamafactory import raw_rows
+from dataflex_mega.llamafactory import media_rows, raw_rows
 from dataflex_mega.llamafactory.args import LFArgs, first_line
 from dataflex_mega.llamafactory.raw_rows import RawRows
 from dataflex_mega.types import IGNORE_INDEX
 
 DOMAIN, ROW = "dataflex_domain", "dataflex_row"
-MEDIA = ("images", "videos", "audios")
 ROWS_PER_COUNT = 10_000  # while target tokens are counted
 # What LLaMA-Factory and `datasets` raise for rows that they cannot use.
-FAILURES = (ValueError, KeyError, RuntimeError, StopIteration, TypeError, IndexError, AttributeError)
+FAILURES = (
+    ValueError, KeyError, RuntimeError, StopIteration, TypeError, IndexError, AttributeError, OSError, SyntaxError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,14 @@ class DataBundle:
     notes: tuple[str, ...] = ()  # what to say of the rows
     eval_names: tuple[str, ...] = ()  # datasets that the one evaluation set is made of; none with val_size
 
+    @property
+    def media(self) -> dict[str, tuple[str, ...]]:
+        """Name -> images, videos, audios, of the training and evaluation sets that have any."""
+        rows = {domain.name: domain.rows for domain in self.domains} | {
+            name or "eval": rows for name, rows in self.evaluation.items()
+        }
+        return {name: kinds for name, source in rows.items() if (kinds := media_kinds(source))}
+
 
 class DatasetRows:
     """Rows of a tokenized Hugging Face dataset as (input_ids, labels) arrays; memory-mapped, nothing is copied ahead."""
@@ -48,6 +58,8 @@ class DatasetRows:
     def __init__(self, dataset: Any) -> None:
         columns = [name for name in ("input_ids", "labels") if name in dataset.column_names]
         self._dataset = dataset.select_columns(columns).with_format("arrow")
+        self._kinds = media_rows.kinds_of(dataset)
+        self._media = dataset.select_columns(list(self._kinds)).with_format("arrow") if self._kinds else None
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -63,6 +75,14 @@ class DatasetRows:
             # leaves out all tokens that equal the padding token, which for many tokenizers is the end of a document.
             labels = inputs
         return list(zip(inputs, labels, strict=True))
+
+    def media_kinds(self) -> tuple[str, ...]:
+        """Which of images, videos and audios some row has."""
+        return self._kinds
+
+    def media(self, rows: np.ndarray) -> list[Media]:
+        """[n] row numbers -> their images, videos and audio."""
+        return [NO_MEDIA] * len(rows) if self._media is None else media_rows.read_media(self._media, rows)
 
     def read_block(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows first .. stop - 1 -> (their lengths, all their input_ids, all their labels), int64."""
@@ -176,6 +196,7 @@ class _Loader:
         if raw is not None:
             raw.check_columns()
             self.notes += raw.check_texts()
+            media_rows.check_media(raw, self.args, self.template, self.tokenizer_module.get("processor"))
         data_args = copy.copy(self.args.data)  # never dataclasses.replace: its __post_init__ shortens cutoff_len again
         data_args.dataset, data_args.eval_dataset, data_args.val_size = [name], None, 0.0
         if self.args.finetuning.stage == "sft":
@@ -189,15 +210,13 @@ class _Loader:
                     self.template, self.args.model, data_args, self.args.training, stage=stage, **self.tokenizer_module
                 )
         except FAILURES as error:
-            raise DataError(f"dataset {name!r}: {diagnose(raw, error)}") from error
+            problem = raw and media_rows.first_media_problem(raw, self.args, decode=True)
+            raise DataError(f"dataset {name!r}: {problem or diagnose(raw, error)}") from error
         rows: Any = data["train_dataset"]  # type: ignore[typeddict-item]  # not streaming, so a datasets.Dataset
         if raw is not None and (note := raw.dropped_note(len(rows))):
             self.notes.append(note)
         if len(rows) == 0:
             raise DataError(f"dataset {name!r}: no usable rows")
-        for column in MEDIA:
-            if column in rows.column_names and any(value is not None for value in rows[: min(len(rows), 100)][column]):
-                raise DataError(f"dataset {name!r}: {column} are not supported in dynamic training")
         return rows
 
 

@@ -32,6 +32,13 @@ def load_tokenizer(args: LFArgs) -> tuple[dict[str, Any], Any]:
     return dict(module), template
 
 
+def save_tokenizer(module: dict[str, Any], folder: Path) -> None:
+    """Write the tokenizer, and the processor of a model that takes images, videos or audio."""
+    module["tokenizer"].save_pretrained(folder)
+    if module.get("processor") is not None:
+        module["processor"].save_pretrained(folder)
+
+
 def check_template(name: str | None) -> None:
     """Raises ConfigError for a template that LLaMA-Factory does not have, with the nearest that it has."""
     from llamafactory.data.template import TEMPLATES

@@ -89,7 +89,7 @@ def preview_model(key: str, source: str, config: Any, options: dict[str, Any], l
     config = copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:
         return None
-    auto = _auto_class(config)
+    auto = auto_class(config)
     try:
         with _quiet():
             if not loads_weights:
@@ -118,7 +118,7 @@ def damaged_file(source: str) -> str | None:
     return None
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """Which of transformers' classes LLaMA-Factory loads such a model with."""
     import transformers
 
@@ -205,7 +205,10 @@ def _check_length(args: LFArgs, config: Any, model: Any) -> list[str]:
 
 def check_positions(length: int, config: Any, model: Any, name: str) -> bool:
     """Whether a model has a table of positions. Raises ConfigError when it is shorter than rows of `length` tokens."""
-    limit, table = _table_of_positions(config.get_text_config(), model)
+    text = config.get_text_config()
+    if model is not None and text is not config:  # the positions of an image tower are those of its patches
+        model = model.get_decoder()
+    limit, table = _table_of_positions(text, model)
     width = -(-length // PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE
     if limit is not None and width > limit:
         padded = "" if width == length else f" (rows are padded to {width})"

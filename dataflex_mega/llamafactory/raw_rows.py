@@ -62,7 +62,7 @@ class RawRows:
         columns = [column for column in columns if column]
         if not columns:
             return []
-        blank = np.ones(self._num_checked(), dtype=bool)
+        blank = np.ones(self.num_checked(), dtype=bool)
         for column in columns:
             blank &= self._blank(column)
         if not blank.any():
@@ -96,7 +96,7 @@ class RawRows:
     def _text_keys(self) -> tuple[str, ...]:
         return ("prompt", "query") if self.attributes.formatting == "alpaca" else ()
 
-    def _num_checked(self) -> int:
+    def num_checked(self) -> int:
         """Rows that may be trained: all of them where a random sample is drawn."""
         return len(self.rows) if self.attributes.num_samples is not None else min(self.num_used, len(self.rows))
 
@@ -106,7 +106,7 @@ class RawRows:
         import pyarrow.compute
 
         compute: Any = pyarrow.compute  # its functions are made when it is imported
-        parts, count = [], self._num_checked()
+        parts, count = [], self.num_checked()
         table = self.rows.select_columns([column]).with_format("arrow")
         for first in range(0, count, 10_000):
             values = table[first : min(first + 10_000, count)][column]
@@ -132,7 +132,7 @@ class RawRows:
         return text if len(text) <= 60 else f"{text[:60]}..."
 
     def _numbered(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        for row in range(self._num_checked()):
+        for row in range(self.num_checked()):
             yield row, self.rows[row]
 
 

@@ -21,6 +21,7 @@ from dataflex_mega.run.assemble import assemble
 from dataflex_mega.run.corpus_check import start_check
 from dataflex_mega.run.data import RunData
 from dataflex_mega.run.effects import notes_on_effects
+from dataflex_mega.run.media import check_signals
 from dataflex_mega.run.outputs import OutputOptions
 from dataflex_mega.run.resume import ResumePoint
 from dataflex_mega.run.roles import RunRoles
@@ -94,6 +95,7 @@ def build_engine(run: PreparedRun) -> Engine:
                     )
     tokenizer, num_domains = run.session.tokenizer, len(run.data.pool.sizes)
     engine = run.session.engine_builder.build_engine(tokenizer, num_domains, run.schedule.max_steps, options)
+    check_signals(run.roles, engine)
     set_timeouts(
         timeout_of(run.session.config.llamafactory) or DEFAULT_TIMEOUT
     )  # of the groups that the model has made

@@ -12,11 +12,11 @@ from dataflex_mega.data.collate import collate
 from dataflex_mega.data.pool import Domain, ReferenceLosses, SamplePool
 from dataflex_mega.engines.base import Engine
 from dataflex_mega.errors import ConfigError, UserError
-from dataflex_mega.llamafactory.args import LFArgs
 from dataflex_mega.llamafactory.data import DataBundle, load_data
 from dataflex_mega.providers.context import SignalContext, split_targets
 from dataflex_mega.providers.registry import display_name, needs_targets
 from dataflex_mega.run import corpus
+from dataflex_mega.run.media import media_collator, packs_rows
 from dataflex_mega.run.offline_files import check_files
 from dataflex_mega.run.roles import RunRoles
 from dataflex_mega.run.session import Session
@@ -47,7 +47,8 @@ class RunData:
         check_files(roles, pool)
         pad_id = session.tokenizer.pad_token_id if session.tokenizer.pad_token_id is not None else 0
         pack_length = args.data.cutoff_len if packs_rows(args) else None
-        return cls(pool, evaluation, partial(collate, pad_id=pad_id, pack_length=pack_length))
+        make_batch = media_collator(session, roles, bundle, pad_id)
+        return cls(pool, evaluation, make_batch or partial(collate, pad_id=pad_id, pack_length=pack_length))
 
     def with_references(self, losses: ReferenceLosses | None) -> RunData:
         """The same data with token losses of a reference model beside the samples."""
@@ -79,11 +80,6 @@ def check_rows(bundle: DataBundle, cutoff_len: int) -> list[str]:
     notes = targets.check_targets("dataset", training, cutoff_len)
     notes += targets.check_targets("eval_dataset", held_out, cutoff_len)
     return [*targets.summary(training), *(f"note: {note}" for note in notes)]
-
-
-def packs_rows(args: LFArgs) -> bool:
-    """Whether samples share rows when a batch is made."""
-    return args.finetuning.stage == "sft" and bool(args.data.packing or args.data.neat_packing)
 
 
 def check_targets(roles: RunRoles, evaluation: Mapping[str, SamplePool]) -> None:

@@ -21,7 +21,7 @@ from dataflex_mega.llamafactory.debugging import watch_for_overflow
 from dataflex_mega.llamafactory.frozen_model import build_frozen_model
 from dataflex_mega.llamafactory.model import build_model, freeze_gates
 from dataflex_mega.llamafactory.optim import build_optimizer, build_scheduler
-from dataflex_mega.run.data import packs_rows
+from dataflex_mega.run.media import packs_rows
 from dataflex_mega.run.step_options import build_step_options
 
 

@@ -9,6 +9,7 @@ import dataflex_mega.plots as plots
 from dataflex_mega.control import contracts
 from dataflex_mega.errors import cause_of
 from dataflex_mega.files import published_model
+from dataflex_mega.llamafactory.model import save_tokenizer
 from dataflex_mega.run.averages import write_averages
 from dataflex_mega.run.data import RunData
 from dataflex_mega.run.roles import RunRoles
@@ -60,7 +61,7 @@ def write_results(
         return
     if options.export:
         with published_model(folder) as temporary:
-            session.tokenizer.save_pretrained(temporary)
+            save_tokenizer(session.tokenizer_module, temporary)
     problems: list[str] = []
     if options.plots and session.args.finetuning.plot_loss:
         with report_failure("plot_loss", problems):

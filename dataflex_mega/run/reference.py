@@ -20,7 +20,7 @@ from dataflex_mega.engines.fsdp.parallel import parallelize, read_layout
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
 from dataflex_mega.errors import CheckpointError, ConfigError
 from dataflex_mega.llamafactory.args import first_line
-from dataflex_mega.llamafactory.model_checks import UNREADABLE, check_positions, preview_model
+from dataflex_mega.llamafactory.model_checks import UNREADABLE, auto_class, check_positions, preview_model
 from dataflex_mega.locks import FolderLock
 from dataflex_mega.run import reference_model
 from dataflex_mega.run.data import RunData
@@ -181,7 +181,7 @@ def _check_reference(session: Session, source: str) -> None:
 def _load(session: Session, source: Path, dtype: torch.dtype) -> Any:
     """The model in the precision that the run computes in. Raises ConfigError when its tokens are not the run's."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     tokenizer: Any = session.tokenizer
     trust, of_adapter = bool(session.args.model.trust_remote_code), reference_model.is_adapter(source)
@@ -189,7 +189,8 @@ def _load(session: Session, source: Path, dtype: torch.dtype) -> Any:
     _check_reference(session, base)
     try:
         options: dict[str, Any] = {"dtype": torch.float32 if of_adapter else dtype, "trust_remote_code": trust}
-        model: Any = AutoModelForCausalLM.from_pretrained(base, **options)
+        auto = auto_class(AutoConfig.from_pretrained(base, trust_remote_code=trust))
+        model: Any = auto.from_pretrained(base, **options)
         if of_adapter:
             model = PeftModel.from_pretrained(model, str(source)).merge_and_unload().to(dtype)  # type: ignore[operator]
     except torch.OutOfMemoryError:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import dataflex_mega.objective as objective
 from dataflex_mega.engines.fsdp.gradient_scorer import ADAM_OPTIMIZERS, full_tensor, mark_graph_entry
+from dataflex_mega.engines.fsdp.language_model import check_only_tokens_train
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.signals.per_sample_gradients import AdamMoments, trained_linears
@@ -29,6 +30,7 @@ class FSDPFeatureMaker:
             name = type(optimizer).__name__
             raise ConfigError(f"gradient_type: adam needs optim: adamw_torch, found {name}; use gradient_type: sgd")
         self.runner, self.optimizer, self.spec, self.adam = runner, optimizer, spec, adam
+        check_only_tokens_train(runner.model)
         runner.reshard()
         self.linears = trained_linears(runner.model)
         if not self.linears:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import dataflex_mega.objective as objective
 from dataflex_mega.engines.fsdp.experts import WEIGHTS, ExpertGradientHooks, trained_experts
+from dataflex_mega.engines.fsdp.language_model import check_only_tokens_train
 from dataflex_mega.engines.fsdp.parallel import set_gradient_sync
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
 from dataflex_mega.engines.layer_cache import CACHE_BYTES, LayerCache
@@ -67,6 +68,7 @@ class FSDPGradientScorer:
             name = type(optimizer).__name__
             raise ConfigError(f"gradient_type: adam needs optim: adamw_torch, found {name}; use gradient_type: sgd")
         self.runner, self.optimizer, self.adam = runner, optimizer, adam
+        check_only_tokens_train(runner.model)
         runner.reshard()
         self.linears, self.experts = trained_linears(runner.model), trained_experts(runner.model)
         # The optimizer's parameters. Inside a pass, FSDP2 shows a module its gathered weight instead.

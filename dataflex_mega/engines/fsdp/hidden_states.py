@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dataflex_mega.engines.fsdp.language_model import language_model_of
 from dataflex_mega.engines.fsdp.parallel import layer_class_names
 from dataflex_mega.errors import ConfigError
 
@@ -37,9 +38,9 @@ def capture_hidden_states(model: Any, layers: Sequence[int]) -> Iterator[dict[in
 
 
 def layers_of(model: Any) -> list[nn.Module]:
-    """The repeated blocks of a Hugging Face model, in order."""
+    """The repeated blocks of a Hugging Face model, in order; of one with a tower for images, those of its language model."""
     names = set(layer_class_names(model))
-    return [module for module in model.modules() if type(module).__name__ in names]
+    return [module for module in language_model_of(model).modules() if type(module).__name__ in names]
 
 
 def module_of_hidden_state(model: Any, layer: int) -> nn.Module:

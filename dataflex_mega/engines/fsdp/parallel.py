@@ -13,6 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.nn.parallel import DistributedDataParallel
 
 from dataflex_mega.distributed.parallel_info import ParallelInfo
+from dataflex_mega.engines.fsdp.language_model import trains_outside
 from dataflex_mega.engines.fsdp.precision import LossScale
 from dataflex_mega.errors import ConfigError, did_you_mean
 
@@ -149,7 +150,8 @@ def parallelize(model: nn.Module, layout: FSDPLayout, parallel_info: ParallelInf
     model.to(parallel_info.device)
     if layout.mode == "ddp":
         ids = [parallel_info.device.index] if parallel_info.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, **layout.ddp)
+        options = {"find_unused_parameters": trains_outside(model), **layout.ddp}
+        return DistributedDataParallel(model, device_ids=ids, **options)
     return model
 
 

@@ -70,6 +70,7 @@ class FSDPModelRunner:
         if batch.is_packed:
             inputs["position_ids"] = batch.position_ids
             inputs["attention_mask"] = self.attention_kinds.mask(batch, self.layout.dtype)
+        inputs.update(self._further_inputs(batch))
         # Unpacked rows are padded on the right: under causal attention no token sees the padding, so no mask is needed.
         with self.autocast():
             return module(**inputs).logits
@@ -78,6 +79,14 @@ class FSDPModelRunner:
     def records_routers(module: nn.Module) -> bool:
         """Whether a Hugging Face model gives its routers' outputs, and a loss of them, unless it is told not to."""
         return bool(getattr(getattr(unwrap(module), "config", None), "output_router_logits", False))
+
+    def _further_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Pixels and what else belongs to them, in the precision of the computation."""
+        low = self.layout.precision != "fp32"
+        return {
+            name: value.to(self.layout.dtype) if low and value.is_floating_point() and value.dim() > 1 else value
+            for name, value in batch.extra.items()
+        }
 
     def token_losses(self, batch: Batch) -> Tensor:
         """[b, S] float32 cross-entropy, differentiable, 0 where there is no target."""
