@@ -40,7 +40,11 @@ def capture_hidden_states(model: Any, layers: Sequence[int]) -> Iterator[dict[in
 def layers_of(model: Any) -> list[nn.Module]:
     """The repeated blocks of a Hugging Face model, in order; of one with a tower for images, those of its language model."""
     names = set(layer_class_names(model))
-    return [module for module in language_model_of(model).modules() if type(module).__name__ in names]
+    return [
+        module
+        for module in language_model_of(model).modules()
+        if type(module).__name__.removeprefix("FSDP") in names  # fully_shard makes a class of this name from a layer's
+    ]
 
 
 def module_of_hidden_state(model: Any, layer: int) -> nn.Module:
