@@ -23,6 +23,7 @@ from dataflex_mega.data.pool import Domain, RowSource
 from dataflex_mega.errors import DataError, did_you_mean
 from dataflex_mega.llamafactory import media_rows, raw_rows
 from dataflex_mega.llamafactory.args import LFArgs, first_line
+from dataflex_mega.llamafactory.processors import check_processor
 from dataflex_mega.llamafactory.raw_rows import RawRows
 from dataflex_mega.types import IGNORE_INDEX
 
@@ -128,6 +129,7 @@ def load_data(args: LFArgs, tokenizer_module: dict[str, Any], template: Any) -> 
     """Tokenize and split. Raises DataError naming the dataset that is unknown, missing, broken or empty."""
     names = check_names(args.data.dataset, args.data.dataset_dir)
     eval_names = check_names(args.data.eval_dataset, args.data.dataset_dir)
+    check_processor(args, tokenizer_module, template)
     load = _Loader(args, tokenizer_module, template)
     if args.data.tokenized_path is not None:
         raise DataError("tokenized_path is not supported in dynamic training yet: it would lose which row is which")

@@ -33,12 +33,6 @@ UNSUPPORTED = {
 }
 
 
-def takes_media(template: Any) -> bool:
-    """Whether a template has a place for images, videos or audio."""
-    plugin = template.mm_plugin
-    return any(getattr(plugin, f"{kind}_token") is not None for kind in ("image", "video", "audio"))
-
-
 @dataclass(frozen=True)
 class MediaCollator:
     """Samples -> one micro-batch with the model's further inputs in `Batch.extra`. Called by the loader's threads."""

@@ -14,7 +14,8 @@ import numpy as np
 
 from dataflex_mega.data.media import Media
 from dataflex_mega.errors import ConfigError, DataError
-from dataflex_mega.llamafactory.args import LFArgs, first_line
+from dataflex_mega.llamafactory.args import FAILURES, LFArgs, first_line
+from dataflex_mega.llamafactory.processors import ImagesAlone
 from dataflex_mega.llamafactory.raw_rows import RawRows
 
 KINDS = {"images": "image", "videos": "video", "audios": "audio"}
@@ -66,13 +67,31 @@ def _check_kind(raw: RawRows, kind: str, args: LFArgs, template: Any, processor:
     where, one = f"dataset {raw.name!r}: {raw.where(first)} has {kind}", KINDS[kind]
     if getattr(template.mm_plugin, f"{one}_token") is None:
         raise ConfigError(f"template: {args.data.template} takes no {kind}, and {where}; use the template of the model")
-    if kind == "videos" and getattr(processor, "video_processor", None) is None:
-        raise ConfigError(f"{where}: the model's processor has no part for videos")
+    if kind == "videos" and (getattr(processor, "video_processor", None) is None or isinstance(processor, ImagesAlone)):
+        remedy = "; pip install 'dataflex_mega[vision]'" if isinstance(processor, ImagesAlone) else ""
+        raise ConfigError(f"{where}: the model's processor has no part for videos that can be loaded{remedy}")
+    if kind == "images":
+        _check_fit(args, template, processor)
     names_file = isinstance(next(items for row, items in _items(raw, kind, args) if items)[0], str)
     if kind == "videos" and names_file and find_spec("av") is None:
         raise ConfigError(f"{where}: LLaMA-Factory reads them with av, which is not installed; pip install av")
     if kind == "audios" and not _has_torchaudio():
         raise ConfigError(f"{where}: LLaMA-Factory reads them with torchaudio, and none is installed that works")
+
+
+def _check_fit(args: LFArgs, template: Any, processor: Any) -> None:
+    """Raises ConfigError when a template does not know what to do with the processor of the model."""
+    from llamafactory.extras.constants import IMAGE_PLACEHOLDER
+    from PIL import Image
+
+    messages, images = [{"role": "user", "content": IMAGE_PLACEHOLDER}], [Image.new("RGB", (64, 64), "white")]
+    try:
+        template.mm_plugin.process_messages(messages, images, [], [], processor)
+    except FAILURES as error:
+        name = type(processor).__name__
+        raise ConfigError(
+            f"template: {args.data.template} does not fit the model, whose processor is {name}: {first_line(error)}"
+        ) from error
 
 
 def _has_torchaudio() -> bool:
@@ -145,7 +164,7 @@ def _item_problem(item: Any, kind: str, args: LFArgs, decode: bool) -> str | Non
         item if isinstance(item, str) else item.get("path") if isinstance(item, dict) and not item.get("bytes") else ""
     )
     if path is None or item is None or (path and not Path(path).is_file()):
-        return f"{KINDS[kind]} {path or item!r} not found in media_dir {args.data.media_dir}"
+        return f"{KINDS[kind]} {path or item} not found in media_dir {args.data.media_dir}"
     return _image_problem(path or item, decode) if kind == "images" else None
 
 

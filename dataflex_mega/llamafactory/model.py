@@ -12,6 +12,7 @@ import torch
 from dataflex_mega.errors import ConfigError, did_you_mean
 from dataflex_mega.llamafactory.args import LFArgs, first_line
 from dataflex_mega.llamafactory.model_checks import UNREADABLE, read_config
+from dataflex_mega.llamafactory.processors import complete_processor
 
 
 def load_tokenizer(args: LFArgs) -> tuple[dict[str, Any], Any]:
@@ -29,7 +30,9 @@ def load_tokenizer(args: LFArgs) -> tuple[dict[str, Any], Any]:
         cause = error.__cause__ if isinstance(error, OSError) and error.__cause__ is not None else error
         message = f"model_name_or_path {args.model.model_name_or_path!r}: tokenizer: {first_line(cause)}"
         raise ConfigError(message) from error
-    return dict(module), template
+    found = dict(module)
+    complete_processor(args, found, template)
+    return found, template
 
 
 def save_tokenizer(module: dict[str, Any], folder: Path) -> None:

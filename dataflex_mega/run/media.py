@@ -6,10 +6,12 @@ from dataflex_mega.engines.base import Engine
 from dataflex_mega.engines.capabilities import Capability, capabilities_of, describe_missing
 from dataflex_mega.engines.fsdp.language_model import check_only_tokens_train
 from dataflex_mega.errors import ConfigError
+from dataflex_mega.llamafactory import predict
 from dataflex_mega.llamafactory.args import LFArgs
 from dataflex_mega.llamafactory.data import DataBundle
-from dataflex_mega.llamafactory.media import MediaCollator, check_cut_rows, takes_media
+from dataflex_mega.llamafactory.media import MediaCollator, check_cut_rows
 from dataflex_mega.llamafactory.model_checks import read_config
+from dataflex_mega.llamafactory.processors import ImagesAlone, takes_media
 from dataflex_mega.providers.registry import display_name, find_provider
 from dataflex_mega.run.roles import RunRoles
 from dataflex_mega.run.session import Session
@@ -28,6 +30,13 @@ def media_collator(session: Session, roles: RunRoles, bundle: DataBundle, pad_id
     Raises ConfigError where they cannot be trained, DataError for rows that end in the middle of them.
     """
     args, media = session.args, bundle.media
+    if predict.is_requested(session.config.llamafactory) and isinstance(
+        session.tokenizer_module["processor"], ImagesAlone
+    ):
+        raise ConfigError(
+            "do_predict, predict_with_generate: LLaMA-Factory needs the whole processor of the model, whose part for videos "
+            "needs torchvision; pip install 'dataflex_mega[vision]'"
+        )
     if not media and not _trains_tower(session):
         return None
     for name, kinds in media.items():

@@ -89,3 +89,30 @@ def make_tokenizer(*tokens):
     tokenizer = demo.make_tokenizer(texts + [SYSTEM] * 4, 420)
     tokenizer.add_special_tokens({"additional_special_tokens": [demo.START_TURN, demo.END_TURN, IMAGE_TOKEN, *tokens]})
     return tokenizer
+
+
+def write_qwen(folder, seed=0):
+    """A tiny Qwen2-VL, whose positions are those of a picture's grid, without what makes videos."""
+    import torch
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    names = ("vision_start", "vision_end", "image_pad", "video_pad")
+    tokenizer = make_tokenizer(*(f"<|{name}|>" for name in names))
+    ids = dict(zip(names, tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in names]), strict=True))
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+    }  # fmt: skip
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": PATCH, "mlp_ratio": 2}
+    config = Qwen2VLConfig(
+        text_config=text, vision_config=vision, image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"], tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=IMAGE_SIZE * IMAGE_SIZE).save_pretrained(folder)
