@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataflex_mega.config.fate import Fate, Switch, acts, acts_with, noted, refused, takes
+from dataflex_mega.config.fate import Fate, Switch, acts, acts_with, refused, takes
 from dataflex_mega.config.fates_model import GENERATION
 
 _PROPORTIONS = "mixer: static with init_mixture_proportions draws in proportions"
@@ -12,9 +12,8 @@ DATA_FATES: dict[str, Fate] = {
         "template", "dataset", "eval_dataset", "dataset_dir", "cutoff_len", "train_on_prompt", "mask_history",
         "overwrite_cache", "preprocessing_batch_size", "preprocessing_num_workers", "max_samples", "val_size",
         "eval_on_each_dataset", "packing", "neat_packing", "tool_format", "default_system", "enable_thinking",
-        "preserve_thinking", "data_shared_file_system",
+        "preserve_thinking", "data_shared_file_system", "media_dir",
     ),
-    "media_dir": noted("dynamic training takes no images, videos or audio"),
     "streaming": refused("samples must be reachable by number"),
     **acts_with(Switch(("streaming",)), {"buffer_size": 16384}),
     "mix_strategy": takes(("concat",), _PROPORTIONS),

@@ -9,7 +9,6 @@ KTRANSFORMERS = Switch(("use_kt",))
 NEW_TOKENS = Switch(("resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config"))
 GENERATION = Switch(("do_predict", "predict_with_generate"))
 _SERVING = "llamafactory-cli export, chat and api read it"
-_MEDIA = "dynamic training takes no images, videos or audio"
 
 MODEL_FATES: dict[str, Fate] = {
     # which model, and how it is read
@@ -39,16 +38,11 @@ MODEL_FATES: dict[str, Fate] = {
         },
     ),
     # media
-    "image_max_pixels": noted(_MEDIA, 589824),
-    "image_min_pixels": noted(_MEDIA, 1024),
-    "image_do_pan_and_scan": noted(_MEDIA),
-    "crop_to_patches": noted(_MEDIA),
-    "video_max_pixels": noted(_MEDIA, 65536),
-    "video_min_pixels": noted(_MEDIA, 256),
-    "video_fps": noted(_MEDIA, 2.0),
-    "video_maxlen": noted(_MEDIA, 128),
-    "use_audio_in_video": noted(_MEDIA),
-    "audio_sampling_rate": noted(_MEDIA, 16000),
+    **acts(
+        "image_max_pixels", "image_min_pixels", "image_do_pan_and_scan", "crop_to_patches", "video_max_pixels",
+        "video_min_pixels", "video_fps", "video_maxlen", "audio_sampling_rate",
+    ),
+    "use_audio_in_video": noted("Qwen-Omni models alone have it, and roles do not train them"),
     # the model after training
     "infer_backend": noted(_SERVING, "huggingface"),
     "offload_folder": noted(_SERVING, "offload"),
