@@ -32,6 +32,9 @@ class Batch:
     reference_losses: Tensor | None = None  # [b, S] float32 token losses of the reference model, aligned with `labels`
     # Further inputs of the model by name, such as the pixels of images; see llamafactory.media
     extra: dict[str, Tensor] = field(default_factory=dict)
+    is_media: Tensor | None = (
+        None  # [b, S] bool, positions that stand for images, videos or audio; None: there are none
+    )
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
@@ -40,10 +43,11 @@ class Batch:
         return Batch(**moved, is_packed=self.is_packed, extra=extra)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that are tensors, by name; without `reference_losses` where there are none."""
+        """The fields that are tensors, by name; without `reference_losses` and `is_media` where there are none."""
         names = ("input_ids", "labels", "segment_ids", "position_ids", "sample_ids", "domain_ids")
         fields = {name: getattr(self, name) for name in names}
-        return fields if self.reference_losses is None else {**fields, "reference_losses": self.reference_losses}
+        optional = {"reference_losses": self.reference_losses, "is_media": self.is_media}
+        return {**fields, **{name: value for name, value in optional.items() if value is not None}}
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ class EmbeddingSpec:
     layer: int = -1  # as transformers counts hidden states: 0 the embeddings, -1 the input of the output layer
     normalize: bool = True  # whether a vector is divided by its length
     tanh: bool = False  # whether hidden states go through tanh before they are averaged
+    tokens: Literal["all", "media", "text"] = "all"  # of which positions; a sample without any has the vector 0
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,8 @@ class ClusterSpec:
     seed: int = 0
     iterations: int = 10  # of k-means, at most
     singleton_density: float = 1.0  # the density of a cluster with one member, which has no pair of members
+    # Whether images and text have a mean each; "auto": where the pool has images.
+    mode: Literal["auto", "text", "image_text"] = "text"
 
 
 @dataclass(frozen=True)

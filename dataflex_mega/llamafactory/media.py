@@ -66,6 +66,13 @@ class MediaCollator:
         object.__setattr__(self, "image_tail", image)
         object.__setattr__(self, "audio_tail", audio)
 
+    @property
+    def token_ids(self) -> list[int]:
+        """Of the tokens that stand for parts of images, videos and audio."""
+        plugin = self.template.mm_plugin
+        tokens = (plugin.image_token, plugin.video_token, plugin.audio_token)
+        return [self.tokenizer.convert_tokens_to_ids(token) for token in tokens if token is not None]
+
     def placeholders(self, text: str, media: Media) -> list[int]:
         """The tokens of a text with placeholders, expanded to what the model has for them."""
         plugin, images, videos, audios = self.template.mm_plugin, *map(list, (media.images, media.videos, media.audios))
@@ -93,7 +100,8 @@ class MediaCollator:
         batch = collate(rows, self.pad_id)
         batch.segment_ids[row, length : length + len(tail)] = -1
         batch.position_ids[row, length : length + len(tail)] = 0
-        return replace(batch, extra=self._inputs(batch, rows, media))
+        is_media = torch.isin(batch.input_ids, torch.tensor(self.token_ids)) & (batch.segment_ids >= 0)
+        return replace(batch, extra=self._inputs(batch, rows, media), is_media=is_media)
 
     def _inputs(self, batch: Batch, rows: Sequence[Sample], media: Sequence[Media]) -> dict[str, Tensor]:
         opened = _Opened()
@@ -202,9 +210,7 @@ def check_cut_rows(name: str, rows: Any, collator: MediaCollator, cutoff_len: in
     placeholders and what they stand for differ in number."""
     from llamafactory.extras.constants import AUDIO_PLACEHOLDER, IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 
-    plugin, marks = collator.template.mm_plugin, (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, AUDIO_PLACEHOLDER)
-    tokens = [plugin.image_token, plugin.video_token, plugin.audio_token]
-    token_ids = [collator.tokenizer.convert_tokens_to_ids(token) for token in tokens if token is not None]
+    marks, token_ids = (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, AUDIO_PLACEHOLDER), collator.token_ids
     for first in range(0, len(rows), ROWS_PER_READ):
         numbers = np.arange(first, min(first + ROWS_PER_READ, len(rows)))
         lengths = rows.read_block(int(numbers[0]), int(numbers[-1]) + 1)[0]

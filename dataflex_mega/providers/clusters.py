@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from dataflex_mega.algorithms.requests import ClusterSignal
+from dataflex_mega.data.media import media_kinds
 from dataflex_mega.engines.capabilities import Capability
 from dataflex_mega.providers.context import CandidateScope
 from dataflex_mega.providers.embeddings import check_layers
@@ -22,7 +25,10 @@ class ClusterProvider(Provider):
     def compute(self, request: ClusterSignal, scope: CandidateScope) -> dict[str, Tensor]:
         c, spec = self.context, request.spec
         layers = spec.layers if spec.layers is not None else evenly_spaced_layers(c.engine.num_layers)
-        specs = [EmbeddingSpec("mean", layer, tanh=True) for layer in layers]
+        has_media = any(media_kinds(domain.rows) for domain in c.pool.domains)
+        apart = spec.mode == "image_text" or (spec.mode == "auto" and has_media)
+        kinds: tuple[Literal["all", "media", "text"], ...] = ("media", "text") if apart else ("all",)
+        specs = [EmbeddingSpec("mean", layer, tanh=True, tokens=kind) for layer in layers for kind in kinds]
         rows = [c.engine.embed(c.collate(samples), *specs).cpu() for samples, _ in scope.batches()]
         features = l2_normalize(torch.cat(rows)[: len(scope.ids)])
         pool_share = scope.pool_share

@@ -14,9 +14,12 @@ from dataflex_mega.data.pool import Sample, SamplePool
 from dataflex_mega.types import Batch, EmbeddingSpec
 
 
-def position_weights(batch: Batch, pooling: str) -> Tensor:
+def position_weights(batch: Batch, pooling: str, tokens: str = "all") -> Tensor:
     """[b, S] float32: each position's weight in its sample's mean; a sample's weights sum to 1, padding has 0."""
     in_sample = batch.segment_ids >= 0
+    if tokens != "all":
+        is_media = torch.zeros_like(in_sample) if batch.is_media is None else batch.is_media
+        in_sample = in_sample & (is_media if tokens == "media" else ~is_media)
     if pooling == "last":
         following = torch.nn.functional.pad(batch.segment_ids, (0, 1), value=-1)[:, 1:]
         return (in_sample & (following != batch.segment_ids)).float()
@@ -34,14 +37,16 @@ def _membership(batch: Batch) -> Tensor:
     return (batch.segment_ids.unsqueeze(1) == index.view(1, -1, 1)).float()
 
 
-def pool_hidden_states(hidden: Tensor, batch: Batch, pooling: str, positions: Tensor | None = None) -> Tensor:
+def pool_hidden_states(
+    hidden: Tensor, batch: Batch, pooling: str, positions: Tensor | None = None, tokens: str = "all"
+) -> Tensor:
     """[b, s, h] hidden states of the [s] `positions`, or of all -> [n, h] float32, their part of each sample's sum.
 
     Parts of a sequence that lies on several ranks add up. A matrix product, since adding by index has no fixed order on a
     GPU.
     """
     columns = slice(None) if positions is None else positions
-    weights = position_weights(batch, pooling)[:, columns]
+    weights = position_weights(batch, pooling, tokens)[:, columns]
     # Unpacked rows are the samples, unless a pipeline has split or padded the batch.
     if not batch.is_packed and len(weights) == len(batch.sample_ids):
         return torch.einsum("bs,bsh->bh", weights, hidden.float())
@@ -51,7 +56,8 @@ def pool_hidden_states(hidden: Tensor, batch: Batch, pooling: str, positions: Te
 
 def sample_embeddings(hidden: Tensor, batch: Batch, spec: EmbeddingSpec, positions: Tensor | None = None) -> Tensor:
     """As `pool_hidden_states`, with the spec's tanh before it and its normalization after it."""
-    pooled = pool_hidden_states(torch.tanh(hidden.float()) if spec.tanh else hidden, batch, spec.pooling, positions)
+    states = torch.tanh(hidden.float()) if spec.tanh else hidden
+    pooled = pool_hidden_states(states, batch, spec.pooling, positions, spec.tokens)
     return l2_normalize(pooled) if spec.normalize else pooled
 
 

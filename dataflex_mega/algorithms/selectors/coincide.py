@@ -49,7 +49,8 @@ class Coincide(Selector):
     """Clusters by transferability and density, members by their kernel mean.
 
     Args:
-        mode: "text": features of all tokens. Dynamic runs do not train on images, so there is no other mode yet.
+        mode: "text": one feature, of all tokens; "image_text": one of the image tokens beside one of the text tokens, as in
+            the paper; "auto": the second where the datasets have images.
         embedding_layers: hidden states as transformers counts them; None: five, evenly spaced from the first layer to the
             last. With `engine: megatron` only [-1] is available.
         num_clusters: None: one for every 20 candidates, at most 10000.
@@ -59,7 +60,7 @@ class Coincide(Selector):
         seed: of the initial centres.
     """
 
-    mode: Literal["text"] = "text"
+    mode: Literal["auto", "text", "image_text"] = "auto"
     embedding_layers: Annotated[list[int] | None, Distinct()] = None
     num_clusters: Annotated[int | None, Range(ge=1)] = None
     clustering_max_iter: Annotated[int, Range(ge=1)] = 10
@@ -69,7 +70,9 @@ class Coincide(Selector):
 
     def requests(self) -> tuple[Request, ...]:
         layers = None if self.embedding_layers is None else tuple(self.embedding_layers)
-        spec = ClusterSpec(layers, self.num_clusters, self.seed, self.clustering_max_iter, self.single_member_density)
+        spec = ClusterSpec(
+            layers, self.num_clusters, self.seed, self.clustering_max_iter, self.single_member_density, self.mode
+        )
         return (ClusterSignal(spec),)
 
     def score(self, table: SignalTable) -> Tensor:

@@ -24,6 +24,8 @@ from dataflex_mega.llamafactory.args import parse_arguments, prepare_arguments
 from dataflex_mega.llamafactory.data import load_data
 from dataflex_mega.llamafactory.media import MediaCollator
 from dataflex_mega.llamafactory.model import load_tokenizer
+from dataflex_mega.signals.sample_embeddings import sample_embeddings
+from dataflex_mega.types import EmbeddingSpec
 from tests.support import vision
 
 KINDS = {"llava": ("model", "llava"), "qwen": ("qwen", "qwen2_vl")}
@@ -267,3 +269,22 @@ def test_videos_without_a_processor_for_them_are_refused(folder, tmp_path):
     args = arguments(folder, "qwen", dataset_dir=str(data), dataset="colours")
     with pytest.raises(ConfigError, match=r"colours\.json, row 0 has videos.*dataflex_mega\[vision\]"):
         load_data(args, *load_tokenizer(args))
+
+
+def test_image_tokens_and_text_tokens_have_means_of_their_own(parts):
+    samples = parts.pool.fetch(np.arange(6))
+    batch = parts.collator(samples)
+    hidden = torch.randn(*batch.input_ids.shape, 5, generator=torch.Generator().manual_seed(0))
+    found = {
+        tokens: sample_embeddings(hidden, batch, EmbeddingSpec(normalize=False, tokens=tokens))
+        for tokens in ("media", "text", "all")
+    }
+    token = getattr(parts.collator.config, "image_token_id", None)
+    for row, sample in enumerate(samples):
+        is_image = torch.tensor(sample.input_ids == token)
+        states = hidden[row, : len(is_image)]
+        expected = states[is_image].mean(0) if is_image.any() else torch.zeros(5)
+        torch.testing.assert_close(found["media"][row], expected)
+        torch.testing.assert_close(found["text"][row], states[~is_image].mean(0))
+        torch.testing.assert_close(found["all"][row], states.mean(0))
+        assert bool(is_image.any()) == bool(sample.media)
