@@ -63,9 +63,7 @@ def parse_config(
     learn(config)
     known = [*lf_types, *OUR_KEYS, *MEGATRON_KEYS, *megatron.ENGINE_KEYS]
     all_keys, notes = legacy.migrate_keys(config, set(known))
-    for key in [key for key in NEWER_FATES if key not in known and key in all_keys]:
-        if NEWER_FATES[key].is_harmless(all_keys[key]):  # it says nothing that the installed release would not do
-            del all_keys[key]
+    all_keys = _without_harmless_newer(all_keys, known)
     _refuse_unknown(all_keys, known)
     megatron_arguments = megatron.parse({key: value for key, value in all_keys.items() if key in MEGATRON_KEYS})
     lf_values = {
@@ -103,6 +101,12 @@ def parse_config(
         all_keys={**all_keys, **lf_values},
         notes=[*notes, *parsed.notes, *megatron.notes_of(megatron_arguments)],
     )
+
+
+def _without_harmless_newer(keys: Mapping[str, Any], known: list[str]) -> dict[str, Any]:
+    """The keys but those of a later LLaMA-Factory that say nothing which the installed one would not do."""
+    newer = {key: fate for key, fate in NEWER_FATES.items() if key not in known}
+    return {key: value for key, value in keys.items() if key not in newer or not newer[key].is_harmless(value)}
 
 
 def _about_unknown(key: str, known: list[str]) -> str:
