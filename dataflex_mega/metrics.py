@@ -37,6 +37,7 @@ class LogWindow:
     domain_loss: Tensor | None = None  # [k], as in StepStats
     domain_tokens: Tensor | None = None
     domain_samples: Tensor | None = None
+    report: dict[str, float] = field(default_factory=dict)  # sums over the steps, by the names of StepStats.report
 
     def add(self, stats: StepStats, phase_seconds: dict[str, float]) -> None:
         """Add one optimizer step."""
@@ -46,6 +47,8 @@ class LogWindow:
         self.grad_norm = stats.grad_norm
         for phase, seconds in phase_seconds.items():
             self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + seconds
+        for name, value in stats.report.items():
+            self.report[name] = self.report.get(name, 0.0) + value
         for name in ("domain_loss", "domain_tokens", "domain_samples"):
             old, new = getattr(self, name), getattr(stats, name)
             setattr(self, name, new.clone() if old is None else old + new)
@@ -145,6 +148,7 @@ class Metrics:
             "loss": window.loss_sum / max(window.num_steps, 1),
             "grad_norm": window.grad_norm,
             "learning_rate": self.learning_rate,
+            **{name: value / max(window.num_steps, 1) for name, value in window.report.items()},
         }
         if self.is_writer:
             self._scalars(state.step, {f"train/{name}": value for name, value in logs.items()})
@@ -280,6 +284,7 @@ def step_row(state: TrainState, stats: StepStats, lr: float, domains: tuple[str,
         "proportions": dict(zip(domains, state.plan.proportions, strict=True)),
         "drawn": by_name(stats.domain_samples),
         "domain_loss": {name: v for name, v in by_name(mean).items() if not math.isnan(v)},
+        **stats.report,
     }
     if stats.weights is not None:
         row["weights"] = {"entropy": stats.weights.entropy, "min": stats.weights.minimum, "max": stats.weights.maximum}

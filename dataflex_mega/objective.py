@@ -9,7 +9,7 @@ pass, and because the weights have mean 1 neither depends on them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -45,28 +45,75 @@ def sample_sums(values: Tensor, batch: Batch) -> Tensor:
     return torch.where(belongs, values.unsqueeze(0), values.new_zeros(())).sum(dim=(1, 2))
 
 
+def num_targets(batch: Batch) -> Tensor:
+    """[n] int64: target tokens of each sample."""
+    return sample_sums((batch.labels != IGNORE_INDEX).long(), batch)
+
+
+class SampleLoss(Protocol):
+    """What the loss of a sample is: how [b, S] token losses of a batch become one number a sample."""
+
+    @property
+    def report_names(self) -> tuple[str, ...]:
+        """What `report` gives, by the names that logs show."""
+        ...
+
+    def sums(self, token_losses: Tensor, batch: Batch) -> Tensor:
+        """[n] losses, differentiable: what is divided by `counts` to be a sample's mean loss."""
+        ...
+
+    def counts(self, batch: Batch) -> Tensor:
+        """[n] int64: over how much a sample's loss is summed, 0 for a sample that trains nothing."""
+        ...
+
+    def report(self, token_losses: Tensor, batch: Batch) -> Tensor | None:
+        """[n, m] values of each sample for logs, in the order of `report_names`; None when there are none."""
+        ...
+
+
+class TokenSum:
+    """The loss of a sample is the sum over its target tokens."""
+
+    report_names: tuple[str, ...] = ()
+
+    def sums(self, token_losses: Tensor, batch: Batch) -> Tensor:
+        return sample_sums(token_losses, batch)
+
+    def counts(self, batch: Batch) -> Tensor:
+        return num_targets(batch)
+
+    def report(self, token_losses: Tensor, batch: Batch) -> Tensor | None:
+        return None
+
+
+TOKEN_SUM = TokenSum()
+
+
 def make_sample_stats(
     loss_sum: Tensor,
     batch: Batch,
     token_loss: Tensor | None = None,
     step_denominators: Tensor | None = None,
     embeddings: Tensor | None = None,
+    of: SampleLoss = TOKEN_SUM,
 ) -> SampleStats:
     """[n] loss sums -> what algorithms may see of the samples, detached.
 
     Args:
-        loss_sum: [n] sums over each sample's target tokens.
+        loss_sum: [n] of `of.sums`.
         batch: the micro-batch they belong to.
         token_loss: [b, S]; with it and a batch that has reference losses, the samples' excess loss is summed too.
         step_denominators: [k] of `domain_counts`, summed over all micro-batches and ranks.
         embeddings: [n, h], the samples' vectors.
+        of: what the loss of a sample is. What it reports needs `token_loss`.
     """
-    tokens = sample_sums((batch.labels != IGNORE_INDEX).long(), batch)
+    tokens = of.counts(batch)
+    report = None if token_loss is None else of.report(token_loss.detach(), batch)
     excess = None
     if token_loss is not None and batch.reference_losses is not None:
         excess = sample_sums(clipped_excess(token_loss.detach(), batch), batch)
     return SampleStats(
-        batch.sample_ids, batch.domain_ids, loss_sum.detach(), tokens, excess, step_denominators, embeddings
+        batch.sample_ids, batch.domain_ids, loss_sum.detach(), tokens, excess, step_denominators, embeddings, report
     )
 
 
@@ -159,17 +206,15 @@ def kth_largest(values: Tensor, k: Tensor, all_reduce_sum: Callable[[Tensor], Te
     return result
 
 
-def loss_denominator(batch: Batch, normalization: Normalization) -> Tensor:
+def loss_denominator(batch: Batch, normalization: Normalization, of: SampleLoss = TOKEN_SUM) -> Tensor:
     """What one micro-batch adds to the step's denominator: target tokens, or samples with at least one. Scalar int64."""
-    targets = batch.labels != IGNORE_INDEX
-    if normalization == "token":
-        return targets.sum()
-    return (sample_sums(targets.long(), batch) > 0).sum()
+    counts = of.counts(batch)
+    return counts.sum() if normalization == "token" else (counts > 0).sum()
 
 
-def domain_counts(batch: Batch, domains: int, normalization: Normalization) -> Tensor:
+def domain_counts(batch: Batch, domains: int, normalization: Normalization, of: SampleLoss = TOKEN_SUM) -> Tensor:
     """[k] float64: `loss_denominator` by domain. Its sums over micro-batches and ranks are exact below 2**53."""
-    counts = sample_sums((batch.labels != IGNORE_INDEX).long(), batch)
+    counts = of.counts(batch)
     counts = counts if normalization == "token" else (counts > 0).long()
     # Comparisons rather than index_add, whose order of addition is not fixed on a GPU.
     hot = batch.domain_ids.unsqueeze(0) == torch.arange(domains, device=counts.device).unsqueeze(1)

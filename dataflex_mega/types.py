@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,11 +30,12 @@ class Batch:
     domain_ids: Tensor  # [n] int64, 0..k-1
     is_packed: bool = False  # whether a row may hold several samples, so attention needs `segment_ids`
     reference_losses: Tensor | None = None  # [b, S] float32 token losses of the reference model, aligned with `labels`
+    # [b] float32, the sum of the reference model's token losses of each row; of pairs, see data.pairs
+    row_references: Tensor | None = None
     # Further inputs of the model by name, such as the pixels of images; see llamafactory.media
     extra: dict[str, Tensor] = field(default_factory=dict)
-    is_media: Tensor | None = (
-        None  # [b, S] bool, positions that stand for images, videos or audio; None: there are none
-    )
+    # [b, S] bool, positions that stand for images, videos or audio; None: there are none
+    is_media: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
@@ -43,10 +44,10 @@ class Batch:
         return Batch(**moved, is_packed=self.is_packed, extra=extra)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that are tensors, by name; without `reference_losses` and `is_media` where there are none."""
+        """The fields that are tensors, by name; without those of a reference and `is_media` where there are none."""
         names = ("input_ids", "labels", "segment_ids", "position_ids", "sample_ids", "domain_ids")
         fields = {name: getattr(self, name) for name in names}
-        optional = {"reference_losses": self.reference_losses, "is_media": self.is_media}
+        optional = {name: getattr(self, name) for name in ("reference_losses", "row_references", "is_media")}
         return {**fields, **{name: value for name, value in optional.items() if value is not None}}
 
 
@@ -62,6 +63,7 @@ class SampleStats:
     step_denominators: Tensor | None = None  # [k] float64, each domain's part of the loss denominator of the whole step
     # [n, h] float32, see EmbeddingSpec; for `Weighter.weights`, [n, m] the result of `Weighter.reduce`
     embeddings: Tensor | None = None
+    report: Tensor | None = None  # [n, m] float32, see objective.SampleLoss.report
 
     def gathered_fields(self) -> dict[str, Tensor]:
         """The fields with one row per sample, which are gathered from all ranks before samples are weighed."""
@@ -212,6 +214,8 @@ class StepStats:
     # [layers, k, E] float64, tokens of a domain that went to an expert; None without an algorithm that reads it
     expert_load: Tensor | None = None
     stop_requested: bool = False  # whether a rank was asked to leave after this step
+    # Means over the step's samples, by the names of objective.SampleLoss.report_names
+    report: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def mean_loss(self) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dataflex_mega.losses.base import LossForm
-from dataflex_mega.objective import Normalization
+from dataflex_mega.objective import TOKEN_SUM, Normalization, SampleLoss
 from dataflex_mega.types import EmbeddingSpec
 
 
@@ -18,6 +18,7 @@ class StepOptions:
     max_grad_norm: float = 1.0  # 0 turns clipping off
     weight_scope: str = "micro_batch"  # whose losses a weighter compares: those of a micro-batch or of the "step"
     normalization: Normalization = "token"
+    sample_loss: SampleLoss = TOKEN_SUM  # what the loss of a sample is
     on_non_finite: str = "stop"  # or "continue": skip the step
     count_router_loads: bool = False  # whether a mixer wants to know where routers send tokens
     embedding_spec: EmbeddingSpec | None = None  # what a weighter wants of the training forward, besides losses

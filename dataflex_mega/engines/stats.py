@@ -18,8 +18,15 @@ STOP_UNIT = 1 << 40  # more tokens than a step can have; sums of it are exact in
 class StepAccumulator:
     """Adds up micro-batches of one rank; `reduce` adds up ranks in one all-reduce."""
 
-    def __init__(self, num_domains: int, device: torch.device, router_loads: RouterLoadCounter | None = None) -> None:
-        self.router_loads = router_loads
+    def __init__(
+        self,
+        num_domains: int,
+        device: torch.device,
+        router_loads: RouterLoadCounter | None = None,
+        report_names: tuple[str, ...] = (),
+    ) -> None:
+        self.router_loads, self.report_names = router_loads, report_names
+        self.report_sums = torch.zeros(len(report_names), dtype=torch.float64, device=device)
         # MPS and some other devices have no float64; the CPU and CUDA do, and only they are supported.
         # Loss, target tokens, samples, excess loss.
         self.domain_sums = torch.zeros(4, num_domains, dtype=torch.float64, device=device)
@@ -40,6 +47,9 @@ class StepAccumulator:
         self.loss_sum += loss
         self.num_with_excess += float(samples.excess_loss_sum is not None)
         self.num_tokens += (batch.segment_ids >= 0).sum()
+        if samples.report is not None:
+            counted = (samples.num_tokens > 0).unsqueeze(1)
+            self.report_sums += torch.where(counted, samples.report.double(), 0.0).sum(dim=0)
         self.samples.append(samples)
         if weights is not None:
             self.weights.append(weights)
@@ -72,6 +82,9 @@ class StepAccumulator:
         ahead = len(flat)
         if self.router_loads is not None:
             flat = torch.cat([flat, self.router_loads.counts.flatten()])
+        end_of_loads = len(flat)
+        if self.report_names:
+            flat = torch.cat([flat, self.report_sums])
         flat = collectives.all_reduce_sum_with_pipeline(flat).cpu()
         domain = flat[: 4 * k].view(4, k)
         loss, tokens, with_excess, *of_weights = flat[4 * k : ahead].tolist()
@@ -87,9 +100,13 @@ class StepAccumulator:
             num_tokens=tokens,
             weights=self._weight_stats(weights, of_weights, collectives) if has_weights else None,
             domain_excess_loss=domain[3] if with_excess else None,
-            expert_load=None if self.router_loads is None else flat[ahead:].view_as(self.router_loads.counts).clone(),
+            expert_load=self._expert_load(flat[ahead:end_of_loads]),
             stop_requested=stops > 0,
+            report=dict(zip(self.report_names, (flat[end_of_loads:] / domain[1].sum()).tolist(), strict=True)),
         )
+
+    def _expert_load(self, flat: Tensor) -> Tensor | None:
+        return None if self.router_loads is None else flat.view_as(self.router_loads.counts).clone()
 
     @staticmethod
     def _weight_stats(weights: Tensor, sums: list[float], collectives: TorchCollectives) -> WeightStats:

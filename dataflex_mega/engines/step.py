@@ -21,8 +21,8 @@ Weights = tuple[Tensor | None, Tensor | None]  # [n] of samples, [b, S] of token
 
 def domain_denominators(micro_batches: Sequence[Batch], options: StepOptions, collectives: TorchCollectives) -> Tensor:
     """[k] float64: each domain's part of the loss denominator, over all micro-batches and data-parallel ranks."""
-    k, normalization = options.num_domains, options.normalization
-    counts = torch.stack([objective.domain_counts(batch, k, normalization) for batch in micro_batches]).sum(0)
+    k, normalization, of = options.num_domains, options.normalization, options.sample_loss
+    counts = torch.stack([objective.domain_counts(batch, k, normalization, of) for batch in micro_batches]).sum(0)
     return collectives.all_reduce_sum(counts)
 
 
@@ -32,11 +32,12 @@ def precompute_weights(
     weight_fn: WeightFn,
     denominators: Tensor,
     collectives: TorchCollectives,
+    of: objective.SampleLoss = objective.TOKEN_SUM,
 ) -> list[Weights]:
     """The weights of each micro-batch, from the losses of all micro-batches of the step together."""
     pairs = list(zip(forward_results, micro_batches, strict=True))
     samples = [
-        objective.make_sample_stats(objective.sample_sums(losses, batch), batch, embeddings=embeddings)
+        objective.make_sample_stats(of.sums(losses, batch), batch, embeddings=embeddings, of=of)
         for (losses, embeddings), batch in pairs
     ]
     of_samples = weight_fn(SampleStats.concatenate(samples, denominators)).split([len(s.sample_ids) for s in samples])
@@ -88,18 +89,18 @@ class StepLoss:
             trained: [b, S] what is differentiated of each token; None: `token_losses` themselves.
             auxiliary: a scalar of the micro-batch that is differentiated too, by its part of the step and without weights.
         """
-        normalization = self.options.normalization
-        loss_sum = objective.sample_sums(token_losses, batch)
-        samples = objective.make_sample_stats(loss_sum, batch, token_losses, self.denominators, embeddings)
+        normalization, of = self.options.normalization, self.options.sample_loss
+        loss_sum = of.sums(token_losses, batch)
+        samples = objective.make_sample_stats(loss_sum, batch, token_losses, self.denominators, embeddings, of)
         weights, token_weights = self._weights(number, samples, batch, token_losses)
         if trained is not None or token_weights is not None:
             trained = token_losses if trained is None else trained
-            loss_sum = objective.sample_sums(trained if token_weights is None else trained * token_weights, batch)
+            loss_sum = of.sums(trained if token_weights is None else trained * token_weights, batch)
         total = self.denominators.sum().clamp(min=1)
         count = total.long() if self.divides else 1.0
         loss = objective.weighted_loss(loss_sum, samples.num_tokens, weights, count, normalization)
         if auxiliary is not None:
-            loss = loss + auxiliary * (objective.loss_denominator(batch, normalization) / count)
+            loss = loss + auxiliary * (objective.loss_denominator(batch, normalization, of) / count)
         self.accumulator.add(samples, batch, loss.detach() if self.divides else loss.detach() / total, weights)
         return loss
 

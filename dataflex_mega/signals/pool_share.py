@@ -74,13 +74,21 @@ def target_batches(
 
 
 def evaluate(
-    share: PoolShare, collate: Callable[[Sequence[Sample]], Batch], loss_fn: Callable[[Batch], SampleStats]
+    share: PoolShare,
+    collate: Callable[[Sequence[Sample]], Batch],
+    loss_fn: Callable[[Batch], SampleStats],
+    report: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """([k] float64 loss sums, [k] float64 target tokens) of this rank's share, by domain."""
+    """([k] float64 loss sums, [k] float64 target tokens) of this rank's share, by domain.
+
+    `report`: [m] float64, to which SampleStats.report of the samples that count is added, where they have one.
+    """
     loss_sum, num_tokens = (torch.zeros(len(share.pool.sizes), dtype=torch.float64) for _ in range(2))
     for batch_ids, count in lockstep_batches(share.local_ids(), share.batch_size, share.num_batches(), filler=FIRST_ID):
         samples = loss_fn(collate(share.pool.fetch(batch_ids)))
         if count:
             loss_sum.index_add_(0, samples.domain_ids.cpu(), samples.loss_sum.double().cpu())
             num_tokens.index_add_(0, samples.domain_ids.cpu(), samples.num_tokens.double().cpu())
+            if report is not None and samples.report is not None:
+                report += samples.report[samples.num_tokens > 0].double().sum(dim=0).cpu()
     return loss_sum, num_tokens

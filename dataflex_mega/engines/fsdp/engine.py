@@ -93,12 +93,14 @@ class FSDPEngine:
         runner, options = self.runner, self.options
         micro_batches = [batch.to(runner.device) for batch in micro_batches]
         loads = None if self.routers is None else self.routers.new_counter(options.num_domains, runner.device)
-        accumulator = StepAccumulator(options.num_domains, runner.device, loads)
+        accumulator = StepAccumulator(options.num_domains, runner.device, loads, options.sample_loss.report_names)
         denominators = domain_denominators(micro_batches, options, self.collectives)
         step = StepLoss(options, self.collectives, weight_fn, denominators, accumulator, divides=True)
         if weight_fn is not None and step.needs_precompute(len(micro_batches)):
             results = self._forward_all(micro_batches)
-            step.precomputed = precompute_weights(results, micro_batches, weight_fn, denominators, self.collectives)
+            step.precomputed = precompute_weights(
+                results, micro_batches, weight_fn, denominators, self.collectives, options.sample_loss
+            )
         for number, batch in enumerate(micro_batches):
             set_gradient_sync(runner.module, last=number == len(micro_batches) - 1)
             with (
@@ -173,8 +175,9 @@ class FSDPEngine:
             return self.runner.token_losses(batch.to(self.runner.device))
 
     def sample_losses(self, batch: Batch) -> SampleStats:
-        batch = batch.to(self.runner.device)
-        return objective.make_sample_stats(objective.sample_sums(self.token_losses(batch), batch), batch)
+        batch, of = batch.to(self.runner.device), self.options.sample_loss
+        losses = self.token_losses(batch)
+        return objective.make_sample_stats(of.sums(losses, batch), batch, losses if of.report_names else None, of=of)
 
     def embed(self, batch: Batch, *specs: EmbeddingSpec) -> Tensor:
         batch = batch.to(self.runner.device)
