@@ -44,6 +44,7 @@ LAYERS: dict[str, set[str]] = {
     "signals": {"data", "distributed.protocol"},
     "objective": {"signals"},
     "losses": {"objective"},
+    "preference": set(),
     "engines": {"losses", "objective", "signals", "store", "distributed"},
     "plugins": set(),
     "registry": {"algorithms.base", "plugins", "schema"},

@@ -16,6 +16,7 @@ from dataflex_mega.config.fates import check_fates
 from dataflex_mega.config.losses import check_losses
 from dataflex_mega.config.numbers import check_numbers
 from dataflex_mega.config.parse import RunConfig
+from dataflex_mega.config.preferences import check_preferences, notes_on_preferences
 from dataflex_mega.config.settings_without_effect import notes_on_settings
 from dataflex_mega.errors import ConfigError, did_you_mean
 from dataflex_mega.folder_hints import not_a_model
@@ -31,6 +32,7 @@ REQUIRED = {
 def check_dynamic(config: RunConfig) -> list[str]:
     """Notes on keys that have no effect. Raises ConfigError naming the key, its value and what is allowed."""
     checks: tuple[Callable[[RunConfig], None], ...] = (
+        check_preferences,
         _check_numbers,
         _check_precision,
         _check_attention,
@@ -46,7 +48,7 @@ def check_dynamic(config: RunConfig) -> list[str]:
     for check in checks:
         check(config)
     losses = check_losses(config.llamafactory)
-    return [*notes, *losses, *notes_on_settings(config)]
+    return [*notes, *losses, *notes_on_settings(config), *notes_on_preferences(config)]
 
 
 def _check_required(config: RunConfig) -> None:

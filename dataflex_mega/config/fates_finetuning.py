@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from dataflex_mega.config.fate import STATIC_DOES, Fate, Switch, acts, acts_with, noted, refused, takes
 
-STAGES = ("pt", "sft")
+STAGES = ("pt", "sft", "dpo")
 LORA = Switch(("finetuning_type",), ("lora",), default="lora")
 OFT = Switch(("finetuning_type",), ("oft",), default="lora")
 FREEZE = Switch(("finetuning_type",), ("freeze",), default="lora")
@@ -93,12 +93,13 @@ FINETUNING_FATES: dict[str, Fate] = {
     **acts_with(
         DPO,
         {
-            "pref_loss": "sigmoid", "pref_bco_weight": 0.0, "dpo_label_smoothing": 0.0, "simpo_gamma": 0.5,
-            "ld_alpha": None,
+            "pref_loss": "sigmoid", "dpo_label_smoothing": 0.0, "simpo_gamma": 0.5, "ld_alpha": None,
         },
     ),
+    "pref_bco_weight": refused("its baseline is a running mean over the batches of a process", 0.0),
     **acts_with(KTO, {"kto_chosen_weight": 1.0, "kto_rejected_weight": 1.0}),
-    **acts_with(REFERENCE, {"ref_model": None, "ref_model_adapters": None, "ref_model_quantization_bit": None}),
+    **acts_with(REFERENCE, {"ref_model": None, "ref_model_adapters": None}),
+    "ref_model_quantization_bit": refused("the reference model is read as it is, and freed before training", None),
     **acts_with(
         PPO,
         {

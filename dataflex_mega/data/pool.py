@@ -73,7 +73,8 @@ class Sample:
     domain_id: int
     input_ids: np.ndarray  # [length] int64
     labels: np.ndarray  # [length] int64, aligned with input_ids
-    # [length] float32: at position s the reference model's loss of token s + 1; 0 at the last position
+    # [length] float32: at position s the reference model's loss of token s + 1; 0 at the last position. Of a pair, see
+    # data.pairs, [2] float32: the sums of the chosen and of the rejected answer.
     reference_losses: np.ndarray | None = None
     media: Media = NO_MEDIA  # images, videos and audio, whose placeholders are among the input_ids
 
@@ -81,8 +82,16 @@ class Sample:
 class SamplePool:
     """All domains, addressed by global sample id."""
 
-    def __init__(self, domains: Sequence[Domain], reference_losses: ReferenceLosses | None = None) -> None:
-        """Raises DataError when there is no domain or one of them is empty."""
+    def __init__(
+        self,
+        domains: Sequence[Domain],
+        reference_losses: ReferenceLosses | None = None,
+        references_per_sample: int | None = None,
+    ) -> None:
+        """`references_per_sample`: how many losses of a reference model a sample has; None: one for each token.
+
+        Raises DataError when there is no domain or one of them is empty.
+        """
         if not domains:
             raise DataError("dataset: at least one is needed")
         for domain in domains:
@@ -92,11 +101,11 @@ class SamplePool:
         self.names = tuple(domain.name for domain in domains)
         self.sizes = tuple(len(domain.rows) for domain in domains)
         self.offsets = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
-        self.reference_losses = reference_losses
+        self.reference_losses, self.references_per_sample = reference_losses, references_per_sample
 
-    def with_references(self, losses: ReferenceLosses) -> SamplePool:
-        """The same samples with token losses of a reference model."""
-        return SamplePool(self.domains, losses)
+    def with_references(self, losses: ReferenceLosses, per_sample: int | None = None) -> SamplePool:
+        """The same samples with losses of a reference model, of tokens or `per_sample` numbers."""
+        return SamplePool(self.domains, losses, per_sample)
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
@@ -117,7 +126,7 @@ class SamplePool:
             media = media_of(self.domains[d].rows, rows[positions]) or [NO_MEDIA] * len(positions)
             for position, (input_ids, labels), of_row in zip(positions, fetched, media, strict=True):
                 sample_id, losses = int(ids[position]), all_losses[position]
-                if losses is not None and len(losses) != len(input_ids):
+                if losses is not None and len(losses) != (self.references_per_sample or len(input_ids)):
                     raise DataError(
                         f"{self.describe(sample_id)}: {len(input_ids)} tokens but {len(losses)} reference losses; "
                         "build the reference again"

@@ -23,6 +23,7 @@ from dataflex_mega.data.pool import Domain, RowSource
 from dataflex_mega.errors import DataError, did_you_mean
 from dataflex_mega.llamafactory import media_rows, raw_rows
 from dataflex_mega.llamafactory.args import LFArgs, first_line
+from dataflex_mega.llamafactory.pair_rows import PairRows
 from dataflex_mega.llamafactory.processors import check_processor
 from dataflex_mega.llamafactory.raw_rows import RawRows
 from dataflex_mega.types import IGNORE_INDEX
@@ -143,11 +144,15 @@ def load_data(args: LFArgs, tokenizer_module: dict[str, Any], template: Any) -> 
         loaded = {name: load(name) for name in eval_names}
         held_out = loaded if args.data.eval_on_each_dataset else {"": concatenate_datasets(list(loaded.values()))}
     return DataBundle(
-        domains=[Domain(name, DatasetRows(data)) for name, data in zip(names, domains, strict=True)],
-        evaluation={name: DatasetRows(data) for name, data in held_out.items()},
+        domains=[Domain(name, _as_rows(data)) for name, data in zip(names, domains, strict=True)],
+        evaluation={name: _as_rows(data) for name, data in held_out.items()},
         notes=tuple(dict.fromkeys(load.notes)),
         eval_names=tuple(eval_names),
     )
+
+
+def _as_rows(dataset: Any) -> RowSource:
+    return PairRows(dataset) if PairRows.fits(dataset) else DatasetRows(dataset)
 
 
 def check_names(names: list[str] | None, dataset_dir: Any) -> list[str]:
@@ -197,6 +202,7 @@ class _Loader:
         raw = raw_rows.read(self.args, name)
         if raw is not None:
             raw.check_columns()
+            raw.check_answers()
             self.notes += raw.check_texts()
             media_rows.check_media(raw, self.args, self.template, self.tokenizer_module.get("processor"))
         data_args = copy.copy(self.args.data)  # never dataclasses.replace: its __post_init__ shortens cutoff_len again
@@ -205,7 +211,7 @@ class _Loader:
             data_args.packing = data_args.neat_packing = (
                 False  # rows are packed when a batch is made, so that ids survive
             )
-        stage = self.args.finetuning.stage
+        stage = raw_rows.DATA_STAGES.get(self.args.finetuning.stage, self.args.finetuning.stage)
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it prints an example of every dataset, token by token
                 data = get_dataset(

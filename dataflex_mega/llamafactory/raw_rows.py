@@ -21,6 +21,9 @@ from dataflex_mega.llamafactory.args import LFArgs, first_line
 from dataflex_mega.llamafactory.row_format import row_problem
 
 MAPPED = ("prompt", "query", "response", "history", "messages", "system", "tools", "images", "videos", "audios")
+PAIRED = ("chosen", "rejected")
+# Stage -> the one whose rows LLaMA-Factory makes for it, where it is another.
+DATA_STAGES: dict[str, Any] = {"dpo": "rm"}
 ALPACA_ONLY, MESSAGES_ONLY = {"prompt", "query", "response", "history"}, {"messages"}
 
 
@@ -44,8 +47,14 @@ class RawRows:
         attributes, known = self.attributes, self.rows.column_names
         absent = MESSAGES_ONLY if attributes.formatting == "alpaca" else ALPACA_ONLY
         optional = {"system", "tools"} if attributes.formatting == "openai" else set()
-        for key in MAPPED:
+        absent = absent | {"response"} if attributes.ranking else absent
+        for key in (*MAPPED, *PAIRED) if attributes.ranking else MAPPED:
             column = getattr(attributes, key, None)
+            if key in PAIRED and column is None:
+                example = '"columns": {"chosen": "chosen", "rejected": "rejected"}'
+                raise DataError(
+                    f"dataset {self.name!r}: columns in dataset_info.json names no {key}, such as {example}"
+                )
             if key in absent or key in optional or column is None or column in known:
                 continue
             raise DataError(
@@ -75,6 +84,27 @@ class RawRows:
                 "each would be trained as an empty document"
             )
         return [f"dataset {self.name!r}: {of} have an empty prompt; the first is {self.where(first)}: {value}"]
+
+    def check_answers(self) -> None:
+        """Raises DataError for a chosen or a rejected message that is no answer: LLaMA-Factory only warns, and trains it."""
+        import pyarrow
+        import pyarrow.compute
+
+        compute: Any = pyarrow.compute
+        attributes = self.attributes
+        if not attributes.ranking or attributes.formatting == "alpaca":
+            return
+        allowed = [tag for tag in (attributes.assistant_tag, attributes.function_tag) if tag]
+        for column in (attributes.chosen, attributes.rejected):
+            values = self.rows.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
+            if not pyarrow.types.is_struct(values.type) or values.type.get_field_index(attributes.role_tag) < 0:
+                continue  # LLaMA-Factory fails on it, and then the row is looked for
+            roles = compute.struct_field(values, [attributes.role_tag])
+            wrong = compute.and_(compute.is_valid(roles), compute.invert(compute.is_in(roles, pyarrow.array(allowed))))
+            rows = np.flatnonzero(wrong.to_numpy(zero_copy_only=False)[: self._num_checked()])
+            if len(rows):
+                problem = row_problem(self.rows[int(rows[0])], attributes, self.stage)
+                raise DataError(f"dataset {self.name!r}: {self.where(int(rows[0]))}: {problem}")
 
     def first_problem(self) -> str | None:
         """Where the first row is that LLaMA-Factory cannot read or drops, and why; None when none is found."""
@@ -145,10 +175,11 @@ def read(args: LFArgs, name: str) -> RawRows | None:
     from llamafactory.extras.constants import FILEEXT2TYPE
 
     attributes = get_dataset_list([name], args.data.dataset_dir)[0]
-    if attributes.ranking:
-        raise DataError(
-            f"dataset {name!r}: ranking: true is of stages rm and dpo, found stage: {args.finetuning.stage}"
-        )
+    pairs = DATA_STAGES.get(args.finetuning.stage) == "rm"
+    if attributes.ranking != pairs:
+        found = f"found stage: {args.finetuning.stage}"
+        missing = f'stage: dpo needs pairs of answers, "ranking": true in dataset_info.json; {found}'
+        raise DataError(f"dataset {name!r}: {missing if pairs else f'ranking: true is of stages rm and dpo, {found}'}")
     files: list[Path] = []
     if attributes.load_from == "file" and isinstance(args.data.dataset_dir, str):
         path = Path(args.data.dataset_dir) / attributes.dataset_name

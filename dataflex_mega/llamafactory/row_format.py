@@ -29,7 +29,10 @@ def _text_problem(row: dict[str, Any], column: str | None, may_be_null: bool) ->
 
 def _alpaca(row: dict[str, Any], attributes: Any, stage: str) -> str | None:
     problem = _text_problem(row, attributes.prompt, True) or _text_problem(row, attributes.query, True)
-    if problem is None and stage != "pt":
+    if attributes.ranking:
+        answers = (attributes.chosen, attributes.rejected)
+        problem = problem or next(filter(None, (_text_problem(row, column, False) for column in answers)), None)
+    elif problem is None and stage != "pt":
         if not attributes.response:
             return "columns in dataset_info.json names no response, so there is no answer"
         problem = _text_problem(row, attributes.response, False)
@@ -55,7 +58,23 @@ def _messages(row: dict[str, Any], attributes: Any, stage: str) -> str | None:
         problem = _message(message, attributes)
         if problem:
             return f"{key!r}, message {number}: {problem}"
-    return _order(messages, attributes, key)
+    problem = _order(messages, attributes, key)
+    if problem or not attributes.ranking:
+        return problem
+    answers = (attributes.chosen, attributes.rejected)
+    return next(filter(None, (_answer(row.get(column), attributes, column) for column in answers)), None)
+
+
+def _answer(message: Any, attributes: Any, key: str) -> str | None:
+    """The chosen or the rejected answer to a conversation: one message."""
+    problem = _message(message, attributes)
+    if problem:
+        return f"{key!r}: {problem}"
+    role, allowed = message[attributes.role_tag], (attributes.assistant_tag, attributes.function_tag)
+    if role in allowed:
+        return None
+    names = " or ".join(repr(tag) for tag in allowed if tag)
+    return f"{key!r}: {attributes.role_tag!r} must be {names}, found {shown(role)}"
 
 
 def _message(message: Any, attributes: Any) -> str | None:
@@ -108,7 +127,10 @@ def _order(messages: list[dict[str, Any]], attributes: Any, key: str) -> str | N
         if role not in allowed:
             names = " or ".join(repr(tag) for tag in allowed if tag)
             return f"{key!r}, message {number + first}: {role_tag!r} must be {names} there, found {shown(role)}"
-    if len(turns) % 2:
+    if attributes.ranking and turns and len(turns) % 2 == 0:
+        asked = " or ".join(repr(tag) for tag in odd if tag)
+        return f"{key!r}: the last message is {turns[-1]!r}; one of {asked} must come last, which the pair answers"
+    if len(turns) % 2 and not attributes.ranking:
         return f"{key!r}: the last message is {turns[-1]!r}; an answer of {even[0]!r} must come last"
     return None if turns else f"{key!r} has no turn but {messages[0][role_tag]!r}"
 

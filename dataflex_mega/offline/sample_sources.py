@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dataflex_mega.data.pairs import answered_tokens
 from dataflex_mega.data.pool import SamplePool
 from dataflex_mega.data.row_validation import first_bad_row
 from dataflex_mega.errors import ConfigError, DataError
@@ -31,7 +32,7 @@ class SampleSource(Protocol):
 
 
 class PoolSource:
-    """The samples of a run's pools: tokens, and the text that the tokenizer decodes them to."""
+    """The samples of a run's pools: tokens, and the text that the tokenizer decodes them to; of a pair the chosen answer."""
 
     def __init__(self, pools: Sequence[SamplePool], tokenizer: Any) -> None:
         """`pools` are concatenated, such as the evaluation sets."""
@@ -51,9 +52,10 @@ class PoolSource:
         for number in np.unique(pool_numbers):
             pool, positions = self.pools[number], np.flatnonzero(pool_numbers == number)
             samples = pool.fetch(rows[positions] - (self.ends[number] - len(pool)))
-            texts = self.tokenizer.batch_decode([s.input_ids for s in samples], skip_special_tokens=True)
-            for position, sample, text in zip(positions, samples, texts, strict=True):
-                inputs[position] = EmbedInput(text, sample.input_ids)
+            tokens = [answered_tokens(sample) for sample in samples]
+            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            for position, ids, text in zip(positions, tokens, texts, strict=True):
+                inputs[position] = EmbedInput(text, ids)
         return [one for one in inputs if one is not None]
 
 

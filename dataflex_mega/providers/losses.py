@@ -12,7 +12,7 @@ from dataflex_mega.providers.registry import Provider, provides
 from dataflex_mega.types import IGNORE_INDEX
 
 
-@provides(LossSignal, scope="candidates")
+@provides(LossSignal, scope="candidates", pairs=True)
 class LossProvider(Provider):
     """One forward pass over the candidates. NaN for a candidate without a target token."""
 

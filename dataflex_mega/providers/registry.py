@@ -25,6 +25,7 @@ from dataflex_mega.providers.context import SignalContext
 
 Scope = Literal["candidates", "plan", "batch", "forward"]
 SCOPES = ("candidates", "plan", "batch", "forward")
+PAIR_STAGES = ("dpo",)  # whose samples are pairs of answers, see data.pairs
 # The roles whose requests a scope serves. Reference losses lie beside the samples, whoever asks for them.
 ROLES_AT: dict[str, tuple[str, ...]] = {
     "candidates": ("selector",),
@@ -85,6 +86,7 @@ class ProviderSpec:
     needs_reference: bool  # whether token losses of a reference model are read
     stages: tuple[str, ...]  # training stages that have it; (): all
     whole_pool: bool  # whether a row depends on the other candidates
+    pairs: bool  # whether it serves samples that are pairs of answers
 
 
 _specs: dict[type[Request], ProviderSpec] = {}  # decorators fill it while modules are imported
@@ -99,6 +101,7 @@ def provides(
     needs_reference: bool = False,
     stages: tuple[str, ...] = (),
     whole_pool: bool = False,
+    pairs: bool = False,
 ) -> Callable[[T], T]:
     """Enter a provider for a request. Raises ConfigError when another class serves the same request."""
 
@@ -111,7 +114,7 @@ def provides(
             raise ConfigError(f"provider {cls.__name__}: scope must be one of {', '.join(SCOPES)}, found {scope!r}")
         targets = needs_targets if callable(needs_targets) else (lambda _request, value=needs_targets: value)
         _specs[request] = ProviderSpec(
-            request, cls, scope, frozenset(map(str, requires)), targets, needs_reference, stages, whole_pool
+            request, cls, scope, frozenset(map(str, requires)), targets, needs_reference, stages, whole_pool, pairs
         )
         return cls
 
@@ -174,6 +177,9 @@ def check_requests(role: str, algorithm: Algorithm, engine: EngineInfo) -> None:
         if entry.stages and engine.stage not in entry.stages:
             needed = " or ".join(entry.stages)
             raise ConfigError(f"stage: {who} needs stage: {needed}, found {engine.stage}")
+        if engine.stage in PAIR_STAGES and not entry.pairs:
+            measured = "only the loss of a pair of answers is measured, besides what needs no measurement"
+            raise ConfigError(f"stage: {who} does not work with stage: {engine.stage}: {measured}; use another one")
         entry.provider.check(request, engine, who)
 
 

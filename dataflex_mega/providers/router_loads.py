@@ -9,7 +9,7 @@ from dataflex_mega.engines.capabilities import Capability
 from dataflex_mega.providers.registry import Provider, provides
 
 
-@provides(RouterLoadSignal, scope="forward", requires={Capability.ROUTER_LOADS})
+@provides(RouterLoadSignal, scope="forward", requires={Capability.ROUTER_LOADS}, pairs=True)
 class RouterLoadProvider(Provider):
     """The engine's hooks count tokens; `StepStats.expert_load` has the sums."""
 

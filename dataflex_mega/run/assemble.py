@@ -6,6 +6,8 @@ import math
 from functools import partial
 from typing import Any
 
+import torch
+
 from dataflex_mega.control.controller import DataController
 from dataflex_mega.data.loader import Loader
 from dataflex_mega.engines.base import Engine
@@ -20,6 +22,7 @@ from dataflex_mega.run.checkpoint_contents import contents_of
 from dataflex_mega.run.data import RunData
 from dataflex_mega.run.ordering import ordered_passes, stage_config
 from dataflex_mega.run.outputs import OutputOptions
+from dataflex_mega.run.preference import sample_loss
 from dataflex_mega.run.resume import ResumePoint
 from dataflex_mega.run.roles import RunRoles
 from dataflex_mega.run.schedule import RunSchedule
@@ -132,14 +135,17 @@ def _metrics(
 
 
 def _evaluate(session: Session, roles: RunRoles, data: RunData, engine: Engine) -> dict[str, float]:
-    """Token-mean loss of each evaluation set, under Trainer's names, its exponential, and what else is asked for."""
+    """Token-mean loss of each evaluation set, under Trainer's names, its exponential, and what else is asked for; of pairs
+    their mean loss and what it reports."""
     metrics, counts_hits = {}, session.args.finetuning.compute_accuracy
+    names = sample_loss(session.args).report_names
     for name, pool in data.evaluation.items():
         share = _pool_share(session, roles, pool)
+        report = torch.zeros(len(names), dtype=torch.float64)
         if counts_hits:
             sums = evaluate_with_accuracy(share, data.collate, engine)
         else:
-            sums = evaluate(share, data.collate, engine.sample_losses)
+            sums = evaluate(share, data.collate, engine.sample_losses, report)
         loss, tokens, *hits = (session.collectives.all_reduce_sum(part) for part in sums)
         loss, tokens = loss.sum(), tokens.sum()
         if not float(tokens) > 0:
@@ -147,7 +153,11 @@ def _evaluate(session: Session, roles: RunRoles, data: RunData, engine: Engine) 
         mean = float(loss / tokens)
         prefix = f"eval_{name}" if name else "eval"
         metrics[f"{prefix}_loss"] = mean
-        metrics[f"{prefix}_perplexity"] = math.exp(min(mean, LARGEST_EXPONENT))
+        if names:
+            means = (session.collectives.all_reduce_sum(report) / tokens).tolist()
+            metrics.update({f"{prefix}_{key}": value for key, value in zip(names, means, strict=True)})
+        else:
+            metrics[f"{prefix}_perplexity"] = math.exp(min(mean, LARGEST_EXPONENT))
         if hits:
             metrics[f"{prefix}_accuracy"] = float(hits[0][0] / hits[0][1])
         if answers_prompts(session, engine):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dataflex_mega.algorithms.base import Algorithm
 from dataflex_mega.config.parse import RunConfig
@@ -23,6 +23,7 @@ from dataflex_mega.run.data import RunData
 from dataflex_mega.run.effects import notes_on_effects
 from dataflex_mega.run.media import check_signals
 from dataflex_mega.run.outputs import OutputOptions
+from dataflex_mega.run.pair_references import PairReferences
 from dataflex_mega.run.resume import ResumePoint
 from dataflex_mega.run.roles import RunRoles
 from dataflex_mega.run.schedule import RunSchedule
@@ -42,6 +43,7 @@ class PreparedRun:
     resume: ResumePoint
     stop_request: StopRequest
     held: ExitStack  # gives up what the run alone may use, the lock of output_dir
+    pair_references: PairReferences | None = None  # of a run with pairs, for which the model must be built
 
 
 def prepare(
@@ -63,11 +65,12 @@ def prepare(
         preflight.check(session, data, schedule)
         stack.enter_context(lock_output_dir(session))
         cache = reference.find_cache(session, roles, data.pool)
-        resume = ResumePoint.find(session, roles, data, schedule, cache)
+        pairs = PairReferences.find(session, data)
+        resume = ResumePoint.find(session, roles, data, schedule, cache if pairs is None else pairs.of_pool)
         if cache is not None:
             reference.ensure_complete(session, data, cache)
         request, with_references = stop_request or StopRequest(), data.with_references(cache)
-        return PreparedRun(session, roles, with_references, schedule, resume, request, stack.pop_all())
+        return PreparedRun(session, roles, with_references, schedule, resume, request, stack.pop_all(), pairs)
 
 
 @contextmanager
@@ -112,7 +115,10 @@ def build(
     run = prepare(config, instances, stop_request)
     with ExitStack() as stack:
         stack.enter_context(run.held)
-        trainer = assemble(run.session, run.roles, run.data, run.schedule, run.resume, build_engine(run), options)
+        engine = build_engine(run)
+        if run.pair_references is not None:
+            run = replace(run, data=run.pair_references.attach(run.session, run.data, engine))
+        trainer = assemble(run.session, run.roles, run.data, run.schedule, run.resume, engine, options)
         trainer.position = POSITION
         trainer.stop = when_stopped(run.stop_request, run.session.collectives.all_gather_objects)
         stack.pop_all()

@@ -9,6 +9,7 @@ from functools import partial
 import dataflex_mega.data.targets as targets
 from dataflex_mega.algorithms.base import Algorithm
 from dataflex_mega.data.collate import collate
+from dataflex_mega.data.pairs import collate_pairs
 from dataflex_mega.data.pool import Domain, ReferenceLosses, SamplePool
 from dataflex_mega.engines.base import Engine
 from dataflex_mega.errors import ConfigError, UserError
@@ -18,6 +19,7 @@ from dataflex_mega.providers.registry import display_name, needs_targets
 from dataflex_mega.run import corpus
 from dataflex_mega.run.media import media_collator, packs_rows
 from dataflex_mega.run.offline_files import check_files
+from dataflex_mega.run.preference import has_pairs
 from dataflex_mega.run.roles import RunRoles
 from dataflex_mega.run.session import Session
 from dataflex_mega.types import Batch
@@ -47,6 +49,10 @@ class RunData:
         check_files(roles, pool)
         pad_id = session.tokenizer.pad_token_id if session.tokenizer.pad_token_id is not None else 0
         pack_length = args.data.cutoff_len if packs_rows(args) else None
+        if has_pairs(args):
+            for name, kinds in bundle.media.items():
+                raise ConfigError(f"stage: dpo takes text alone, dataset {name!r} has {' and '.join(kinds)}")
+            return cls(pool, evaluation, partial(collate_pairs, pad_id=pad_id))
         make_batch = media_collator(session, roles, bundle, pad_id)
         return cls(pool, evaluation, make_batch or partial(collate, pad_id=pad_id, pack_length=pack_length))
 

@@ -22,6 +22,7 @@ from dataflex_mega.llamafactory.frozen_model import build_frozen_model
 from dataflex_mega.llamafactory.model import build_model, freeze_gates
 from dataflex_mega.llamafactory.optim import build_optimizer, build_scheduler
 from dataflex_mega.run.media import packs_rows
+from dataflex_mega.run.preference import disable_dropout, has_pairs
 from dataflex_mega.run.step_options import build_step_options
 
 
@@ -55,6 +56,8 @@ class FSDPBuilder:
         # With FSDP2 the model is read into host memory; a device holds only its shards.
         device_map = {"": "cpu"} if self.layout.mode == "fsdp2" else None
         model = self._build_model(tokenizer, device_map)
+        if has_pairs(self.args):
+            disable_dropout(model)
         watch_for_overflow(self.args, model)
         if self.args.training.neftune_noise_alpha:
             activate_neftune(model, self.args.training.neftune_noise_alpha)  # a hook that acts in training mode

@@ -10,6 +10,7 @@ from dataflex_mega.llamafactory.optim import check_optimizer, check_schedule
 from dataflex_mega.llamafactory.similarity import METRICS as SIMILARITIES
 from dataflex_mega.run.answers import answers_prompts, notes_on_answers
 from dataflex_mega.run.data import RunData
+from dataflex_mega.run.preference import sample_loss
 from dataflex_mega.run.schedule import RunSchedule
 from dataflex_mega.run.session import Session
 
@@ -22,7 +23,8 @@ def check(session: Session, data: RunData, schedule: RunSchedule) -> None:
     give."""
     check_schedule(session.args, check_optimizer(session.args), schedule.max_steps)
     direction_is_set = session.config.llamafactory.get("greater_is_better") is not None
-    metrics = METRICS
+    reported = sample_loss(session.args).report_names
+    metrics = ("loss", *reported) if reported else METRICS
     metrics += ("accuracy",) if session.args.finetuning.compute_accuracy else ()
     metrics += SIMILARITIES if answers_prompts(session) else ()
     check_metric(session.args, metric_names(list(data.evaluation), metrics), session.callbacks, direction_is_set)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,16 +67,19 @@ def configured_cache(session: Session, pool: SamplePool) -> ReferenceLossCache:
     return ReferenceLossCache(folder, identity, len(pool), keys.reference_dtype)
 
 
-def ensure_complete(session: Session, data: RunData, cache: ReferenceLossCache) -> None:
-    """Build what is missing, and check every block, the work divided over ranks. Raises CheckpointError for a cache that is
-    another model's or data's, that cannot be finished without reference_model, or that is damaged."""
+def ensure_complete(session: Session, data: RunData, cache: ReferenceLossCache, source: Source | None = None) -> None:
+    """Build what is missing, and check every block, the work divided over ranks. `source`: None: reference_model.
+
+    Raises CheckpointError for a cache that is another model's or data's, that cannot be finished without reference_model, or
+    that is damaged.
+    """
     collectives, info = session.collectives, session.parallel_info
     if not run_on_main(collectives, cache.is_complete):
-        if session.config.dataflex.reference_model is None:
+        if source is None and session.config.dataflex.reference_model is None:
             raise CheckpointError(f"reference_cache: {cache.folder} is not finished; set reference_model to finish it")
         with waited_lock(collectives, FolderLock(cache.folder), session.report):
             if not run_on_main(collectives, cache.is_complete):  # another job may have built it meanwhile
-                build_cache(session, data, cache, Path(session.config.dataflex.reference_model).expanduser())
+                build_cache(session, data, cache, source or _source_of_key(session))
     per_rank = collectives.all_gather_objects(cache.integrity_errors(info.rank, info.world_size))
     errors = [error for errors in per_rank for error in errors]
     if errors:
@@ -100,7 +103,25 @@ def _model_of(source: Path | None, folder: Path) -> str:
 # -- building ------------------------------------------------------------------------------------------------------------
 
 
-def build_cache(session: Session, data: RunData, cache: ReferenceLossCache, source: Path) -> None:
+@dataclass(frozen=True)
+class Source:
+    """The reference model: how messages call it, and what makes the function of it that gives each sample's losses."""
+
+    name: str
+    open: Callable[[], Callable[[Batch], Tensor]]  # the function: a batch of n samples -> [n, ...] on the CPU
+
+
+def _source_of_key(session: Session) -> Source:
+    folder = Path(session.config.dataflex.reference_model or "").expanduser()
+
+    def open_folder() -> Callable[[Batch], Tensor]:
+        with reference_model.readable(session, folder) as model_folder:
+            return reference_losses(session, model_folder)
+
+    return Source(str(folder), open_folder)
+
+
+def build_cache(session: Session, data: RunData, cache: ReferenceLossCache, source: Source) -> None:
     """Compute the blocks that are missing; rank r takes every world-th of them. The run's random numbers are untouched."""
     collectives, world_size = session.collectives, session.parallel_info.world_size
     run_on_main(collectives, cache.create_or_resume)
@@ -108,11 +129,10 @@ def build_cache(session: Session, data: RunData, cache: ReferenceLossCache, sour
     device = session.parallel_info.device
     devices = [device] if device.type == "cuda" else []
     session.report(
-        f"reference: {len(missing)} of {cache.num_blocks} blocks to compute with {source} into {cache.folder}"
+        f"reference: {len(missing)} of {cache.num_blocks} blocks to compute with {source.name} into {cache.folder}"
     )
     with torch.random.fork_rng(devices):
-        with reference_model.readable(session, source) as model_folder:
-            losses = reference_losses(session, model_folder)
+        losses = source.open()
         for done in range(0, len(missing), world_size):
             _compute_blocks(session, data, cache, missing[done : done + world_size], losses)
             session.report(f"reference: {min(done + world_size, len(missing))}/{len(missing)} blocks")

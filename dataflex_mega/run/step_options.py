@@ -8,6 +8,7 @@ from typing import Any
 from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.engines.options import StepOptions
 from dataflex_mega.losses.choice import choose_form
+from dataflex_mega.run.preference import sample_loss
 
 
 def build_step_options(config: RunConfig, args: Any, num_domains: int, requested: Mapping[str, Any]) -> StepOptions:
@@ -21,5 +22,6 @@ def build_step_options(config: RunConfig, args: Any, num_domains: int, requested
         on_non_finite=keys.on_non_finite,
         loss_form=choose_form(args.training, args.finetuning),
         moe_aux_loss_coef=float(args.model.moe_aux_loss_coef or 0.0),
+        sample_loss=sample_loss(args),
         **requested,
     )

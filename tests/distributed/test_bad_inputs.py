@@ -60,7 +60,7 @@ CASES = {
     "deepspeed": ({**SELECT, "deepspeed": "ds.json"}, ["deepspeed"]),
     "optimizer that cannot be sharded": ({**SELECT, "optim": "adafactor"}, ["optim", "adafactor"]),
     "galore": ({**SELECT, "use_galore": True}, ["use_galore"]),
-    "another stage": ({**WEIGHT, "stage": "dpo"}, ["stage", "dpo"]),
+    "another stage": ({**WEIGHT, "stage": "kto"}, ["stage", "kto"]),
     "template unknown": ({**WEIGHT, **SFT, "template": "qwenn"}, ["qwenn"]),
     "packed flash attention": ({**WEIGHT, **SFT, "packing": True, "flash_attn": "fa2"}, ["flash_attn", "fa2", "sdpa"]),
     "streaming": ({**MIX, "streaming": True}, ["streaming"]),

@@ -246,12 +246,12 @@ def test_a_mistake_is_found_once_before_any_process_starts(capsys, tmp_path, mon
 
 def test_what_only_a_dynamic_run_refuses_is_found_before_any_process_starts(capsys, tmp_path, monkeypatch):
     path = tmp_path / "run.yaml"
-    path.write_text("stage: dpo\nmodel_name_or_path: gpt2\ndataset: a\noutput_dir: out\n")
+    path.write_text("stage: kto\nmodel_name_or_path: gpt2\ndataset: a\noutput_dir: out\n")
     monkeypatch.setenv("NPROC_PER_NODE", "2")
     monkeypatch.setattr(_launcher, "torchrun_command", lambda *_: [sys.executable, "-c", "raise SystemExit(0)"])
     assert cli.main(["train", str(path)]) == 0
     assert cli.main(["train", str(path), "weighter=loss"]) == 2
-    assert "error: stage: dynamic training takes pt, sft, found 'dpo'" in capsys.readouterr().err
+    assert "error: stage: dynamic training takes pt, sft, dpo, found 'kto'" in capsys.readouterr().err
 
 
 def test_the_status_of_the_processes_is_ours(tmp_path, monkeypatch):

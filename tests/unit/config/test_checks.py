@@ -83,7 +83,8 @@ def test_what_dynamic_training_does_not_do_is_refused_by_name(check, key, value)
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"stage": "dpo"}, "stage: dynamic training takes pt, sft, found 'dpo'; other stages run with train_type: static"),
+        ({"stage": "kto"}, "stage: dynamic training takes pt, sft, dpo, found 'kto'; other stages run with train_type: "
+         "static"),
         ({"optim": "adafactor"}, "optim: dynamic training takes adamw_torch, adamw_torch_fused, sgd, rmsprop, adagrad, "
          "found 'adafactor'"),
         ({"optim": "adamw_trch"}, "optim: dynamic training takes adamw_torch, adamw_torch_fused, sgd, rmsprop, adagrad, "
