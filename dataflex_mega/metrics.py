@@ -247,7 +247,8 @@ class Metrics:
             if w.domain_tokens[d] > 0:
                 loss = float(w.domain_loss[d] / w.domain_tokens[d])
                 scalars[f"domain/loss/{name}"] = loss
-                scalars[f"domain/perplexity/{name}"] = math.exp(min(loss, 50.0))
+                if not w.report:  # a loss that is reported on is not one of tokens
+                    scalars[f"domain/perplexity/{name}"] = math.exp(min(loss, 50.0))
         return scalars
 
     def _append(self, name: str, row: dict[str, Any]) -> None:

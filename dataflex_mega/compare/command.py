@@ -112,6 +112,7 @@ def check_runs(plan: Suite) -> dict[str, str]:
             config = parse_config(resolve(dict(run.config), run.key), known)
             found = [*config.notes, *(check_dynamic(config) if config.dataflex.train_type != "static" else ())]
             found += check_megatron(config) if config.engine == "megatron" else ()
+            perplexity.check_stage(config.llamafactory)
         except ConfigError as error:
             raise ConfigError(f"{_name_of(run)}: {error}") from error
         checked.append(_name_of(run))

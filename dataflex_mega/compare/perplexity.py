@@ -94,6 +94,12 @@ def evaluation_keys(
     return keys
 
 
+def check_stage(keys: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a stage whose rows have no perplexity."""
+    if keys.get("stage") == "dpo":
+        raise ConfigError("stage: dpo: pairs of answers have no perplexity; measure on rows of stage sft or pt instead")
+
+
 def evaluate(
     keys: Mapping[str, Any],
     batch_size: int,
@@ -113,6 +119,7 @@ def evaluate(
     """
     if batch_size < 1:
         raise ConfigError(f"batch size: must be at least 1, found {batch_size}")
+    check_stage(keys)
     parsed = lf_args.parse_arguments(lf_args.prepare_arguments(dict(keys)))
     module, template = load_tokenizer(parsed)
     check_model(parsed, module["tokenizer"])

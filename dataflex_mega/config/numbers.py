@@ -31,12 +31,6 @@ RANGES: dict[str, Range] = {
     ),
     "max_steps": Range(ge=-1, le=10**12),
     "val_size": AT_LEAST_0,
-    # pairs of answers
-    "pref_beta": POSITIVE,
-    "pref_ftx": AT_LEAST_0,
-    "simpo_gamma": AT_LEAST_0,
-    "dpo_label_smoothing": Range(ge=0, le=0.5),
-    "ld_alpha": SHARE,
     "seed": Range(ge=0, lt=2**32),
     "data_seed": Range(ge=0, lt=2**32),
     # the optimizer and its schedule

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.errors import ConfigError, did_you_mean
+from dataflex_mega.schema.constraints import Range
 
 STAGE = "dpo"
 LOSSES = ("sigmoid", "hinge", "ipo", "orpo", "simpo")
@@ -17,6 +18,13 @@ NOT_BY_LLAMAFACTORY = ("hinge", "ipo")
 REFUSED = {
     "pref_bco_weight": "its baseline is a running mean over the batches of a process",
     "ref_model_quantization_bit": "the reference model is read once and freed, as it is",
+}
+RANGES = {
+    "pref_beta": Range(gt=0),
+    "pref_ftx": Range(ge=0),
+    "simpo_gamma": Range(ge=0),
+    "dpo_label_smoothing": Range(ge=0, le=0.5),
+    "ld_alpha": Range(ge=0),
 }
 REFERENCE_KEYS = ("ref_model", "ref_model_adapters")
 OURS = ("reference_model", "corpus_dir", "eval_corpus_dir")
@@ -34,6 +42,10 @@ def check_preferences(config: RunConfig) -> None:
         raise ConfigError(f"pref_loss: {loss} is not there: {REFUSED_LOSSES[loss]}; use one of {', '.join(LOSSES)}")
     if loss not in LOSSES:
         raise ConfigError(f"pref_loss: expected one of {', '.join(LOSSES)}, found {loss!r}{did_you_mean(loss, LOSSES)}")
+    for key, bounds in RANGES.items():
+        problem = None if keys.get(key) is None else bounds.error(float(keys[key]))
+        if problem is not None:
+            raise ConfigError(f"{key}: {problem}")
     for key, why in REFUSED.items():
         if keys.get(key):
             raise ConfigError(f"{key}: a dynamic run does not do this: {why}; leave it out")

@@ -24,6 +24,7 @@ from dataflex_mega.llamafactory.model_checks import UNREADABLE, auto_class, chec
 from dataflex_mega.locks import FolderLock
 from dataflex_mega.run import reference_model
 from dataflex_mega.run.data import RunData
+from dataflex_mega.run.preference import has_pairs
 from dataflex_mega.run.roles import RunRoles
 from dataflex_mega.run.session import Session
 from dataflex_mega.store.manifest import MANIFEST
@@ -40,7 +41,7 @@ def find_cache(session: Session, roles: RunRoles, pool: SamplePool) -> Reference
     """
     keys = session.config.dataflex
     if not roles.needs_reference:
-        if keys.reference_model or keys.reference_cache:
+        if keys.reference_model or (keys.reference_cache and not has_pairs(session.args)):
             session.report(
                 "note: reference_model and reference_cache are not used: no algorithm of this run asks for them"
             )

@@ -225,6 +225,7 @@ BAD_ROWS = {
 }  # fmt: skip
 
 
+@pytest.mark.exhaustive
 def test_bad_rows_are_named(folder):
     configs = {}
     for number, (name, (entry, row, _)) in enumerate(BAD_ROWS.items()):
