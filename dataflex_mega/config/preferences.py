@@ -14,11 +14,6 @@ REFUSED_LOSSES = {
 }
 # LLaMA-Factory 0.9.5 names them, but beside trl 0.24 its trainer computes `sigmoid` for them.
 NOT_BY_LLAMAFACTORY = ("hinge", "ipo")
-# Key -> why a run with pairs does not take it.
-REFUSED = {
-    "pref_bco_weight": "its baseline is a running mean over the batches of a process",
-    "ref_model_quantization_bit": "the reference model is read once and freed, as it is",
-}
 RANGES = {
     "pref_beta": Range(gt=0),
     "pref_ftx": Range(ge=0),
@@ -46,9 +41,6 @@ def check_preferences(config: RunConfig) -> None:
         problem = None if keys.get(key) is None else bounds.error(float(keys[key]))
         if problem is not None:
             raise ConfigError(f"{key}: {problem}")
-    for key, why in REFUSED.items():
-        if keys.get(key):
-            raise ConfigError(f"{key}: a dynamic run does not do this: {why}; leave it out")
     for key in OURS:
         if getattr(config.dataflex, key) is not None:
             instead = "ref_model names one" if key == "reference_model" else "dataset names rankings"

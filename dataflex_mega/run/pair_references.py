@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -128,8 +128,19 @@ def _source(session: Session, engine: Engine) -> reference.Source:
 
 def _of_run(engine: Engine, adapters: bool, batch: Batch) -> Tensor:
     """[n, 2] sums of token losses by the model of the run."""
-    with engine.model.disable_adapter() if adapters else contextlib.nullcontext():
+    with _without_adapters(engine.model) if adapters else contextlib.nullcontext():
         return _row_sums(engine.token_losses(batch))
+
+
+@contextlib.contextmanager
+def _without_adapters(model: Any) -> Iterator[None]:
+    """PEFT's `disable_adapter`, with what is trained left so: FSDP2 looks at that when it gathers a layer first, and would
+    take gradients of the adapters in the wrong dtype afterwards."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with model.disable_adapter():
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        yield
 
 
 def _of_other_model(session: Session) -> Callable[[Batch], Tensor]:

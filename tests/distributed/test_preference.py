@@ -96,6 +96,17 @@ def test_the_first_step_has_no_margin_where_the_model_is_its_own_reference(train
 
 
 @pytest.mark.exhaustive
+def test_adapters_are_trained_in_bf16_sharded_as_they_are_whole(folder):
+    """The reference pass, in which adapters are off, is the first that FSDP2 sees."""
+    keys = {**LORA, **ROLES, "bf16": True, "max_steps": 3, "save_strategy": "no"}
+    configs = [config_of(folder, f"bf16-{layout}", **keys, **LAYOUTS[layout][1]) for layout in ("ddp", "fsdp2")]
+    for status, stderr in runs.train_many(2, configs):
+        assert status == 0, stderr[-3000:]
+    whole, sharded = ([row["logps/chosen"] for row in runs.rows(config)] for config in configs)
+    assert sharded == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.exhaustive
 def test_another_reference_gives_a_margin_at_once(trained):
     assert abs(runs.rows(trained("full")["fsdp2"])[0]["rewards/margins"]) > 1e-3
 
