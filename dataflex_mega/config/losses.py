@@ -18,7 +18,6 @@ RANGES = {
 # Each replaces the cross-entropy of a token, so a run has one of them.
 FORMS = ("label_smoothing_factor", "use_dft_loss", "use_eaft_loss", "use_asft_loss")
 STAGES = ("pt", "sft")  # whose loss is one of tokens
-PARAMETERS = {"eaft_alpha": "use_eaft_loss", "asft_alpha": "use_asft_loss"}
 
 
 def check_losses(lf: Mapping[str, Any]) -> list[str]:
@@ -59,11 +58,6 @@ def _check_anchor(lf: Mapping[str, Any]) -> None:
 
 
 def _notes(lf: Mapping[str, Any]) -> list[str]:
-    notes = [
-        f"{key}: has no effect without {switch}: true"
-        for key, switch in PARAMETERS.items()
-        if lf.get(key) is not None and not lf.get(switch)
-    ]
     if lf.get("compute_accuracy") and str(lf.get("eval_strategy", "no")) == "no":
-        notes.append("compute_accuracy: has no effect: nothing is evaluated; eval_strategy says when")
-    return notes
+        return ["compute_accuracy: has no effect: nothing is evaluated; eval_strategy says when"]
+    return []

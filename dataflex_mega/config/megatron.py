@@ -225,11 +225,13 @@ def resolve_engine(engine: str, keys: Sequence[str], variable: str | None) -> st
     return "megatron" if keys or variable else "fsdp"
 
 
-def with_lf_keys(arguments: MegatronArguments, lf: Mapping[str, Any]) -> MegatronArguments:
-    """With the values of LLaMA-Factory's keys that Megatron has under another name. Raises ConfigError where both are given
-    and differ."""
+def with_lf_keys(arguments: MegatronArguments, lf: Mapping[str, Any], engine: str) -> MegatronArguments:
+    """Where that engine trains, with the values of LLaMA-Factory's keys that Megatron has under another name.
+
+    Raises ConfigError where both are given and differ.
+    """
     coefficient = lf.get("moe_aux_loss_coef")
-    if not coefficient:
+    if not coefficient or engine != "megatron":
         return arguments
     if arguments.moe_aux_loss_coeff not in (0.0, coefficient):
         raise ConfigError(

@@ -88,12 +88,10 @@ def parse_config(
         lf_values, notes = launched.llamafactory, [*notes, *launched.notes]
         megatron_arguments = megatron.parse({**megatron_keys, **launched.megatron})
         all_keys = {key: value for key, value in all_keys.items() if key != "deepspeed"} | launched.megatron
-    if engine == "megatron":
-        megatron_arguments = megatron.with_lf_keys(megatron_arguments, lf_values)
     return RunConfig(
         llamafactory=lf_values,
         dataflex=parsed.arguments,
-        megatron=megatron_arguments,
+        megatron=megatron.with_lf_keys(megatron_arguments, lf_values, engine),
         engine=engine,
         roles=parsed.roles.specs,
         reorder=parsed.roles.reorder,

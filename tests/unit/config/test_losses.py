@@ -2,6 +2,7 @@
 
 import pytest
 
+from dataflex_mega.config.fates import check_fates
 from dataflex_mega.config.losses import FORMS, check_losses
 from dataflex_mega.errors import ConfigError
 
@@ -66,10 +67,8 @@ def test_what_can_be_passes_without_a_note(keys):
 
 
 def test_keys_without_effect_are_noted():
-    assert check_losses({"eaft_alpha": 2.0}) == ["eaft_alpha: has no effect without use_eaft_loss: true"]
-    assert check_losses({"use_eaft_loss": True, "asft_alpha": 0.2}) == [
-        "asft_alpha: has no effect without use_asft_loss: true"
-    ]
+    assert check_fates({"use_eaft_loss": True, "eaft_alpha": 2.0}) == []
+    assert check_fates({"eaft_alpha": 2.0}) == ["eaft_alpha: has no effect without use_eaft_loss"]
     assert check_losses({"compute_accuracy": True}) == [
         "compute_accuracy: has no effect: nothing is evaluated; eval_strategy says when"
     ]

@@ -119,10 +119,11 @@ def test_which_variable_asks(value):
 
 
 def test_llamafactorys_name_of_the_load_balancing_weight_is_megatrons():
-    assert with_lf_keys(parse({}), {"moe_aux_loss_coef": 0.02}).moe_aux_loss_coeff == 0.02
-    assert with_lf_keys(parse({"moe_aux_loss_coeff": 0.02}), {"moe_aux_loss_coef": 0.02}).moe_aux_loss_coeff == 0.02
-    assert with_lf_keys(parse({"moe_aux_loss_coeff": 0.02}), {}).moe_aux_loss_coeff == 0.02
+    ours, both, theirs = {"moe_aux_loss_coef": 0.02}, {"moe_aux_loss_coef": 0.5}, parse({"moe_aux_loss_coeff": 0.02})
+    assert with_lf_keys(parse({}), ours, "megatron").moe_aux_loss_coeff == 0.02
+    assert with_lf_keys(parse({}), ours, "fsdp") == parse({})
+    assert with_lf_keys(theirs, ours, "megatron") == with_lf_keys(theirs, {}, "megatron") == theirs
     with pytest.raises(
         ConfigError, match="^moe_aux_loss_coef: 0.5, but Megatron's moe_aux_loss_coeff is 0.02; drop one"
     ):
-        with_lf_keys(parse({"moe_aux_loss_coeff": 0.02}), {"moe_aux_loss_coef": 0.5})
+        with_lf_keys(theirs, both, "megatron")
