@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from dataflex_mega.data.lockstep import FIRST_ID, lockstep_batches
-from dataflex_mega.data.pool import Sample
+from dataflex_mega.data.media import media_kinds
+from dataflex_mega.data.pool import Sample, SamplePool
 from dataflex_mega.engines.base import Engine
-from dataflex_mega.engines.capabilities import Capability
 from dataflex_mega.llamafactory.similarity import METRICS, similarities
 from dataflex_mega.run.session import Session
 from dataflex_mega.signals.pool_share import PoolShare
@@ -24,19 +25,30 @@ PLAIN = {
 }  # what is not done here
 
 
-def answers_prompts(session: Session, engine: Engine | None = None) -> bool:
-    """Whether evaluations of the run do so. `engine`: the run's, or None before there is one."""
-    can = session.config.engine == "fsdp" if engine is None else Capability.GENERATION in engine.capabilities
-    return can and bool(session.config.llamafactory.get("predict_with_generate"))
+def answers_prompts(session: Session, evaluation: Mapping[str, SamplePool]) -> bool:
+    """Whether evaluations of the run do so."""
+    asked = bool(session.config.llamafactory.get("predict_with_generate")) and session.args.finetuning.stage == "sft"
+    return asked and not _obstacle(session, evaluation)
 
 
-def notes_on_answers(session: Session) -> list[str]:
+def _obstacle(session: Session, evaluation: Mapping[str, SamplePool]) -> str:
+    """Why prompts cannot be answered while the model trains; empty when they can."""
+    if session.config.engine != "fsdp":
+        return f"engine: {session.config.engine} does not generate"
+    has_media = any(media_kinds(domain.rows) for pool in evaluation.values() for domain in pool.domains)
+    return "prompts with images, videos or audio are answered by the finished model" if has_media else ""
+
+
+def notes_on_answers(session: Session, evaluation: Mapping[str, SamplePool]) -> list[str]:
     """What evaluations of a run do otherwise than the generation after it."""
     keys = session.config.llamafactory
     if not keys.get("predict_with_generate") or str(session.args.training.eval_strategy.value) == "no":
         return []
-    if not answers_prompts(session):
-        return ["predict_with_generate: answers are generated after training; evaluations before give the loss"]
+    obstacle = _obstacle(session, evaluation)
+    if obstacle:
+        return [
+            f"predict_with_generate: answers are generated after training, evaluations before give the loss; {obstacle}"
+        ]
     return [
         f"{key}: {keys[key]!r} acts on the answers after training; evaluations before sample token by token"
         for key, plain in PLAIN.items()

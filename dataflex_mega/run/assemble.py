@@ -160,7 +160,7 @@ def _evaluate(session: Session, roles: RunRoles, data: RunData, engine: Engine) 
             metrics[f"{prefix}_perplexity"] = math.exp(min(mean, LARGEST_EXPONENT))
         if hits:
             metrics[f"{prefix}_accuracy"] = float(hits[0][0] / hits[0][1])
-        if answers_prompts(session, engine):
+        if answers_prompts(session, data.evaluation):
             answers = answer_metrics(session, share, engine)
             metrics.update({f"{prefix}_{metric}": value for metric, value in answers.items()})
     return metrics

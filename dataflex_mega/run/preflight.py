@@ -26,10 +26,10 @@ def check(session: Session, data: RunData, schedule: RunSchedule) -> None:
     reported = sample_loss(session.args).report_names
     metrics = ("loss", *reported) if reported else METRICS
     metrics += ("accuracy",) if session.args.finetuning.compute_accuracy else ()
-    metrics += SIMILARITIES if answers_prompts(session) else ()
+    metrics += SIMILARITIES if answers_prompts(session, data.evaluation) else ()
     check_metric(session.args, metric_names(list(data.evaluation), metrics), session.callbacks, direction_is_set)
     epochs = schedule.max_steps * schedule.partition.global_batch_size / len(data.pool)
-    notes = [*idle_patience(session.args, schedule.max_steps, epochs), *notes_on_answers(session)]
+    notes = [*idle_patience(session.args, schedule.max_steps, epochs), *notes_on_answers(session, data.evaluation)]
     session.report(*(f"note: {note}" for note in notes))
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from dataflex_mega.data.pool import Sample
 from dataflex_mega.llamafactory.similarity import METRICS, similarities
-from dataflex_mega.run.answers import generation_spec, split_last_answer
+from dataflex_mega.run.answers import answers_prompts, generation_spec, notes_on_answers, split_last_answer
 from dataflex_mega.types import GenerationSpec
 
 WORDS = ["", "the", "cat", "sat", "on", "a", "mat", "dog"]
@@ -67,3 +67,42 @@ def test_scores_are_those_of_each_pair_by_llamafactory():
         alone = ComputeSimilarity(tokenizer=Words())(pair)
         assert row.tolist() == pytest.approx([alone[name] for name in METRICS])
     assert values[0, 0] > 50 and values[2].tolist() == pytest.approx([0, 0, 0, 0], abs=1e-3)
+
+
+def session_of(engine="fsdp", stage="sft", strategy="steps", **keys):
+    lf = {"predict_with_generate": True, **keys}
+    training = SimpleNamespace(eval_strategy=SimpleNamespace(value=strategy))
+    args = SimpleNamespace(finetuning=SimpleNamespace(stage=stage), training=training)
+    return SimpleNamespace(config=SimpleNamespace(engine=engine, llamafactory=lf), args=args)
+
+
+class Pictures:
+    """Rows with images."""
+
+    def media_kinds(self):
+        return ("images",)
+
+    def media(self, rows):
+        return []
+
+
+def pools(rows):
+    return {"": SimpleNamespace(domains=[SimpleNamespace(rows=rows)])}
+
+
+@pytest.mark.parametrize(
+    ("session", "rows", "answers", "note"),
+    [
+        (session_of(), [], True, None),
+        (session_of(predict_with_generate=False), [], False, None),
+        (session_of(strategy="no"), [], True, None),
+        (session_of(stage="pt"), [], False, None),
+        (session_of("megatron"), [], False, "engine: megatron does not generate"),
+        (session_of(), Pictures(), False, "prompts with images, videos or audio are answered by the finished model"),
+        (session_of(num_beams=4), [], True, "num_beams: 4 acts on the answers after training"),
+    ],
+)
+def test_where_prompts_are_answered_and_what_a_note_says(session, rows, answers, note):
+    assert answers_prompts(session, pools(rows)) is answers
+    notes = notes_on_answers(session, pools(rows))
+    assert len(notes) == (note is not None) and all(note in line for line in notes)
