@@ -101,7 +101,7 @@ class RawRows:
                 continue  # LLaMA-Factory fails on it, and then the row is looked for
             roles = compute.struct_field(values, [attributes.role_tag])
             wrong = compute.and_(compute.is_valid(roles), compute.invert(compute.is_in(roles, pyarrow.array(allowed))))
-            rows = np.flatnonzero(wrong.to_numpy(zero_copy_only=False)[: self._num_checked()])
+            rows = np.flatnonzero(wrong.to_numpy(zero_copy_only=False)[: self.num_checked()])
             if len(rows):
                 problem = row_problem(self.rows[int(rows[0])], attributes, self.stage)
                 raise DataError(f"dataset {self.name!r}: {self.where(int(rows[0]))}: {problem}")
