@@ -47,6 +47,8 @@ def check_preferences(config: RunConfig) -> None:
             raise ConfigError(f"{key}: not with stage: dpo; {instead}")
     if keys.get("ref_model_adapters") and not keys.get("ref_model"):
         raise ConfigError("ref_model_adapters: needs ref_model, the model that they belong to")
+    if keys.get("compute_accuracy"):
+        raise ConfigError("compute_accuracy: it is of tokens; stage: dpo gives rewards/accuracies in any case")
     if keys.get("dpo_label_smoothing") and loss != "sigmoid":
         raise ConfigError(f"dpo_label_smoothing: belongs to pref_loss: sigmoid, found pref_loss: {loss}")
 

@@ -187,6 +187,7 @@ REFUSED = {
     "pair of kto": ({**BARE, "pref_loss": "kto_pair"}, ["pref_loss", "kto_pair", "micro-batch", "sigmoid"]),
     "pref_loss typo": ({**BARE, "pref_loss": "sigmoit"}, ["pref_loss", "sigmoit", "sigmoid"]),
     "beta 0": ({**BARE, "pref_beta": 0.0}, ["pref_beta", "0"]),
+    "accuracy": ({**BARE, "compute_accuracy": True}, ["compute_accuracy", "rewards/accuracies"]),
     "bco": ({**BARE, "pref_bco_weight": 0.5}, ["pref_bco_weight"]),
     "smoothing": ({**BARE, "pref_loss": "ipo", "dpo_label_smoothing": 0.1}, ["dpo_label_smoothing", "ipo"]),
     "adapters alone": ({**BARE, "ref_model_adapters": "/a"}, ["ref_model_adapters", "ref_model"]),
