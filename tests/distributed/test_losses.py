@@ -134,3 +134,36 @@ def test_what_cannot_be_is_refused_in_one_line(folder):
     results = runs.train_many(1, [config_of(folder, f"bad {i}", **keys) for i, (keys, _) in enumerate(cases)])
     for (status, stderr), (_, words) in zip(results, cases, strict=True):
         check_line(status, stderr, words)
+
+
+@pytest.mark.exhaustive
+def test_the_megatron_engine_acts_on_the_keys_or_refuses_them(folder):
+    pytest.importorskip("megatron.core")
+    engine = {"engine": "megatron", "max_steps": 2}
+    experts = {"model_name_or_path": str(folder / "moe"), "moe_aux_loss_coef": 0.5, **engine}
+    cases = {
+        "smoothing": ({**engine, **FORMS["smoothing"], **EVALUATES, "eval_steps": 2, "compute_accuracy": True}, []),
+        "experts": (experts, []),
+        "both names": ({**experts, "moe_aux_loss_coef": 0, "moe_aux_loss_coeff": 0.5}, []),
+        "neither": ({**experts, "moe_aux_loss_coef": 0}, []),
+        "asft": (
+            {**engine, "use_asft_loss": True},
+            ["use_asft_loss: engine: megatron does not do this; a second model"],
+        ),
+        "noise": ({**engine, "neftune_noise_alpha": 5}, ["neftune_noise_alpha: engine: megatron does not do this"]),
+        "dense": ({**engine, "moe_aux_loss_coef": 0.1}, ["moe_aux_loss_coef: a llama has no load-balancing loss"]),
+        "two values": ({**experts, "moe_aux_loss_coeff": 0.1}, ["moe_aux_loss_coef: 0.5, but Megatron's"]),
+    }
+    configs = {name: config_of(folder, f"megatron {name}", **keys) for name, (keys, _) in cases.items()}
+    for (name, (_, words)), (status, stderr) in zip(
+        cases.items(), runs.train_many(1, list(configs.values())), strict=True
+    ):
+        if words:
+            check_line(status, stderr, words)
+        else:
+            assert status == 0, (name, stderr)
+    alone = config_of(folder, "smoothing 2", **{**FORMS["smoothing"], "max_steps": 2})
+    train(1, [alone])
+    same(runs.rows(configs["smoothing"]), runs.rows(alone), 1e-4)
+    norms = [runs.rows(configs[name])[0]["grad_norm"] for name in ("experts", "both names", "neither")]
+    assert norms[0] == norms[1] != norms[2]
