@@ -60,7 +60,7 @@ def prediction_keys(lf: dict[str, Any], output: Path) -> dict[str, Any]:
     )
     keys = {key: value for key, value in lf.items() if key in allowed}
     keys.update(do_train=False, do_predict=True, predict_with_generate=True)
-    if lf.get("finetuning_type", "lora") == "lora":
+    if lf.get("finetuning_type", "lora") in ("lora", "oft"):  # what was written is an adapter
         before = lf.get("adapter_name_or_path") if lf.get("create_new_adapter") else None
         keys["adapter_name_or_path"] = f"{before},{output}" if before else str(output)
         keys.pop("create_new_adapter", None)
