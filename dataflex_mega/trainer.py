@@ -54,7 +54,7 @@ class Trainer:
     metrics: Metrics
     max_steps: int
     global_batch_size: int  # samples of one optimizer step, over all ranks
-    pool_size: int  # samples in the pool; drawing that many is one epoch
+    pool_size: int  # drawing that many samples is one epoch; those in the pool unless mix_strategy says otherwise
     evaluate: Callable[[], dict[str, float]] | None = None
     describe_sample: Callable[[int], str] = str  # sample id -> where it comes from, for messages
     # (plan, step) of a checkpoint with another global batch size -> the same plan, counted in batches of this run

@@ -13,10 +13,12 @@ from typing import Any
 import dataflex_mega.json_text as json_text
 from dataflex_mega.config.corpus import check_corpora, training_domains
 from dataflex_mega.config.fates import check_fates
+from dataflex_mega.config.interleave import check_count
 from dataflex_mega.config.losses import check_losses
 from dataflex_mega.config.numbers import check_numbers
 from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.config.preferences import check_preferences, notes_on_preferences
+from dataflex_mega.config.sample_order import check_order
 from dataflex_mega.config.settings_without_effect import notes_on_settings
 from dataflex_mega.errors import ConfigError, did_you_mean
 from dataflex_mega.folder_hints import not_a_model
@@ -42,6 +44,7 @@ def check_dynamic(config: RunConfig) -> list[str]:
         _check_model_path,
         _check_corpora,
         _check_datasets,
+        check_order,
     )
     _check_required(config)
     notes = check_fates(config.llamafactory)
@@ -155,6 +158,7 @@ def _check_datasets(config: RunConfig) -> None:
             raise ConfigError(f"dataset: {name!r} is listed {names.count(name)} times")
     proportions = config.dataflex.init_mixture_proportions
     names = names or [domain.name for domain in training_domains(config.dataflex, names)]
+    check_count(config.interleaving, names, split_names(config.llamafactory.get("eval_dataset")))
     if proportions is not None and len(proportions) != len(names):
         raise ConfigError(
             f"init_mixture_proportions: {len(proportions)} numbers for {len(names)} datasets ({', '.join(names)})"

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from dataflex_mega.config.fate import Fate, Switch, acts, acts_with, refused, takes
+from dataflex_mega.config.fate import Fate, Switch, acts, acts_with, refused
 from dataflex_mega.config.fates_model import GENERATION
-
-_PROPORTIONS = "mixer: static with init_mixture_proportions draws in proportions"
 
 DATA_FATES: dict[str, Fate] = {
     **acts(
         "template", "dataset", "eval_dataset", "dataset_dir", "cutoff_len", "train_on_prompt", "mask_history",
         "overwrite_cache", "preprocessing_batch_size", "preprocessing_num_workers", "max_samples", "val_size",
         "eval_on_each_dataset", "packing", "neat_packing", "tool_format", "default_system", "enable_thinking",
-        "preserve_thinking", "data_shared_file_system", "media_dir",
+        "preserve_thinking", "data_shared_file_system", "media_dir", "mix_strategy", "interleave_probs",
     ),
     "streaming": refused("samples must be reachable by number"),
     **acts_with(Switch(("streaming",)), {"buffer_size": 16384}),
-    "mix_strategy": takes(("concat",), _PROPORTIONS),
-    "interleave_probs": refused(_PROPORTIONS),
     "tokenized_path": refused("it does not say which row is which"),
     "ignore_pad_token_for_loss": refused("padding is never a target", None, True),
     **acts_with(GENERATION, {"eval_num_beams": None}),

@@ -78,7 +78,7 @@ FINETUNING_FATES: dict[str, Fate] = {
     # what is watched and reported
     **acts("early_stopping_steps", "plot_loss", "compute_accuracy"),
     "include_effective_tokens_per_second": noted("metrics.jsonl has the tokens of each step"),
-    "disable_shuffling": refused("the order follows from seed and step"),
+    **acts("disable_shuffling"),
     "use_swanlab": refused("use TensorBoard"),
     **acts_with(
         Switch(("use_swanlab",)),

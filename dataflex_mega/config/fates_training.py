@@ -37,7 +37,7 @@ TRAINING_FATES: dict[str, Fate] = {
     # the batch and the length of the run
     **acts("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
     "auto_find_batch_size": refused("the batch size decides which samples a step has"),
-    "train_sampling_strategy": takes(("random",), _ORDER),
+    "train_sampling_strategy": takes(("random", "sequential"), _ORDER),
     **acts_with(
         Switch(("train_sampling_strategy",), ("group_by_length",), default="random"), {"length_column_name": "length"}
     ),

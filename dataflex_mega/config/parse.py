@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dataflex_mega.config import corpus, dataflex_parse, launchers, legacy, megatron
+from dataflex_mega.config import corpus, dataflex_parse, interleave, launchers, legacy, megatron
 from dataflex_mega.config.component_parameters import Spec
 from dataflex_mega.config.dataflex_arguments import RunArguments
 from dataflex_mega.config.fates_newer import NEWER_FATES
+from dataflex_mega.config.interleave import Interleaving
 from dataflex_mega.config.megatron import MegatronArguments
 from dataflex_mega.config.numbers import check_numbers
 from dataflex_mega.config.pipelines import Pipeline
@@ -36,6 +37,7 @@ class RunConfig:
     pipeline: Pipeline | None  # of `dynamic_lego`
     all_keys: dict[str, Any]  # old names replaced, LLaMA-Factory's values as in `llamafactory`
     notes: list[str]  # messages for the user, one line each
+    interleaving: Interleaving | None = None  # of mix_strategy
 
     def initial_proportions(self, sizes: Sequence[int], names: Sequence[str]) -> tuple[float, ...]:
         """[k] proportions before the first update, from the configuration or from `sizes`, [k] numbers of samples."""
@@ -80,9 +82,10 @@ def parse_config(
     parsed = dataflex_parse.parse(our_keys, uses_own_loop=engine == "megatron")
     corpus.check_engine(parsed.arguments, engine)
     lf_values.update(megatron.implied_lf_keys(megatron_arguments, lf_values))
-    if (
-        parsed.arguments.train_type != "static" or engine == "megatron"
-    ):  # else LLaMA-Factory trains, and hears of them itself
+    arguments, roles, interleaving = parsed.arguments, parsed.roles, None
+    if arguments.train_type != "static" or engine == "megatron":  # else LLaMA-Factory trains, and hears of them itself
+        arguments, roles, interleaving, more = interleave.resolve(lf_values, arguments, roles)
+        notes = [*notes, *more]
         megatron_keys = {key: value for key, value in all_keys.items() if key in MEGATRON_KEYS}
         launched = launchers.resolve(lf_values, megatron_keys, megatron_arguments, engine, environment)
         lf_values, notes = launched.llamafactory, [*notes, *launched.notes]
@@ -90,14 +93,15 @@ def parse_config(
         all_keys = {key: value for key, value in all_keys.items() if key != "deepspeed"} | launched.megatron
     return RunConfig(
         llamafactory=lf_values,
-        dataflex=parsed.arguments,
+        dataflex=arguments,
         megatron=megatron.with_lf_keys(megatron_arguments, lf_values, engine),
         engine=engine,
-        roles=parsed.roles.specs,
-        reorder=parsed.roles.reorder,
-        pipeline=parsed.roles.pipeline,
+        roles=roles.specs,
+        reorder=roles.reorder,
+        pipeline=roles.pipeline,
         all_keys={**all_keys, **lf_values},
         notes=[*notes, *parsed.notes, *megatron.notes_of(megatron_arguments)],
+        interleaving=interleaving,
     )
 
 

@@ -25,6 +25,7 @@ from dataflex_mega.control.stages import StageConfig
 from dataflex_mega.control.weight_checks import CheckedWeighter
 from dataflex_mega.control.weights import build_weight_fn
 from dataflex_mega.data.candidates import CandidateRotation
+from dataflex_mega.data.each_row_once import without_repeats
 from dataflex_mega.data.limits import ProportionLimits
 from dataflex_mega.data.sampler import Sampler
 from dataflex_mega.distributed.protocol import Collectives
@@ -164,6 +165,10 @@ class DataController:
     def next_plan(self, state: TrainState) -> SamplingPlan:
         """Mix, score and select; the same plan on all ranks, or TrainingFault."""
         plan = self._build_plan(state)
+        if self.limits is not None and self.limits.each_row_once:
+            plan = without_repeats(self.sampler, plan, self.domains.initial_proportions, self.limits.max_samples)
+            self.collectives.assert_same(plan.digest(), f"the plan of step {state.step}")
+            return plan
         while exhausted := self._newly_exhausted(TrainState(state.step, plan)) - self._exhausted:
             # Their proportions are redistributed, which may exhaust other domains.
             self._exhausted |= exhausted

@@ -68,6 +68,7 @@ class ProportionLimits:
     minimum: tuple[float, ...]
     maximum: tuple[float, ...]
     max_samples: tuple[float, ...]  # that may be drawn of each domain; infinite without max_epochs
+    each_row_once: bool = False  # whether all of them are to be drawn; see data.each_row_once
 
     def apply(self, proportions: Sequence[float], exhausted: frozenset[int], step: int) -> tuple[float, ...]:
         """[k] proportions -> the nearest allowed ones. Domains in `exhausted` get 0, whatever their floor.

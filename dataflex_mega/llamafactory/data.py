@@ -139,10 +139,12 @@ def load_data(args: LFArgs, tokenizer_module: dict[str, Any], template: Any) -> 
     if args.data.val_size > 1e-6:
         domains, held_out[""] = _split(domains, args)
     if eval_names:
-        from datasets import concatenate_datasets
+        from llamafactory.data.data_utils import merge_dataset
 
         loaded = {name: load(name) for name in eval_names}
-        held_out = loaded if args.data.eval_on_each_dataset else {"": concatenate_datasets(list(loaded.values()))}
+        held_out = loaded
+        if not args.data.eval_on_each_dataset:
+            held_out = {"": merge_dataset(list(loaded.values()), args.data, seed=args.training.seed)}
     return DataBundle(
         domains=[Domain(name, _as_rows(data)) for name, data in zip(names, domains, strict=True)],
         evaluation={name: _as_rows(data) for name, data in held_out.items()},

@@ -68,7 +68,7 @@ def assemble(
         metrics=_metrics(session, roles, data, schedule, resume, options, bar),
         max_steps=schedule.max_steps,
         global_batch_size=schedule.partition.global_batch_size,
-        pool_size=len(data.pool),
+        pool_size=schedule.epoch_samples,
         evaluate=partial(_evaluate, session, roles, data, engine) if data.evaluation else None,
         describe_sample=data.pool.describe,
         restate_plan=resume.restate_plan,

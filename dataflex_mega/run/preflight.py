@@ -28,7 +28,7 @@ def check(session: Session, data: RunData, schedule: RunSchedule) -> None:
     metrics += ("accuracy",) if session.args.finetuning.compute_accuracy else ()
     metrics += SIMILARITIES if answers_prompts(session, data.evaluation) else ()
     check_metric(session.args, metric_names(list(data.evaluation), metrics), session.callbacks, direction_is_set)
-    epochs = schedule.max_steps * schedule.partition.global_batch_size / len(data.pool)
+    epochs = schedule.max_steps * schedule.partition.global_batch_size / schedule.epoch_samples
     notes = [*idle_patience(session.args, schedule.max_steps, epochs), *notes_on_answers(session, data.evaluation)]
     session.report(*(f"note: {note}" for note in notes))
 

@@ -19,14 +19,13 @@ from dataflex_mega.checkpoint_folder import CheckpointFolder
 from dataflex_mega.checkpoint_format import Lineage, Manifest, read_state
 from dataflex_mega.config.identity import UNCOMPARED, identity
 from dataflex_mega.data.content import content_hashes
-from dataflex_mega.data.sampler import Sampler
 from dataflex_mega.distributed.agreement import run_on_main
 from dataflex_mega.errors import CheckpointError
 from dataflex_mega.run import ordering, output_folder
 from dataflex_mega.run.data import RunData
 from dataflex_mega.run.output_folder import FORMER, RunRecord
 from dataflex_mega.run.roles import RunRoles
-from dataflex_mega.run.schedule import RunSchedule
+from dataflex_mega.run.schedule import RunSchedule, make_sampler
 from dataflex_mega.run.session import Session
 from dataflex_mega.store.reference_losses import ReferenceLossCache
 from dataflex_mega.types import SamplingPlan
@@ -75,7 +74,7 @@ class ResumePoint:
         saved, restate = checkpointer.read(path), None
         batch = saved["identity"]["global_batch_size"]
         if batch != schedule.partition.global_batch_size:  # the steps of its plan were counted in batches of that size
-            restate = Sampler(data.pool.sizes, batch, session.data_seed).plan_from
+            restate = make_sampler(session, data.pool.sizes, batch).plan_from
         first_step = saved["step"]
         session.report(f"continuing from {path} at step {first_step} of {schedule.max_steps}")
         return cls(checkpointer, path, first_step, restate)

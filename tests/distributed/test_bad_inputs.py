@@ -64,7 +64,14 @@ CASES = {
     "template unknown": ({**WEIGHT, **SFT, "template": "qwenn"}, ["qwenn"]),
     "packed flash attention": ({**WEIGHT, **SFT, "packing": True, "flash_attn": "fa2"}, ["flash_attn", "fa2", "sdpa"]),
     "streaming": ({**MIX, "streaming": True}, ["streaming"]),
-    "interleaving": ({**MIX, "mix_strategy": "interleave_over"}, ["mix_strategy"]),
+    "interleaving twice": (
+        {**MIX, "mix_strategy": "interleave_over", "interleave_probs": "0.5,0.25,0.25",
+         "init_mixture_proportions": [0.2, 0.4, 0.4]},
+        ["init_mixture_proportions", "interleave_probs", "drop one"],
+    ),
+    "interleaving of two": (
+        {**WEIGHT, "mix_strategy": "interleave_over", "interleave_probs": "0.5,0.5"}, ["interleave_probs", "2", "3"],
+    ),
     "weight_scope typo": ({**WEIGHT, "weight_scope": "stepp"}, ["weight_scope", "stepp", "step"]),
     "static with a role": ({**MIX, "train_type": "static"}, ["train_type", "mixer"]),
     "engine typo": ({**MIX, "engine": "megatrn"}, ["engine", "megatrn", "megatron"]),

@@ -72,7 +72,7 @@ def test_what_dynamic_training_does(check, keys):
         ("use_galore", True), ("use_apollo", True), ("use_adam_mini", True), ("use_muon", True), ("streaming", True),
         ("quantization_bit", 4), ("use_unsloth", True),
         ("load_best_model_at_end", True), ("fp8", True), ("fp8_enable_fsdp_float8_all_gather", True),
-        ("torch_compile", True), ("interleave_probs", "0.5,0.5"), ("disable_shuffling", True), ("push_to_hub", True),
+        ("torch_compile", True), ("push_to_hub", True),
         ("use_swanlab", True), ("tokenized_path", "cache"), ("accelerator_config", {"a": 1}),
     ],
 )  # fmt: skip
@@ -89,7 +89,6 @@ def test_what_dynamic_training_does_not_do_is_refused_by_name(check, key, value)
          "found 'adafactor'"),
         ({"optim": "adamw_trch"}, "optim: dynamic training takes adamw_torch, adamw_torch_fused, sgd, rmsprop, adagrad, "
          "found 'adamw_trch' (did you mean 'adamw_torch'?)"),
-        ({"mix_strategy": "interleave_under"}, "mix_strategy: dynamic training takes concat, found 'interleave_under'"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: dynamic training takes random"),
         ({"group_by_length": True}, "train_sampling_strategy: dynamic training takes random"),
         ({"do_train": False}, "do_train: dynamic training takes True, found False"),
