@@ -64,6 +64,7 @@ STAGES = {
     "parse_arguments": "configuration",
     "read_layout": "fsdp",
     "load_data": "dataset",
+    "tokenize": "dataset",
     "init_distributed": "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT",
     "init_processes": "the layout of the processes",
     "build_engine": "model_name_or_path",

@@ -36,7 +36,7 @@ CORPUS = "eval_corpus_dir"
 TRAINING_ONLY_KEYS = (
     "train_from_scratch", "resume_from_checkpoint", "overwrite_output_dir", "eval_dataset", "val_size", "deepspeed",
     "plot_loss", "eval_strategy", "eval_steps", "save_strategy", "load_best_model_at_end", "resize_vocab",
-    "callbacks", "early_stopping_steps",
+    "callbacks", "early_stopping_steps", "tokenized_path", "interleave_probs", "mix_strategy", "streaming", "buffer_size",
 )  # fmt: skip
 TRAINING_FILE = "perplexity"  # no run writes there, so LLaMA-Factory finds no checkpoint to resume from
 

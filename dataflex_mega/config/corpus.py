@@ -15,6 +15,8 @@ FULL = "rows of a corpus are always full"
 # Key of LLaMA-Factory -> why it has no effect beside corpus_dir.
 UNUSED_WITH_CORPUS = {
     "dataset_dir": "the domains are in corpus_dir",
+    "tokenized_path": "a corpus is tokenized already",
+    "streaming": "a corpus is read row by row from its files",
     "val_size": "a corpus is not split; evaluation sets are the domains of eval_corpus_dir",
     "max_samples": "max_steps and the proportions say how much is drawn",
     "packing": FULL,

@@ -11,10 +11,10 @@ DATA_FATES: dict[str, Fate] = {
         "overwrite_cache", "preprocessing_batch_size", "preprocessing_num_workers", "max_samples", "val_size",
         "eval_on_each_dataset", "packing", "neat_packing", "tool_format", "default_system", "enable_thinking",
         "preserve_thinking", "data_shared_file_system", "media_dir", "mix_strategy", "interleave_probs",
+        "tokenized_path",
     ),
     "streaming": refused("samples must be reachable by number"),
     **acts_with(Switch(("streaming",)), {"buffer_size": 16384}),
-    "tokenized_path": refused("it does not say which row is which"),
     "ignore_pad_token_for_loss": refused("padding is never a target", None, True),
     **acts_with(GENERATION, {"eval_num_beams": None}),
 }  # fmt: skip

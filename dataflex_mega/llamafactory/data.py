@@ -11,6 +11,7 @@ import contextlib
 import copy
 import io
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,14 @@ import dataflex_mega.data.dataset_info as dataset_info
 from dataflex_mega.data.media import NO_MEDIA, Media, media_kinds
 from dataflex_mega.data.pool import Domain, RowSource
 from dataflex_mega.errors import DataError, did_you_mean
-from dataflex_mega.llamafactory import media_rows, raw_rows
+from dataflex_mega.llamafactory import media_rows, raw_rows, tokenized
 from dataflex_mega.llamafactory.args import LFArgs, first_line
 from dataflex_mega.llamafactory.pair_rows import PairRows
 from dataflex_mega.llamafactory.processors import check_processor
 from dataflex_mega.llamafactory.raw_rows import RawRows
+from dataflex_mega.llamafactory.tokenized import DOMAIN, ROW, TokenizedData
 from dataflex_mega.types import IGNORE_INDEX
 
-DOMAIN, ROW = "dataflex_domain", "dataflex_row"
 ROWS_PER_COUNT = 10_000  # while target tokens are counted
 # What LLaMA-Factory and `datasets` raise for rows that they cannot use.
 FAILURES = (
@@ -57,8 +58,8 @@ class DataBundle:
 class DatasetRows:
     """Rows of a tokenized Hugging Face dataset as (input_ids, labels) arrays; memory-mapped, nothing is copied ahead."""
 
-    def __init__(self, dataset: Any) -> None:
-        columns = [name for name in ("input_ids", "labels") if name in dataset.column_names]
+    def __init__(self, dataset: Any, unused: Sequence[str] = ()) -> None:
+        columns = [name for name in ("input_ids", "labels") if name in dataset.column_names and name not in unused]
         self._dataset = dataset.select_columns(columns).with_format("arrow")
         self._kinds = media_rows.kinds_of(dataset)
         self._media = dataset.select_columns(list(self._kinds)).with_format("arrow") if self._kinds else None
@@ -127,34 +128,46 @@ def _flat(column: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_data(args: LFArgs, tokenizer_module: dict[str, Any], template: Any) -> DataBundle:
-    """Tokenize and split. Raises DataError naming the dataset that is unknown, missing, broken or empty."""
+    """Tokenize and split, or read what tokenized_path holds. Raises DataError naming the dataset that is unknown, missing,
+    broken or empty."""
+    path = args.data.tokenized_path
+    if path is not None and tokenized.is_saved(path):
+        return make_bundle(tokenized.load(args, tokenizer_module["tokenizer"]), args)
+    return make_bundle(tokenize(args, tokenizer_module, template), args)
+
+
+def make_bundle(data: TokenizedData, args: LFArgs) -> DataBundle:
+    """Tokenized datasets as domains and evaluation sets."""
+    unused = ["labels"] if args.finetuning.stage == "pt" else []  # every token of a pre-training row is a target
+    return DataBundle(
+        domains=[Domain(name, _as_rows(rows, unused)) for name, rows in data.train.items()],
+        evaluation={name: _as_rows(rows, unused) for name, rows in data.evaluation.items()},
+        notes=tuple(dict.fromkeys(data.notes)),
+        eval_names=tuple(args.data.eval_dataset or ()),
+    )
+
+
+def tokenize(args: LFArgs, tokenizer_module: dict[str, Any], template: Any) -> TokenizedData:
+    """The datasets of the keys `dataset` and `eval_dataset`, through LLaMA-Factory's processors. Raises as `load_data`."""
     names = check_names(args.data.dataset, args.data.dataset_dir)
     eval_names = check_names(args.data.eval_dataset, args.data.dataset_dir)
     check_processor(args, tokenizer_module, template)
     load = _Loader(args, tokenizer_module, template)
-    if args.data.tokenized_path is not None:
-        raise DataError("tokenized_path is not supported in dynamic training yet: it would lose which row is which")
-    domains = [load(name) for name in names]
+    train, rows = {name: load(name) for name in names}, {}
     held_out: dict[str, Any] = {}
     if args.data.val_size > 1e-6:
-        domains, held_out[""] = _split(domains, args)
+        train, rows, held_out[""] = _split(train, args)
     if eval_names:
         from llamafactory.data.data_utils import merge_dataset
 
-        loaded = {name: load(name) for name in eval_names}
-        held_out = loaded
+        held_out = {name: load(name) for name in eval_names}
         if not args.data.eval_on_each_dataset:
-            held_out = {"": merge_dataset(list(loaded.values()), args.data, seed=args.training.seed)}
-    return DataBundle(
-        domains=[Domain(name, _as_rows(data)) for name, data in zip(names, domains, strict=True)],
-        evaluation={name: _as_rows(data) for name, data in held_out.items()},
-        notes=tuple(dict.fromkeys(load.notes)),
-        eval_names=tuple(eval_names),
-    )
+            held_out = {"": merge_dataset(list(held_out.values()), args.data, seed=args.training.seed)}
+    return TokenizedData(train, held_out, rows, tuple(load.notes))
 
 
-def _as_rows(dataset: Any) -> RowSource:
-    return PairRows(dataset) if PairRows.fits(dataset) else DatasetRows(dataset)
+def _as_rows(dataset: Any, unused: Sequence[str]) -> RowSource:
+    return PairRows(dataset) if PairRows.fits(dataset) else DatasetRows(dataset, unused)
 
 
 def check_names(names: list[str] | None, dataset_dir: Any) -> list[str]:
@@ -209,6 +222,7 @@ class _Loader:
             media_rows.check_media(raw, self.args, self.template, self.tokenizer_module.get("processor"))
         data_args = copy.copy(self.args.data)  # never dataclasses.replace: its __post_init__ shortens cutoff_len again
         data_args.dataset, data_args.eval_dataset, data_args.val_size = [name], None, 0.0
+        data_args.tokenized_path, data_args.interleave_probs = None, None
         if self.args.finetuning.stage == "sft":
             data_args.packing = data_args.neat_packing = (
                 False  # rows are packed when a batch is made, so that ids survive
@@ -240,19 +254,23 @@ def diagnose(raw: RawRows | None, error: BaseException) -> str:
     return f"{type(cause).__name__}: {first_line(cause)}"
 
 
-def _split(domains: list[Any], args: LFArgs) -> tuple[list[Any], Any]:
-    """Hold `val_size` of all rows out, as LLaMA-Factory does on the concatenation; domains keep what is left, in order."""
+def _split(domains: dict[str, Any], args: LFArgs) -> tuple[dict[str, Any], dict[str, np.ndarray], Any]:
+    """Hold `val_size` of all rows out, as LLaMA-Factory does on the concatenation; domains keep what is left, in order.
+
+    -> (what is left by name, which rows these are, what is held out).
+    """
     from datasets import concatenate_datasets
     from llamafactory.data import split_dataset
 
     marked = [
         data.add_column(DOMAIN, [d] * len(data)).add_column(ROW, list(range(len(data))))
-        for d, data in enumerate(domains)
+        for d, data in enumerate(domains.values())
     ]
     try:
         train, held_out = split_dataset(concatenate_datasets(marked), None, args.data, seed=args.training.seed)
     except ValueError as error:
         raise DataError(f"val_size {args.data.val_size}: {first_line(error)}") from error
     domain, row = np.asarray(train["train"][DOMAIN]), np.asarray(train["train"][ROW])
-    remaining = [data.select(np.sort(row[domain == d])) for d, data in enumerate(domains)]
-    return remaining, held_out["validation"].remove_columns([DOMAIN, ROW])
+    rows = {name: np.sort(row[domain == d]) for d, name in enumerate(domains)}
+    remaining = {name: data.select(rows[name]) for name, data in domains.items()}
+    return remaining, rows, held_out["validation"].remove_columns([DOMAIN, ROW])

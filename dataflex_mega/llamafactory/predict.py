@@ -13,7 +13,7 @@ from dataflex_mega.llamafactory.args import parse_arguments, prepare_arguments
 METRICS = {"jieba": "jieba", "nltk": "nltk", "rouge_chinese": "rouge-chinese"}  # module -> package
 TRAINING_KEYS = (
     "dataset", "val_size", "packing", "neat_packing", "mix_strategy", "train_on_prompt", "mask_history",
-    "eval_on_each_dataset",
+    "eval_on_each_dataset", "tokenized_path", "interleave_probs", "streaming", "buffer_size",
 )  # fmt: skip
 FURTHER_KEYS = (
     "output_dir", "seed", "per_device_eval_batch_size", "bf16", "fp16", "use_cpu", "ddp_timeout", "ddp_backend",

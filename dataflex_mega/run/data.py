@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import dataflex_mega.data.targets as targets
 from dataflex_mega.algorithms.base import Algorithm
 from dataflex_mega.data.collate import collate
 from dataflex_mega.data.pairs import collate_pairs
 from dataflex_mega.data.pool import Domain, ReferenceLosses, SamplePool
+from dataflex_mega.distributed.agreement import run_on_main, waited_lock
 from dataflex_mega.engines.base import Engine
 from dataflex_mega.errors import ConfigError, UserError
-from dataflex_mega.llamafactory.data import DataBundle, load_data
+from dataflex_mega.files import remove_if_empty, temporary_path
+from dataflex_mega.llamafactory import tokenized
+from dataflex_mega.llamafactory.data import DataBundle, make_bundle, tokenize
+from dataflex_mega.llamafactory.tokenized import TokenizedData
+from dataflex_mega.locks import FolderLock
 from dataflex_mega.providers.context import SignalContext, split_targets
 from dataflex_mega.providers.registry import display_name, needs_targets
 from dataflex_mega.run import corpus
@@ -41,7 +47,7 @@ class RunData:
             bundle, notes = corpus.load(config, args, session.tokenizer)
             session.report(*notes)
         else:
-            bundle = load_data(args, session.tokenizer_module, session.template)
+            bundle = make_bundle(_tokenized(session), args)
             session.report(*(f"note: {note}" for note in bundle.notes), *check_rows(bundle, int(args.data.cutoff_len)))
         pool = SamplePool(bundle.domains)
         evaluation = {name: SamplePool([Domain(name or "eval", rows)]) for name, rows in bundle.evaluation.items()}
@@ -76,6 +82,28 @@ class RunData:
             cutoff_len=session.args.data.cutoff_len,
             report=session.report,
         )
+
+
+def _tokenized(session: Session) -> TokenizedData:
+    """The datasets, tokenized or read from tokenized_path, which is written where it is not there yet."""
+    args, tokenizer, collectives = session.args, session.tokenizer, session.collectives
+    path = args.data.tokenized_path
+    if path is None:
+        return tokenize(args, session.tokenizer_module, session.template)
+    there = partial(tokenized.is_saved, path)
+    if run_on_main(collectives, there):
+        return tokenized.load(args, tokenizer)
+    data = tokenize(args, session.tokenizer_module, session.template)
+    target = Path(path).expanduser()
+    lock = FolderLock(target.with_name(f".{target.name}.writing"))
+    with waited_lock(collectives, lock, session.report):
+        if not run_on_main(collectives, there):  # else another run has written it meanwhile
+            run_on_main(
+                collectives, lambda: tokenized.save(data, args, tokenizer, temporary_path(lock.folder / "rows"))
+            )
+            session.report(f"tokenized_path: {sum(map(len, data.train.values())):,} rows saved in {path}")
+    run_on_main(collectives, partial(remove_if_empty, lock.folder))
+    return data
 
 
 def check_rows(bundle: DataBundle, cutoff_len: int) -> list[str]:

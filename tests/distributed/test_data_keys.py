@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 
 from tests.support import corpus, runs
@@ -51,3 +52,51 @@ def test_proportions_and_lengths(folder):
     passed(results)
     for name, (_, expected) in cases.items():
         assert counts(runs_of[name]) == expected, name
+
+
+# -- tokenized_path ----------------------------------------------------------------------------------------------------
+
+MIX = {"mixer": {"name": "odm"}, "update_step": 2, "update_times": -1, "max_steps": 4}
+
+
+def losses(run):
+    return [row["loss"] for row in runs.rows(run)]
+
+
+def test_rows_are_saved_with_their_identity_and_read_again_by_everyone(folder):
+    """Trained from the files, then from the folder; continued from a checkpoint with it; the same bits each time."""
+    path = folder / "tokenized"
+    keys = {
+        **MIX,
+        "val_size": 0.2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    first = config(folder, "tokens-first", tokenized_path=str(path), **keys)
+    plain = config(folder, "tokens-plain", **keys)
+    again = config(folder, "tokens-again", **{**keys, "tokenized_path": str(path)})
+    resumed = config(
+        folder, "tokens-resumed", **{**keys, "tokenized_path": str(path)},
+        resume_from_checkpoint=str(folder / "out" / "tokens-plain" / "checkpoint-2"),
+    )  # fmt: skip
+    megatron = config(folder, "tokens-megatron", engine="megatron", **{**keys, "tokenized_path": str(path)})
+    static = {
+        key: value for key, value in config(folder, "tokens-static", do_train=True).items()
+        if key not in ("weighter", "tensorboard")
+    } | {"tokenized_path": str(path), "max_steps": 2, "report_to": "none", "val_size": 0.2}  # fmt: skip
+    results = runs.train_many(1, [first, plain, again, resumed, megatron, static])
+    passed(results)
+    assert "32 rows saved in" in results[0][1] and "saved in" not in results[2][1]
+    assert losses(first) == losses(plain) == losses(again) and losses(resumed) == losses(plain)[2:]
+    assert losses(megatron) == pytest.approx(losses(plain), rel=1e-4)
+    saved = datasets.load_from_disk(str(path))
+    assert set(saved) == {"train", "validation"} and len(saved["train"]) == 32 and len(saved["validation"]) == 8
+    names = saved["train"].features["dataflex_domain"].names
+    assert names == ["few", "many"]
+    pairs = [
+        (names[d], r) for d, r in zip(saved["train"]["dataflex_domain"], saved["train"]["dataflex_row"], strict=True)
+    ]
+    assert pairs == sorted(set(pairs)) and all(row < SIZES[name] for name, row in pairs)
+    assert not list(folder.glob(".tokenized*")), "nothing of the writing is left"

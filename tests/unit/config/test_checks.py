@@ -73,7 +73,7 @@ def test_what_dynamic_training_does(check, keys):
         ("quantization_bit", 4), ("use_unsloth", True),
         ("load_best_model_at_end", True), ("fp8", True), ("fp8_enable_fsdp_float8_all_gather", True),
         ("torch_compile", True), ("push_to_hub", True),
-        ("use_swanlab", True), ("tokenized_path", "cache"), ("accelerator_config", {"a": 1}),
+        ("use_swanlab", True), ("accelerator_config", {"a": 1}),
     ],
 )  # fmt: skip
 def test_what_dynamic_training_does_not_do_is_refused_by_name(check, key, value):
