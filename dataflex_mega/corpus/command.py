@@ -6,9 +6,9 @@
     dataflex-cli corpus --from-megatron mg/web_text_document mg/code_text_document --tokenizer MODEL
     dataflex-cli corpus --dataset c4_demo,wiki_demo --dataset-dir data --tokenizer MODEL --output corpus
 
-An input is a file (.jsonl, .json, .parquet; .jsonl or .json also as .gz and .zst), a folder of such files, or
-NAME=PATH, which makes all of PATH the domain NAME. A killed run continues where it stopped when the same command is given
-again, and the result has the same bytes whatever the number of workers.
+An input is a file (.jsonl, .json, .parquet, .txt, whose lines are texts; all but .parquet also as .gz and .zst), a folder
+of such files, or NAME=PATH, which makes all of PATH the domain NAME. A killed run continues where it stopped when the same
+command is given again, and the result has the same bytes whatever the number of workers.
 """
 
 from __future__ import annotations

@@ -17,10 +17,14 @@ from typing import Any, BinaryIO
 
 from dataflex_mega.errors import ConfigError, DataError, did_you_mean
 
+# Suffix -> kind: how the file is compressed, if it is, and after a colon what it holds, where that is not lines of JSON.
 KINDS = {
-    ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet",
+    ".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".txt": "txt",
     ".jsonl.gz": "gz", ".json.gz": "gz", ".jsonl.zst": "zst", ".json.zst": "zst", ".jsonl.zstd": "zst",
+    ".txt.gz": "gz:txt", ".txt.zst": "zst:txt", ".txt.zstd": "zst:txt",
 }  # fmt: skip
+BEFORE_ARRAY = b"\xef\xbb\xbf \t\r\n"
+TEXT = "text"  # the field of a line of a .txt file
 CHUNK = 1 << 17  # bytes read at once from a compressed file
 
 
@@ -38,7 +42,7 @@ class InputFile:
     """An input file and the rule for its rows."""
 
     path: str
-    kind: str  # a value of KINDS
+    kind: str  # a value of KINDS, or one of those of compressed lines with `:json` where they are an array
     size: int  # bytes
     rule: FieldRule
 
@@ -74,7 +78,20 @@ def open_input(path: Path, rule: FieldRule) -> InputFile:
         kind = "jsonl"
     if kind == "parquet":
         _check_columns(path, rule)
-    return InputFile(str(path), kind, path.stat().st_size, rule)
+    file = InputFile(str(path), kind, path.stat().st_size, rule)
+    if kind in ("gz", "zst") and suffix.startswith(".json.") and _is_packed_array(file):
+        return InputFile(file.path, f"{kind}:json", file.size, rule)
+    return file
+
+
+def _is_packed_array(file: InputFile) -> bool:
+    """Damage is left to be found where the rows are read."""
+    try:
+        with Path(file.path).open("rb") as stream:
+            chunks = (chunk.lstrip(BEFORE_ARRAY) for chunk in _decompress(stream, file))
+            return next((chunk[:1] for chunk in chunks if chunk), b"") == b"["
+    except DataError:
+        return False
 
 
 def _is_array(path: Path) -> bool:
@@ -98,14 +115,43 @@ def read_rows(file_slice: FileSlice, max_bytes: int) -> Iterator[InputRow]:
         elif kind == "json":
             with path.open("rb") as stream:
                 yield from _array_rows(stream, file.path, max_bytes)
+        elif kind == "txt":
+            with path.open("rb") as stream:
+                yield from _text_rows(stream, max_bytes)
         elif kind == "jsonl":
             with path.open("rb") as stream:
                 yield from _line_rows(stream, file_slice.start, file_slice.stop, max_bytes)
         else:
-            with path.open("rb") as stream, io.BufferedReader(_ChunkStream(_decompress(stream, file)), CHUNK) as lines:
-                yield from _line_rows(lines, 0, None, max_bytes)
+            with (
+                path.open("rb") as stream,
+                io.BufferedReader(_ChunkStream(_decompress(stream, file)), CHUNK) as content,
+            ):
+                yield from _packed_rows(content, file, max_bytes)
     except FileNotFoundError:
         raise DataError(f"{path} not found") from None
+
+
+def _packed_rows(content: Any, file: InputFile, max_bytes: int) -> Iterator[InputRow]:
+    held = file.kind.partition(":")[2]
+    if held == "json":
+        yield from _array_rows(content, file.path, max_bytes)
+    elif held == "txt":
+        yield from _text_rows(content, max_bytes)
+    else:
+        yield from _line_rows(content, 0, None, max_bytes)
+
+
+def _text_rows(stream: Any, max_bytes: int) -> Iterator[InputRow]:
+    """Each line that is not empty is the text of a row, as the text files of `datasets` are read."""
+    while line := stream.readline(max_bytes + 1):
+        if len(line) > max_bytes and not line.endswith(b"\n"):
+            _skip_line(stream, max_bytes)
+            yield InputRow(problem=f"longer than {max_bytes} bytes")
+        elif line.strip():
+            try:
+                yield InputRow({TEXT: line.rstrip(b"\r\n").decode("utf-8-sig")})
+            except UnicodeDecodeError as error:
+                yield InputRow(problem=f"not UTF-8: byte {error.start}")
 
 
 def _line_rows(stream: Any, start: int, stop: int | None, max_bytes: int) -> Iterator[InputRow]:
@@ -172,7 +218,8 @@ class _ChunkStream(io.RawIOBase):
 
 def _decompress(stream: BinaryIO, file: InputFile) -> Iterator[bytes]:
     """The content of a .gz or .zst file, of all its frames. Raises DataError when it is damaged or truncated."""
-    make_decoder, decoder_error = _decoder(file.kind)
+    compression = file.kind.partition(":")[0]
+    make_decoder, decoder_error = _decoder(compression)
     decoder: Any = None
     while chunk := stream.read(CHUNK):
         while chunk:
@@ -180,12 +227,12 @@ def _decompress(stream: BinaryIO, file: InputFile) -> Iterator[bytes]:
             try:
                 yield decoder.decompress(chunk)
             except decoder_error as error:
-                raise DataError(f"{file.path}: damaged {file.kind} data: {error}") from error
+                raise DataError(f"{file.path}: damaged {compression} data: {error}") from error
             if not decoder.eof:
                 break
             chunk, decoder = decoder.unused_data, None
     if decoder is not None:
-        raise DataError(f"{file.path}: the {file.kind} data ends in the middle")
+        raise DataError(f"{file.path}: the {compression} data ends in the middle")
 
 
 def _decoder(kind: str) -> tuple[Any, type[Exception]]:

@@ -143,7 +143,7 @@ def row_location(unit: WorkUnit, slice_index: int, row: int, rows_before: int) -
     """{"file", "line"} of a row, counted from 1, in files of lines; {"file", "row"}, counted from 0, in other formats."""
     input_file = unit.slices[slice_index].input_file
     number = rows_before + row
-    if input_file.kind in ("json", "parquet"):
+    if input_file.kind.rpartition(":")[2] in ("json", "parquet", "txt"):
         return {"file": input_file.path, "row": number}
     return {"file": input_file.path, "line": number + 1}
 

@@ -1,5 +1,6 @@
 """Dividing inputs into units, and reading their rows, without a tokenizer."""
 
+import gzip
 import json
 
 import pytest
@@ -80,3 +81,39 @@ def test_the_texts_of_several_fields_are_joined_by_a_newline_and_the_first_must_
     assert extract({"ask": "one", "about": "two"}, rule) == ("one\ntwo", "d")
     assert extract({"ask": "one", "about": ""}, rule) == extract({"ask": "one"}, rule) == ("one", "d")
     assert extract({"about": "two"}, rule) == "no field 'ask'"
+
+
+ROWS = [{"text": "first"}, {"text": "\u4e2d\u6587"}, {"text": "last"}]
+CONTENTS = {
+    ".jsonl": "".join(json.dumps(row) + "\n" for row in ROWS), ".json": json.dumps(ROWS),
+    ".txt": "first\n\n\u4e2d\u6587\r\nlast",
+}  # fmt: skip
+
+
+def packed(name, text):
+    data = text.encode()
+    if name.endswith(".gz"):
+        return gzip.compress(data)
+    return pytest.importorskip("zstandard").compress(data) if name.endswith(("zst", "zstd")) else data
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", CONTENTS)
+def test_the_same_rows_come_out_of_every_kind_of_file(tmp_path, suffix, compression):
+    path = tmp_path / f"a{suffix}{compression}"
+    path.write_bytes(packed(path.name, CONTENTS[suffix]))
+    file = open_input(path, FieldRule(domain="d"))
+    slices = [file_slice for unit in plan_units([file], 1 << 20) for file_slice in unit.slices]
+    assert [row.value for file_slice in slices for row in read_rows(file_slice, 1 << 20)] == ROWS
+
+
+@pytest.mark.parametrize("suffix", CONTENTS)
+@pytest.mark.parametrize("damage", ["cut", "changed", "none of it"])
+def test_damaged_gz_is_one_line(tmp_path, suffix, damage):
+    path = tmp_path / f"a{suffix}.gz"
+    data = packed(path.name, CONTENTS[suffix])
+    path.write_bytes({"cut": data[:-9], "changed": data[:-6] + b"\0\0\0\0\0\0", "none of it": b"not gz at all"}[damage])
+    with pytest.raises(DataError, match=r"a\S+\.gz: (damaged gz data|the gz data ends)") as caught:
+        file = open_input(path, FieldRule(domain="d"))
+        list(read_rows(plan_units([file], 1 << 20)[0].slices[0], 1 << 20))
+    assert "\n" not in str(caught.value)
