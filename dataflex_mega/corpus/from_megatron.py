@@ -112,23 +112,47 @@ def read_pair(name: str, prefix: Path) -> MegatronPair:
     lists_end = HEADER.size + 12 * sequences + 8 * borders
     if len(content) < lists_end or sequences == 0:
         raise DataError(f"{index} is cut or empty: {len(content)} bytes, {sequences} sequences need {lists_end}")
-    lengths = np.frombuffer(content, np.int32, sequences, HEADER.size)
+    lengths = np.frombuffer(content, np.int32, sequences, HEADER.size).astype(np.int64)
     documents = np.frombuffer(content, np.int64, borders, HEADER.size + 12 * sequences)
-    tokens, itemsize = int(lengths.astype(np.int64).sum()), ITEMSIZE[names[code]]
+    tokens, itemsize = int(lengths.sum()), ITEMSIZE[names[code]]
+    pointers = np.frombuffer(content, np.int64, sequences, HEADER.size + 4 * sequences)
+    _check_lists(index, lengths, pointers, documents, itemsize)
+    modes = len(content) - lists_end  # a multimodal index ends with a byte for each sequence
+    if modes not in (0, sequences):
+        raise DataError(f"{index} has {len(content)} bytes, {sequences} sequences need {lists_end}")
     if data.stat().st_size != tokens * itemsize:
         raise DataError(f"{data} has {data.stat().st_size} bytes, {index.name} describes {tokens * itemsize}")
     digest, largest = hashlib.sha256(), 0
     for block in _blocks(data, names[code]):
         digest.update(block.tobytes())
+        if int(block.min()) < 0:
+            raise DataError(f"{data} has the id {int(block.min())}; ids are >= 0")
         largest = max(largest, int(block.max()))
     if tokens == 0:
         raise DataError(f"{data} has no tokens")
-    last = np.memmap(data, names[code], "r")[np.cumsum(lengths.astype(np.int64))[lengths > 0] - 1]
+    last = np.memmap(data, names[code], "r")[np.cumsum(lengths)[lengths > 0] - 1]
     kinds = frozenset(int(token) for token in np.unique(last)[:2])
     return MegatronPair(
         name, prefix, names[code], sequences, len(np.unique(documents)) - 1, tokens, largest, kinds, digest.hexdigest(),
         hashlib.sha256(content).hexdigest(),
     )  # fmt: skip
+
+
+def _check_lists(index: Path, lengths: np.ndarray, pointers: np.ndarray, documents: np.ndarray, itemsize: int) -> None:
+    """Raises DataError where the lists of an index contradict each other: rows would be other tokens than it says."""
+    if (lengths < 0).any():
+        first = int(np.flatnonzero(lengths < 0)[0])
+        raise DataError(f"{index} is damaged: sequence {first} has the length {int(lengths[first])}")
+    expected = (np.cumsum(lengths) - lengths) * itemsize
+    if (pointers != expected).any():
+        first = int(np.flatnonzero(pointers != expected)[0])
+        raise DataError(
+            f"{index} is damaged: sequence {first} begins at byte {int(pointers[first])}, after those before it that is "
+            f"{int(expected[first])}"
+        )
+    ordered = len(documents) > 0 and documents[0] == 0 and (np.diff(documents) >= 0).all()
+    if not ordered or documents[-1] != len(lengths):
+        raise DataError(f"{index} is damaged: the documents must go from sequence 0 to {len(lengths)}, in order")
 
 
 def _blocks(file: Path, dtype: str) -> Iterator[np.ndarray]:
