@@ -20,6 +20,7 @@ from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.config.preferences import check_preferences, notes_on_preferences
 from dataflex_mega.config.sample_order import check_order
 from dataflex_mega.config.settings_without_effect import notes_on_settings
+from dataflex_mega.config.streaming import check_streaming
 from dataflex_mega.errors import ConfigError, did_you_mean
 from dataflex_mega.folder_hints import not_a_model
 
@@ -45,6 +46,7 @@ def check_dynamic(config: RunConfig) -> list[str]:
         _check_corpora,
         _check_datasets,
         check_order,
+        check_streaming,
     )
     _check_required(config)
     notes = check_fates(config.llamafactory)

@@ -14,7 +14,7 @@ from dataflex_mega.data.pairs import collate_pairs
 from dataflex_mega.data.pool import Domain, ReferenceLosses, SamplePool
 from dataflex_mega.distributed.agreement import run_on_main, waited_lock
 from dataflex_mega.engines.base import Engine
-from dataflex_mega.errors import ConfigError, UserError
+from dataflex_mega.errors import ConfigError, DataError, UserError
 from dataflex_mega.files import remove_if_empty, temporary_path
 from dataflex_mega.llamafactory import tokenized
 from dataflex_mega.llamafactory.data import DataBundle, make_bundle, tokenize
@@ -47,8 +47,12 @@ class RunData:
             bundle, notes = corpus.load(config, args, session.tokenizer)
             session.report(*notes)
         else:
-            bundle = make_bundle(_tokenized(session), args)
-            session.report(*(f"note: {note}" for note in bundle.notes), *check_rows(bundle, int(args.data.cutoff_len)))
+            try:
+                bundle = make_bundle(_tokenized(session), args)
+            except DataError as error:
+                raise DataError(session.original_names(str(error))) from error
+            notes = (session.original_names(f"note: {note}") for note in bundle.notes)
+            session.report(*notes, *check_rows(bundle, int(args.data.cutoff_len)))
         pool = SamplePool(bundle.domains)
         evaluation = {name: SamplePool([Domain(name or "eval", rows)]) for name, rows in bundle.evaluation.items()}
         check_targets(roles, evaluation)

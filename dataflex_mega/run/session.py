@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dataflex_mega.config.parse import RunConfig
+from dataflex_mega.distributed.agreement import run_on_main
 from dataflex_mega.distributed.collectives import TorchCollectives
 from dataflex_mega.distributed.parallel_info import ParallelInfo, hide_accelerators
 from dataflex_mega.llamafactory import args as lf_args
+from dataflex_mega.llamafactory import tokenized
 from dataflex_mega.llamafactory.callbacks import load_callbacks
 from dataflex_mega.llamafactory.debugging import make_deterministic
 from dataflex_mega.llamafactory.model import load_tokenizer
@@ -17,6 +21,7 @@ from dataflex_mega.llamafactory.model_checks import check_model
 from dataflex_mega.log import get_logger
 from dataflex_mega.run import corpus
 from dataflex_mega.run.engines import EngineBuilder, engine_factory
+from dataflex_mega.run.local_rows import make_local
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Session:
     engine_builder: EngineBuilder
     collectives: TorchCollectives
     output_dir: Path
+    original_names: Callable[[str], str] = str  # a message with the names of the user's files in place of local copies
 
     @classmethod
     def start(cls, config: RunConfig) -> Session:
@@ -49,7 +55,17 @@ class Session:
         collectives = TorchCollectives(builder.parallel_info)
         session = cls(config, args, callbacks, tokenizer_module, template, builder, collectives, output_dir)
         session.report(*(f"note: {note}" for note in (*notes, *builder.notes)))
-        return session
+        return session._with_local_rows()
+
+    def _with_local_rows(self) -> Session:
+        if self.config.dataflex.corpus_dir is not None or self._reads_tokenized_rows():
+            return self
+        local = make_local(self.args, self.collectives, self.tokenizer, self.output_dir, self.report)
+        return replace(self, args=local.args, original_names=local.original_names)
+
+    def _reads_tokenized_rows(self) -> bool:
+        path = self.args.data.tokenized_path
+        return path is not None and run_on_main(self.collectives, partial(tokenized.is_saved, path))
 
     @property
     def parallel_info(self) -> ParallelInfo:

@@ -63,7 +63,12 @@ CASES = {
     "another stage": ({**WEIGHT, "stage": "kto"}, ["stage", "kto"]),
     "template unknown": ({**WEIGHT, **SFT, "template": "qwenn"}, ["qwenn"]),
     "packed flash attention": ({**WEIGHT, **SFT, "packing": True, "flash_attn": "fa2"}, ["flash_attn", "fa2", "sdpa"]),
-    "streaming": ({**MIX, "streaming": True}, ["streaming"]),
+    "streaming without an end": (
+        {**MIX, "streaming": True, "max_steps": None, "train_step": 5}, ["streaming", "max_steps", "train_step"],
+    ),
+    "streaming a share": ({**MIX, "streaming": True, "val_size": 0.1}, ["val_size", "0.1"]),
+    "streaming some": ({**MIX, "streaming": True, "max_samples": 5}, ["max_samples", "streaming"]),
+    "streaming a broken line": ({**MIX, "streaming": True, "dataset": "broken"}, ["broken"]),
     "interleaving twice": (
         {**MIX, "mix_strategy": "interleave_over", "interleave_probs": "0.5,0.25,0.25",
          "init_mixture_proportions": [0.2, 0.4, 0.4]},

@@ -1,6 +1,8 @@
 """LLaMA-Factory's keys that say which rows are read and in which order, in whole runs on both engines."""
 
+import gzip
 import json
+import re
 
 import datasets
 import pytest
@@ -100,3 +102,52 @@ def test_rows_are_saved_with_their_identity_and_read_again_by_everyone(folder):
     ]
     assert pairs == sorted(set(pairs)) and all(row < SIZES[name] for name, row in pairs)
     assert not list(folder.glob(".tokenized*")), "nothing of the writing is left"
+
+
+# -- streaming, compressed files ---------------------------------------------------------------------------------------
+
+
+def test_of_a_stream_as_much_is_kept_as_the_run_needs_and_it_is_read_once(folder):
+    for name in SIZES:
+        rows = json.loads((folder / "data" / f"{name}.json").read_text())
+        (folder / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    info = json.loads((folder / "data" / "dataset_info.json").read_text())
+    info |= {f"{name}_lines": {"file_name": f"{name}.jsonl"} for name in SIZES}
+    info["few_packed"], info["many_packed"] = {"file_name": "few.jsonl.gz"}, {"file_name": "packed"}
+    (folder / "data" / "dataset_info.json").write_text(json.dumps(info))
+    (folder / "data" / "packed").mkdir()
+    for name, target in {"few": "few.jsonl.gz", "many": "packed/many.jsonl.gz"}.items():
+        (folder / "data" / target).write_bytes(gzip.compress((folder / "data" / f"{name}.jsonl").read_bytes()))
+    stream = {
+        **MIX, "max_steps": 3, "save_strategy": "steps", "save_steps": 2, "dataset": "few_lines,many_lines",
+        "streaming": True, "buffer_size": 7,
+    }  # fmt: skip
+    plain, packed = config(folder, "plain", **MIX), config(folder, "packed", **MIX, dataset="few_packed,many_packed")
+    first = config(folder, "stream", **stream)
+    again = {**first, "resume_from_checkpoint": str(folder / "out" / "stream" / "checkpoint-2")}
+    text = config(
+        folder,
+        "stream-text",
+        stage="pt",
+        template=None,
+        dataset="code,prose",
+        streaming=True,
+        max_steps=4,
+        cutoff_len=32,
+    )
+    squeezed = config(folder, "stream-packed", **{**stream, "dataset": "few_packed,many_packed"})
+    results = runs.train_many(1, [plain, packed, first, again, text, squeezed])
+    passed(results)
+    assert losses(plain) == losses(packed)
+    [done] = (folder / "out" / "stream").glob("stream/*/done.json")
+    assert json.loads(done.read_text()) == {"rows": 12, "tokens": None, "ended": False}
+    for name, count in {"few": 10, "many": 12}.items():
+        kept = [json.loads(line) for line in (done.parent / f"{name}_lines.jsonl").read_text().splitlines()]
+        file = str(folder / "data" / f"{name}.jsonl")
+        expected = datasets.load_dataset("json", data_files=file, split="train", streaming=True)
+        assert kept == list(expected.shuffle(buffer_size=7, seed=3).take(count))
+    assert "all 10 rows of few_lines are kept" in results[2][1] and "the first 12 rows of many_lines" in results[2][1]
+    assert "are kept in" not in results[3][1] and "are used" in results[3][1]
+    assert losses(first) == losses(squeezed)
+    sizes = [int(n) for n in re.findall(r": (\d+) rows \d+ target tokens", results[4][1].replace(",", ""))]
+    assert len(sizes) == 2 and all(16 <= size < 40 for size in sizes), results[4][1]

@@ -69,7 +69,7 @@ def test_what_dynamic_training_does(check, keys):
     ("key", "value"),
     [
         ("use_badam", True),
-        ("use_galore", True), ("use_apollo", True), ("use_adam_mini", True), ("use_muon", True), ("streaming", True),
+        ("use_galore", True), ("use_apollo", True), ("use_adam_mini", True), ("use_muon", True),
         ("quantization_bit", 4), ("use_unsloth", True),
         ("load_best_model_at_end", True), ("fp8", True), ("fp8_enable_fsdp_float8_all_gather", True),
         ("torch_compile", True), ("push_to_hub", True),
