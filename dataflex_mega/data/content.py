@@ -35,12 +35,24 @@ class KnownContent(Protocol):
     content: str | None
 
 
+@runtime_checkable
+class KeepsContent(Protocol):
+    """Rows that can keep their hash, so that it is their `content` the next time."""
+
+    def keep_content(self, digest: str) -> None:
+        """Keep it, if that can be done."""
+        ...
+
+
 def content_hashes(
     pool: SamplePool, rank: int, world_size: int, gather: Callable[[Any], list[Any]]
 ) -> Mapping[str, str]:
     """Domain name -> a hash of all its rows, on every rank. `gather`: a rank's value -> those of all ranks."""
     hashes = {domain.name: domain.rows.content for domain in pool.domains if isinstance(domain.rows, KnownContent)}
     known = {name: content for name, content in hashes.items() if content is not None}
+    if hashes:  # kept on a disk that not all ranks may share: only what all of them know is known
+        views = gather(known)
+        known = {name: content for name, content in views[0].items() if all(one.get(name) == content for one in views)}
     rows = {domain.name: domain.rows for domain in pool.domains if domain.name not in known}
     tasks = [(name, first) for name, source in rows.items() for first in range(0, len(source), BLOCK_ROWS)]
     own = {(name, first): block_hash(rows[name], first) for name, first in tasks[rank::world_size]}
@@ -48,6 +60,8 @@ def content_hashes(
     for name, source in rows.items():
         parts = [blocks[name, first] for first in range(0, len(source), BLOCK_ROWS)]
         known[name] = hashlib.sha256("".join([str(len(source)), *parts]).encode()).hexdigest()[:32]
+        if rank == 0 and isinstance(source, KeepsContent):
+            source.keep_content(known[name])
     return known
 
 

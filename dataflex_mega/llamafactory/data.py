@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+import dataflex_mega.data.content_cache as content_cache
 import dataflex_mega.data.dataset_info as dataset_info
 from dataflex_mega.data.media import NO_MEDIA, Media, media_kinds
 from dataflex_mega.data.pool import Domain, RowSource
@@ -63,6 +64,20 @@ class DatasetRows:
         self._dataset = dataset.select_columns(columns).with_format("arrow")
         self._kinds = media_rows.kinds_of(dataset)
         self._media = dataset.select_columns(list(self._kinds)).with_format("arrow") if self._kinds else None
+        # What is in which files: a fingerprint of `datasets` names a part of them, and what was done to it. It says nothing
+        # of the files of media.
+        self._files = [] if self._kinds else [Path(file["filename"]) for file in dataset.cache_files]
+        self._key = f"{dataset._fingerprint} {' '.join(columns)} {len(dataset)}"
+
+    @property
+    def content(self) -> str | None:
+        """The hash of all rows, where it was kept beside their files."""
+        return content_cache.read(self._files, self._key) if self._files else None
+
+    def keep_content(self, digest: str) -> None:
+        """Keep the hash of all rows beside their files; rows in memory or with media have none."""
+        if self._files:
+            content_cache.write(self._files, self._key, digest)
 
     def __len__(self) -> int:
         return len(self._dataset)

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 
+from dataflex_mega.data import content
 from dataflex_mega.data.content import BLOCK_ROWS, content_hashes
 from dataflex_mega.data.pool import Domain, SamplePool
 from dataflex_mega.llamafactory.data import DatasetRows
@@ -73,3 +74,36 @@ def test_a_corpus_is_known_by_its_manifest():
     rows = Rows(numbers(3))
     rows.content = "uint16 abc in rows of 3"
     assert only(rows) == "uint16 abc in rows of 3"
+
+
+def saved(folder, rows):
+    Dataset.from_dict({"input_ids": rows}).save_to_disk(str(folder))
+    return load_from_disk(str(folder))
+
+
+def test_a_hash_is_kept_while_the_files_are_as_they_were(tmp_path, monkeypatch):
+    whole = saved(tmp_path / "d", numbers(20))
+    part = whole.select(range(5))
+    expected = only(Rows(numbers(20))), only(Rows(numbers(5)))
+    assert (only(DatasetRows(whole)), only(DatasetRows(part))) == expected
+    assert DatasetRows(load_from_disk(str(tmp_path / "d"))).content == expected[0]
+    assert DatasetRows(part).content == expected[1] and DatasetRows(whole.select(range(6))).content is None
+    monkeypatch.setattr(content, "block_hash", lambda *_: "computed")
+    assert (only(DatasetRows(whole)), only(DatasetRows(part))) == expected, "no row is read"
+    known, unknown = {"d": expected[0]}, {}
+    asked = iter([[known, unknown], [{("d", 0): "computed"}]])
+    pool = SamplePool([Domain("d", DatasetRows(whole))])
+    assert content_hashes(pool, 0, 2, lambda own: next(asked))["d"] != expected[0], "one rank does not know it"
+    [file] = (tmp_path / "d").glob("*.arrow")
+    file.write_bytes(file.read_bytes())
+    assert DatasetRows(whole).content is None, "written again"
+
+
+def test_a_kept_hash_that_cannot_be_read_is_none(tmp_path):
+    whole = saved(tmp_path / "d", numbers(20))
+    expected = only(DatasetRows(whole))
+    [kept] = (tmp_path / "d").glob("*.content.json")
+    for text in ("{", "[]", '{"key": 3}'):
+        kept.write_text(text)
+        assert DatasetRows(whole).content is None
+        assert only(DatasetRows(whole)) == expected == DatasetRows(whole).content
