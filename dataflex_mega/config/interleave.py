@@ -49,9 +49,10 @@ class Interleaving:
 
 
 def resolve(
-    lf_values: Mapping[str, Any], arguments: RunArguments, roles: ResolvedRoles
+    lf_values: Mapping[str, Any], arguments: RunArguments, roles: ResolvedRoles, notes: list[str]
 ) -> tuple[RunArguments, ResolvedRoles, Interleaving | None, list[str]]:
-    """The keys, the roles with `mixer: static` where there is no mixer, what the two keys ask for, and notes.
+    """The keys, the roles with `mixer: static` where there is no mixer, what the two keys ask for, and `notes` with further
+    ones.
 
     Raises ConfigError for probabilities that are none, and for keys that say something else of proportions or length.
     """
@@ -62,7 +63,7 @@ def resolve(
             raise ConfigError(
                 f"interleave_probs: needs mix_strategy: {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}, found {strategy}"
             )
-        return arguments, roles, None, []
+        return arguments, roles, None, notes
     probabilities = None if given is None else _checked(given, strategy)
     where = f"mix_strategy: {strategy}"
     _refuse_contradictions(where, probabilities, arguments, roles)
@@ -72,13 +73,13 @@ def resolve(
         _refuse_beside_once(where, arguments, roles)
     if probabilities is not None:
         arguments = replace(arguments, init_mixture_proportions=list(probabilities))
-    notes = []
     if mixer is None:
         roles = replace(roles, specs={**roles.specs, "mixer": {"name": "static"}})
-        notes = [f"{where}: the mixer static, which keeps the proportions in every stretch of steps"]
+        notes = [*notes, f"{where}: the mixer static, which keeps the proportions in every stretch of steps"]
     elif not stays:
         notes = [
-            f"{where}: mixer {mixer['name']} moves the proportions, so an epoch is as many samples as there are rows"
+            *notes,
+            f"{where}: mixer {mixer['name']} moves the proportions, so an epoch is as many samples as there are rows",
         ]
     return arguments, roles, Interleaving(strategy, probabilities, stays), notes
 

@@ -78,14 +78,13 @@ def parse_config(
     variable = variable or next(iter(asking), None)
     selecting_keys = megatron.keys_that_select_megatron(megatron_arguments)
     engine = megatron.resolve_engine(all_keys.get("engine", "auto"), selecting_keys, variable)
-    our_keys = {key: value for key, value in all_keys.items() if key in OUR_KEYS}
-    parsed = dataflex_parse.parse(our_keys, uses_own_loop=engine == "megatron")
+    own = engine == "megatron"  # the package's own loop, without a role too
+    parsed = dataflex_parse.parse({key: value for key, value in all_keys.items() if key in OUR_KEYS}, uses_own_loop=own)
     corpus.check_engine(parsed.arguments, engine)
     lf_values.update(megatron.implied_lf_keys(megatron_arguments, lf_values))
     arguments, roles, interleaving = parsed.arguments, parsed.roles, None
-    if arguments.train_type != "static" or engine == "megatron":  # else LLaMA-Factory trains, and hears of them itself
-        arguments, roles, interleaving, more = interleave.resolve(lf_values, arguments, roles)
-        notes = [*notes, *more]
+    if arguments.train_type != "static" or own:  # else LLaMA-Factory trains, and hears of them itself
+        arguments, roles, interleaving, notes = interleave.resolve(lf_values, arguments, roles, notes)
         megatron_keys = {key: value for key, value in all_keys.items() if key in MEGATRON_KEYS}
         launched = launchers.resolve(lf_values, megatron_keys, megatron_arguments, engine, environment)
         lf_values, notes = launched.llamafactory, [*notes, *launched.notes]

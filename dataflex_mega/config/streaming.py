@@ -24,6 +24,8 @@ def check_streaming(config: RunConfig) -> None:
     held_out = lf.get("val_size") or 0
     if 0 < held_out < 1 or held_out != int(held_out):
         raise ConfigError(f"val_size: with streaming: true it must be a number of rows, found {held_out:g}")
+    if lf.get("buffer_size", 1) is not None and lf.get("buffer_size", 1) < 1:
+        raise ConfigError(f"buffer_size: must be >= 1 with streaming: true, found {lf['buffer_size']}")
     path = lf.get("tokenized_path")
     if path and not (Path(path).expanduser().is_dir() and any(Path(path).expanduser().iterdir())):
         raise ConfigError(

@@ -22,7 +22,7 @@ import dataflex_mega.data.dataset_info as dataset_info
 import dataflex_mega.json_text as json_text
 from dataflex_mega.data.row_validation import first_bad_row
 from dataflex_mega.errors import DataError
-from dataflex_mega.files import atomic_file, atomic_write
+from dataflex_mega.files import atomic_file, atomic_write, remove_leftovers
 from dataflex_mega.llamafactory.args import LFArgs, first_line
 
 PACKED = ".gz"
@@ -171,6 +171,7 @@ def keep_stream(args: LFArgs, folder: Path, need: StreamNeed, num_tokens: Callab
     names, notes = list(args.data.dataset or []), []
     entries, ended = local_entries(args, names), True
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)  # of a run that was killed while it read
     for name, attributes in zip(names, get_dataset_list(names, args.data.dataset_dir), strict=True):
         count, more = 0, False
         with atomic_file(_kept_file(folder, name)) as stream:

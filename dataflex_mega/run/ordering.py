@@ -61,6 +61,11 @@ def _precomputed(session: Session, reorder: ReorderArguments, pool: SamplePool) 
         return scores
     if session.config.dataflex.corpus_dir is not None:
         raise ConfigError("reorder.score_params.score_field: a corpus has no columns; use score_path")
+    if not set(pool.names) <= set(session.args.data.dataset or []):
+        raise ConfigError(
+            "reorder.score_params.score_field: tokenized_path does not say which row of which dataset a sample is; use "
+            "score_path"
+        )
     pairs = zip(pool.names, pool.sizes, strict=True)
     return np.concatenate([raw_scores(session.args, name, params.score_field, size) for name, size in pairs])
 

@@ -151,3 +151,22 @@ def test_of_a_stream_as_much_is_kept_as_the_run_needs_and_it_is_read_once(folder
     assert losses(first) == losses(squeezed)
     sizes = [int(n) for n in re.findall(r": (\d+) rows \d+ target tokens", results[4][1].replace(",", ""))]
     assert len(sizes) == 2 and all(16 <= size < 40 for size in sizes), results[4][1]
+
+
+@pytest.mark.exhaustive
+def test_two_processes_share_what_one_of_them_keeps(folder):
+    half = {"per_device_train_batch_size": 2}
+    alone = config(folder, "one-process", **MIX, dataset="few,many")
+    keys = {**MIX, "dataset": "few,many"}
+    saved = config(folder, "two-saved", **{**keys, **half}, tokenized_path=str(folder / "two"))
+    read = config(folder, "two-read", **{**keys, **half}, tokenized_path=str(folder / "two"))
+    stream = config(folder, "two-stream", **{**keys, **half}, streaming=True, buffer_size=7)
+    once = config(folder, "two-once", **half, mix_strategy="interleave_once", interleave_probs="0.5,0.5")
+    order = config(folder, "two-order", **half, disable_shuffling=True)
+    [one] = runs.train_many(1, [alone])
+    passed([one, *runs.train_many(2, [saved, read, stream, once, order])])
+    assert losses(saved) == losses(read) == pytest.approx(losses(alone), rel=1e-5)
+    [done] = (folder / "out" / "two-stream").glob("stream/*/done.json")
+    assert json.loads(done.read_text())["rows"] == 16
+    assert counts(once) == [(2, 2)] * 5 + [(0, 4)] * 5
+    assert counts(order) == [(4, 0), (4, 0), (2, 2)] + [(0, 4)] * 7
