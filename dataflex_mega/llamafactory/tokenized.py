@@ -186,8 +186,10 @@ def _check_rows(what: str, rows: Any, args: LFArgs, num_ids: int) -> None:
 def refuse_media(what: str, rows: Any) -> None:
     """Raises DataError for rows with images, videos or audio, whose files such a set would not keep."""
     for column in MEDIA:
-        values = rows.with_format("arrow")[:][column] if column in rows.column_names else None
-        if values is not None and values.null_count < len(values):
+        if column in rows.column_names:
+            values = rows.select_columns([column]).with_format("arrow")[:][column]
+            if values.null_count == len(values):
+                continue
             raise DataError(f"{what}: rows with {column} are not kept as tokens; leave {KEY} out")
 
 
