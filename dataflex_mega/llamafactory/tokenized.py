@@ -63,7 +63,7 @@ def save(data: TokenizedData, args: LFArgs, tokenizer: Any, temporary: Path) -> 
     from datasets import ClassLabel, DatasetDict, Value, concatenate_datasets
 
     for name, rows in [*data.train.items(), *data.evaluation.items()]:
-        refuse_media(f"{KEY}: dataset {name!r}" if name else f"{KEY}: the evaluation set", rows)
+        refuse_unkept(f"{KEY}: dataset {name!r}" if name else f"{KEY}: the evaluation set", rows)
     parts, label = [], ClassLabel(names=list(data.train))
     for number, (name, rows) in enumerate(data.train.items()):
         which = data.rows.get(name, np.arange(len(rows), dtype=np.int64))
@@ -137,10 +137,10 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _check_columns(what: str, rows: Any, args: LFArgs) -> None:
+    refuse_unkept(what, rows)
     has = ", ".join(rows.column_names) or "none"
     if "input_ids" not in rows.column_names:
-        kind = "; those are the rows of stage rm or dpo" if "chosen_input_ids" in rows.column_names else ""
-        raise DataError(f"{what}: no column input_ids; it has {has}{kind}")
+        raise DataError(f"{what}: no column input_ids; it has {has}")
     if args.finetuning.stage != "pt" and "labels" not in rows.column_names:
         raise DataError(f"{what}: no column labels (it has {has}): those are the rows of stage pt, this run's is sft")
     if len(rows) == 0:
@@ -153,7 +153,6 @@ def _check_rows(what: str, rows: Any, args: LFArgs, num_ids: int) -> None:
     import pyarrow.compute
 
     compute: Any = pyarrow.compute
-    refuse_media(what, rows)
     columns = [name for name in ("input_ids", "labels", "attention_mask") if name in rows.column_names]
     table_of, longest = rows.select_columns(columns).with_format("arrow"), 0
     try:
@@ -183,8 +182,12 @@ def _check_rows(what: str, rows: Any, args: LFArgs, num_ids: int) -> None:
         )
 
 
-def refuse_media(what: str, rows: Any) -> None:
-    """Raises DataError for rows with images, videos or audio, whose files such a set would not keep."""
+def refuse_unkept(what: str, rows: Any) -> None:
+    """Raises DataError for pairs, and for rows with images, videos or audio, whose files such a set would not keep."""
+    if "chosen_input_ids" in rows.column_names:
+        raise DataError(
+            f"{what}: pairs of answers, the rows of stages rm and dpo, are not kept as tokens; leave {KEY} out"
+        )
     for column in MEDIA:
         if column in rows.column_names:
             values = rows.select_columns([column]).with_format("arrow")[:][column]

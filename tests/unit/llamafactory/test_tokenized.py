@@ -147,7 +147,7 @@ def wrong(kind):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("chosen", "no column input_ids; .* stage rm or dpo"), ("no labels", "no column labels .* stage pt"),
+        ("chosen", "pairs of answers, .* are not kept as tokens"), ("no labels", "no column labels .* stage pt"),
         ("large id", "the id 102; the model's tokenizer has 100 ids"), ("negative id", "the id -1"),
         ("other lengths", "not as many labels as input_ids"), ("packed", "several samples each"),
         ("images", "rows with images are not kept as tokens"), ("none", "has no rows"),
