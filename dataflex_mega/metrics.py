@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import dataflex_mega.gauges as gauges
 from dataflex_mega.control.plan_report import LossCacheView, OrderRecord, PlanReport, SelectionRecord
 from dataflex_mega.files import atomic_write
 from dataflex_mega.log_files import move_aside, truncate_log
 from dataflex_mega.progress import TrainingProgressBar
-from dataflex_mega.types import SamplingPlan, StepStats, TrainState
+from dataflex_mega.types import SamplingPlan, StepStats, TrainState, without_timings
 
 STEPS_FILE, ORDERS_FILE = "metrics.jsonl", "orders.jsonl"
 
@@ -72,10 +73,12 @@ class Metrics:
     scoreboard_folder: Path | None = None  # where the known losses of each plan's samples go
     tensorboard: Any = None  # torch.utils.tensorboard.SummaryWriter
     progress_bar: TrainingProgressBar | None = None
+    mfu_per_token_rate: float | None = None  # see gauges; None where MFU is not known
     log_window: LogWindow = field(default_factory=LogWindow, init=False)
     last_stats: StepStats | None = field(default=None, init=False)
     learning_rate: float = field(default=0.0, init=False)
     plan_digest: str = field(default="", init=False)
+    plan_figures: dict[str, float] = field(default_factory=dict, init=False)  # of the last selection and order
     history: list[dict[str, Any]] = field(default_factory=list, init=False)  # a row per step, as in metrics.jsonl
     evaluations: list[dict[str, float]] = field(default_factory=list, init=False)  # one per evaluation, with its step
 
@@ -108,6 +111,7 @@ class Metrics:
         """After a new plan, `state.plan`; `report` says what the roles did for it."""
         if self.is_writer or self.keep_history:
             self.plan_digest = state.plan.digest()[:16]
+        self.plan_figures = {**self.plan_figures, **_plan_figures(report)}
         if not self.is_writer:
             return
         if self.mixer_name is not None and state.plan.phase == "train":
@@ -142,7 +146,8 @@ class Metrics:
             self.progress_bar.update(state.step, self._progress_fields(state.plan))
 
     def flush(self, state: TrainState) -> dict[str, float]:
-        """End the window: write its scalars to TensorBoard -> those that callbacks get, under Trainer's names."""
+        """End the window: write its scalars to TensorBoard -> those that callbacks get: Trainer's under its names, and ours
+        under names with a `/`, `mix/DOMAIN` and so on."""
         window = self.log_window
         logs = {
             "loss": window.loss_sum / max(window.num_steps, 1),
@@ -150,22 +155,25 @@ class Metrics:
             "learning_rate": self.learning_rate,
             **{name: value / max(window.num_steps, 1) for name, value in window.report.items()},
         }
+        seconds = {name: value / max(window.num_steps, 1) for name, value in window.phase_seconds.items()}
+        weights = self._weight_scalars()
+        rate = window.tokens_per_second()
+        figures = {**self._domain_figures(state.plan), **self.plan_figures, **weights, **gauges.memory()}
+        figures |= {"speed/tokens_per_second": rate, "speed/tokens_seen": float(state.tokens_seen)}
+        if self.mfu_per_token_rate is not None:
+            figures["speed/mfu"] = rate * self.mfu_per_token_rate
         if self.is_writer:
             self._scalars(state.step, {f"train/{name}": value for name, value in logs.items()})
-            speed = {"train/tokens_per_second": window.tokens_per_second(), "train/tokens_seen": state.tokens_seen}
-            self._scalars(state.step, speed)
-            seconds = window.phase_seconds.items()
-            self._scalars(state.step, {f"seconds/{name}": value / max(window.num_steps, 1) for name, value in seconds})
+            self._scalars(state.step, {"train/tokens_per_second": rate, "train/tokens_seen": state.tokens_seen})
+            self._scalars(state.step, {f"seconds/{name}": value for name, value in seconds.items()})
             self._scalars(state.step, self._domain_scalars(state.plan))
-            if self.last_stats is not None and self.last_stats.weights is not None:
-                weights = self.last_stats.weights
-                bounds = {"weight/min": weights.minimum, "weight/max": weights.maximum}
-                self._scalars(state.step, {"weight/entropy": weights.entropy, **bounds})
+            self._scalars(state.step, weights)
         self.log_window = LogWindow()
-        return logs
+        return {**logs, **figures}
 
     def on_evaluate(self, state: TrainState, metrics: dict[str, float]) -> None:
         """After an evaluation; `metrics` are named as Trainer names them, `eval_loss`."""
+        metrics = without_timings(metrics)
         if self.keep_history:
             self.evaluations.append({"step": float(state.step), **metrics})
         if not self.is_writer:
@@ -205,23 +213,14 @@ class Metrics:
             "passes": order.passes,
         }
         self._append(ORDERS_FILE, row)
-        scalars = {"order/scored": order.num_scored, "order/mean_score": order.mean_score or 0.0}
-        self._scalars(order.step, scalars)
+        self._scalars(order.step, _order_figures(order))
 
     def _write_selection(self, selection: SelectionRecord, signal_name: str) -> None:
         """The selected ids and their scores, in DataFlex's layout."""
         assert self.selection_folder is not None
         content = {"indices": selection.selected_ids.tolist(), "metric": {signal_name: selection.scores.tolist()}}
         _write_atomically(self.selection_folder / f"step_{selection.step}.json", json.dumps(content, indent=4))
-        quantiles = zip((0, 25, 50, 75, 100), selection.quantiles, strict=False)  # none when no score is finite
-        self._scalars(
-            selection.step,
-            {
-                "select/size": len(selection.selected_ids),
-                "select/overlap": selection.overlap,
-                **{f"select/score_q{percent}": value for percent, value in quantiles},
-            },
-        )
+        self._scalars(selection.step, _selection_figures(selection))
 
     def _progress_fields(self, plan: SamplingPlan) -> dict[str, str]:
         """What the progress bar shows beside the step: mean loss and speed of the window, and the mixture."""
@@ -251,6 +250,22 @@ class Metrics:
                     scalars[f"domain/perplexity/{name}"] = math.exp(min(loss, 50.0))
         return scalars
 
+    def _domain_figures(self, plan: SamplingPlan) -> dict[str, float]:
+        """The same for callbacks: `mix/DOMAIN` the proportion, `drawn/DOMAIN`, `domain_loss/DOMAIN`."""
+        figures = {f"mix/{name}": share for name, share in zip(self.domains, plan.proportions, strict=True)}
+        parts = {"mix/drawn/": "drawn/", "domain/loss/": "domain_loss/"}
+        for tag, value in self._domain_scalars(plan).items():
+            for part, short in parts.items():
+                if tag.startswith(part):
+                    figures[short + tag.removeprefix(part)] = value
+        return figures
+
+    def _weight_scalars(self) -> dict[str, float]:
+        weights = None if self.last_stats is None else self.last_stats.weights
+        if weights is None:
+            return {}
+        return {"weight/entropy": weights.entropy, "weight/min": weights.minimum, "weight/max": weights.maximum}
+
     def _append(self, name: str, row: dict[str, Any]) -> None:
         with (self.folder / name).open("a") as stream:
             stream.write(json.dumps(row, default=lambda v: v.item()) + "\n")
@@ -259,6 +274,24 @@ class Metrics:
         if self.tensorboard is not None:
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, step)
+
+
+def _plan_figures(report: PlanReport) -> dict[str, float]:
+    order = {} if report.order is None else _order_figures(report.order)
+    return order if report.selection is None else {**order, **_selection_figures(report.selection)}
+
+
+def _order_figures(order: OrderRecord) -> dict[str, float]:
+    return {"order/scored": order.num_scored, "order/mean_score": order.mean_score or 0.0}
+
+
+def _selection_figures(selection: SelectionRecord) -> dict[str, float]:
+    quantiles = zip((0, 25, 50, 75, 100), selection.quantiles, strict=False)  # none when no score is finite
+    return {
+        "select/size": len(selection.selected_ids),
+        "select/overlap": selection.overlap,
+        **{f"select/score_q{percent}": value for percent, value in quantiles},
+    }
 
 
 def _write_atomically(target: Path, text: str) -> None:

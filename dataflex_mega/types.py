@@ -16,6 +16,12 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100  # a label that carries no loss
+TIMINGS = ("_runtime", "_samples_per_second", "_steps_per_second")  # ends of metrics that are never the same twice
+
+
+def without_timings(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of an evaluation that another run of the same model gives again."""
+    return {name: value for name, value in metrics.items() if not name.endswith(TIMINGS)}
 
 
 @dataclass(frozen=True)

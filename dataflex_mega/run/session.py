@@ -18,6 +18,7 @@ from dataflex_mega.llamafactory.callbacks import load_callbacks
 from dataflex_mega.llamafactory.debugging import make_deterministic
 from dataflex_mega.llamafactory.model import load_tokenizer
 from dataflex_mega.llamafactory.model_checks import check_model
+from dataflex_mega.llamafactory.trackers import Trackers, reports
 from dataflex_mega.log import get_logger
 from dataflex_mega.run import corpus
 from dataflex_mega.run.engines import EngineBuilder, engine_factory
@@ -31,6 +32,7 @@ class Session:
     config: RunConfig
     args: lf_args.LFArgs
     callbacks: list[Any]  # the user's, instances
+    trackers: Trackers  # of report_to and use_swanlab
     tokenizer_module: dict[str, Any]
     template: Any
     engine_builder: EngineBuilder
@@ -47,13 +49,15 @@ class Session:
         args = lf_args.parse_arguments(lf_args.prepare_arguments(corpus.lf_keys(config)))
         make_deterministic(args)
         args.training.overwrite_output_dir = False  # LLaMA-Factory's callback would remove logs; see run.resume
+        args.training.report_to = reports(config.llamafactory.get("report_to"))  # parsed without; see prepare_arguments
         callbacks = load_callbacks(list(config.dataflex.callbacks))
+        trackers = Trackers.load(args, args.training.report_to, config.dataflex.tensorboard)
         tokenizer_module, template = load_tokenizer(args)
         notes = check_model(args, tokenizer_module["tokenizer"], not config.megatron.megatron_pretrained_checkpoint)
         builder = factory.init_processes(args, len(tokenizer_module["tokenizer"]))
         output_dir = Path(args.training.output_dir)
         collectives = TorchCollectives(builder.parallel_info)
-        session = cls(config, args, callbacks, tokenizer_module, template, builder, collectives, output_dir)
+        session = cls(config, args, callbacks, trackers, tokenizer_module, template, builder, collectives, output_dir)
         session.report(*(f"note: {note}" for note in (*notes, *builder.notes)))
         return session._with_local_rows()
 

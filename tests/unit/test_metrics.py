@@ -6,7 +6,7 @@ import torch
 
 from dataflex_mega.control.plan_report import LossCacheView, OrderRecord, PlanReport, SelectionRecord
 from dataflex_mega.metrics import Metrics
-from dataflex_mega.types import SamplingPlan, TrainState
+from dataflex_mega.types import SamplingPlan, StepStats, TrainState, WeightStats
 
 
 def write(path, steps, key="step"):
@@ -83,4 +83,26 @@ def test_a_role_that_did_nothing_for_a_plan_leaves_no_line(tmp_path):
     metrics = Metrics(tmp_path, ("a", "b"), 8, is_writer=True, mixer_name="odm", selection_folder=tmp_path / "chosen")
     warmup = SamplingPlan(0, (0.5, 0.5), (0, 0), (0.0, 0.0), phase="warmup")
     metrics.on_plan(TrainState(0, warmup), PlanReport())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_callbacks_get_our_figures_beside_those_of_hugging_face(tmp_path):
+    plan = SamplingPlan(4, (0.25, 0.75), (0, 0), (0.0, 0.0))
+    state = TrainState(4, plan, tokens_seen=30)
+    metrics = Metrics(tmp_path, ("a", "b"), 8, is_writer=False, mfu_per_token_rate=0.0)  # any rank, with a GPU
+    selection = SelectionRecord(4, torch.tensor([0, 2]), torch.tensor([0.5, 0.25]), [0.25, 0.5], overlap=0.5)
+    metrics.on_plan(state, PlanReport(selection=selection))
+    stats = StepStats(
+        2.0, 1.5, torch.tensor([2.0, 6.0]).double(), torch.tensor([2.0, 3.0]).double(), torch.tensor([1.0, 3.0]).double(),
+        num_tokens=5, weights=WeightStats(0.5, 0.25, 2.0),
+    )  # fmt: skip
+    metrics.on_step_end(state, stats, 0.125, {})
+    figures = metrics.flush(state)
+    assert 0 < figures.pop("memory/peak_rss_gib") < 1000 and figures.pop("speed/tokens_per_second") > 0
+    assert figures == {
+        "loss": 1.6, "grad_norm": 1.5, "learning_rate": 0.125, "mix/a": 0.25, "mix/b": 0.75, "drawn/a": 0.25,
+        "drawn/b": 0.75, "domain_loss/a": 1.0, "domain_loss/b": 2.0, "select/size": 2, "select/overlap": 0.5,
+        "select/score_q0": 0.25, "select/score_q25": 0.5, "weight/entropy": 0.5, "weight/min": 0.25, "weight/max": 2.0,
+        "speed/tokens_seen": 30, "speed/mfu": 0.0,
+    }  # fmt: skip
     assert list(tmp_path.iterdir()) == []
