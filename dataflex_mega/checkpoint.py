@@ -76,6 +76,7 @@ class Checkpointer:
     former_logs: Path | None = None  # a folder that goes with them
     kept: tuple[Path, ...] = ()  # never removed: the checkpoint that resume_from_checkpoint names
     contents: Contents = field(default_factory=Contents)
+    best: Callable[[], Path | None] | None = None  # the checkpoint of the best evaluation, which is not removed either
 
     @property
     def _rank(self) -> int:
@@ -155,13 +156,32 @@ class Checkpointer:
         replace_folder(writing, final)
         self._remove_superseded(final)
         found = checkpoint_folder.survey(self.folder)
-        for path in checkpoint_folder.choose_for_removal(found, step, self.save_total_limit, self._kept()):
+        best = self._best()
+        for path in checkpoint_folder.choose_for_removal(found, step, self.save_total_limit, self._kept(), best):
             checkpoint_folder.remove(path)
 
     def finish(self) -> None:
-        """The training is over and its results are written: what it supersedes goes, even if it has saved nothing."""
+        """The training is over and its results are written: what it supersedes goes, even if it has saved nothing.
+
+        With save_total_limit 1, of the best checkpoint and the last one the best stays, as in Hugging Face's Trainer.
+        """
         run_on_main(self.collectives, self._remove_superseded)
         self.superseded = []
+        if self.save_total_limit == 1 and self.best is not None:
+            run_on_main(self.collectives, self._remove_all_but_best)
+
+    def _remove_all_but_best(self) -> None:
+        best = self._best()
+        found = [one for one in checkpoint_folder.survey(self.folder) if one.is_usable]
+        if best is None or best not in [one.path.resolve() for one in found]:
+            return
+        for one in found:
+            if one.path.resolve() != best and one.path.resolve() not in self._kept():
+                checkpoint_folder.remove(one.path)
+
+    def _best(self) -> Path | None:
+        path = None if self.best is None else self.best()
+        return None if path is None else path.resolve()
 
     def _remove_superseded(self, written: Path | None = None) -> None:
         for old in self.superseded:
@@ -225,6 +245,13 @@ class Checkpointer:
         plan: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values}
         state = TrainState(saved["step"], SamplingPlan(**plan), saved["tokens_seen"], saved["samples_seen"])
         return state, saved["extra"]
+
+    def load_model(self, path: Path, engine: EngineState) -> int:
+        """Bring the engine to the parameters of a checkpoint of this run -> its step. Raises CheckpointError for a damaged
+        one, on all ranks, before anything is loaded."""
+        manifest = self.verify(path)
+        engine.load_state(path / ENGINE)
+        return checkpoint_folder.step_of(path, manifest)
 
     def read(self, path: Path) -> dict[str, Any]:
         """state.json with its tensors. Loads nothing into the engine.

@@ -158,14 +158,23 @@ def find_superseded(found: Collection[CheckpointFolder]) -> set[Path]:
 
 
 def choose_for_removal(
-    found: Collection[CheckpointFolder], step: int, limit: int | None, kept: Collection[Path]
+    found: Collection[CheckpointFolder],
+    step: int,
+    limit: int | None,
+    kept: Collection[Path],
+    best: Path | None = None,
 ) -> list[Path]:
     """What `save_total_limit` removes after the checkpoint of `step` was written: whole ones of this program below it, the
-    oldest first, none of `kept`. Damaged ones and those of other tools are not counted."""
+    oldest first, none of `kept`. Damaged ones and those of other tools are not counted.
+
+    `best`, an absolute path, stays and is counted, so that there is room for one fewer of the others.
+    """
     if not limit or limit < 1:
         return []
     below = [one.path for one in found if one.is_usable and one.step < step]
-    return [path for path in below[: max(0, len(below) - (limit - 1))] if path.resolve() not in kept]
+    others = [path for path in below if path.resolve() != best]
+    room = max(0, limit - 1 - (len(below) - len(others)))
+    return [path for path in others[: max(0, len(others) - room)] if path.resolve() not in kept]
 
 
 def remove(path: Path) -> None:

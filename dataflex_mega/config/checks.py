@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import dataflex_mega.json_text as json_text
+from dataflex_mega.config.best_model import check_best_model
 from dataflex_mega.config.corpus import check_corpora, training_domains
 from dataflex_mega.config.fates import check_fates
 from dataflex_mega.config.interleave import check_count
@@ -24,7 +25,6 @@ from dataflex_mega.config.streaming import check_streaming
 from dataflex_mega.errors import ConfigError, did_you_mean
 from dataflex_mega.folder_hints import not_a_model
 
-REPORTS = ("none", "tensorboard")
 REQUIRED = {
     "model_name_or_path": "a folder or a hub name",
     "dataset": "names from dataset_info.json",
@@ -41,7 +41,6 @@ def check_dynamic(config: RunConfig) -> list[str]:
         _check_attention,
         _check_length,
         _check_evaluation,
-        _check_reports,
         _check_model_path,
         _check_corpora,
         _check_datasets,
@@ -101,18 +100,7 @@ def _check_evaluation(config: RunConfig) -> None:
     if strategy != "no" and not has_data and config.dataflex.eval_corpus_dir is None:
         needed = "eval_dataset or val_size" if config.dataflex.corpus_dir is None else "eval_corpus_dir"
         raise ConfigError(f"eval_strategy: {strategy} needs {needed}")
-    if config.llamafactory.get("early_stopping_steps") and strategy == "no":
-        raise ConfigError("early_stopping_steps: needs eval_strategy: steps or epoch")
-    if config.llamafactory.get("do_eval") and strategy == "no":
-        raise ConfigError(
-            "do_eval: needs eval_strategy: steps or epoch in dynamic training, which evaluates while it trains"
-        )
-
-
-def _check_reports(config: RunConfig) -> None:
-    for name in split_names(config.llamafactory.get("report_to")):
-        if name not in REPORTS:
-            raise ConfigError(f"report_to: dynamic training takes {', '.join(REPORTS)}, found {name!r}")
+    check_best_model(config.llamafactory, has_data or config.dataflex.eval_corpus_dir is not None)
 
 
 def _check_model_path(config: RunConfig) -> None:

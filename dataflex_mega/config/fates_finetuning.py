@@ -78,10 +78,9 @@ FINETUNING_FATES: dict[str, Fate] = {
     # what is watched and reported
     **acts("early_stopping_steps", "plot_loss", "compute_accuracy"),
     "include_effective_tokens_per_second": noted("metrics.jsonl has the tokens of each step"),
-    **acts("disable_shuffling"),
-    "use_swanlab": refused("use TensorBoard"),
+    **acts("disable_shuffling", "use_swanlab"),
     **acts_with(
-        Switch(("use_swanlab",)),
+        Switch(("use_swanlab", "report_to")),
         {
             "swanlab_project": "llamafactory", "swanlab_workspace": None, "swanlab_run_name": None,
             "swanlab_mode": "cloud", "swanlab_api_key": None, "swanlab_logdir": None, "swanlab_lark_webhook_url": None,

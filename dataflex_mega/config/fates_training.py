@@ -11,7 +11,6 @@ _EVALUATION = "evaluation gives the loss only"
 _NO_OUTPUTS = "evaluation adds sums up and keeps no outputs"
 _PREFETCH = "prefetch says how many steps of data are prepared ahead"
 _HUB = "nothing is uploaded during a run"
-_TRACKERS = "no tracker is written to that shows it"
 _RAY = "Ray starts processes itself; torchrun --nproc_per_node N does it here"
 _LAUNCHER = "the launcher says it"
 # What accelerate's own classes have where nothing is said.
@@ -81,11 +80,7 @@ TRAINING_FATES: dict[str, Fate] = {
         "logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "log_level",
         "log_level_replica", "disable_tqdm", "report_to", "logging_dir",
     ),
-    "run_name": noted(_TRACKERS),
-    "project": noted(_TRACKERS, "huggingface"),
-    "trackio_space_id": noted(_TRACKERS),
-    "trackio_bucket_id": noted(_TRACKERS),
-    "trackio_static_space_id": noted(_TRACKERS),
+    **acts("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
     "include_num_input_tokens_seen": noted("metrics.jsonl counts the tokens", None, False, "no"),
     # evaluation
     **acts(
@@ -94,8 +89,7 @@ TRAINING_FATES: dict[str, Fate] = {
     ),
     **acts_with(Switch(("eval_strategy",), ("steps",), default="no"), {"eval_steps": None}),
     **acts_with(Switch(("eval_strategy",), ("steps", "epoch"), default="no"), {"eval_delay": 0}),
-    "eval_on_start": refused(STATIC_DOES),
-    "load_best_model_at_end": refused("the checkpoints stay in output_dir"),
+    **acts("eval_on_start", "load_best_model_at_end"),
     "prediction_loss_only": noted(_EVALUATION),
     "include_for_metrics": noted(_EVALUATION),
     "batch_eval_metrics": noted(_EVALUATION),
@@ -104,7 +98,7 @@ TRAINING_FATES: dict[str, Fate] = {
     "eval_accumulation_steps": noted(_NO_OUTPUTS),
     # checkpoints and what is uploaded
     **acts("save_steps", "save_total_limit", "save_only_model"),
-    "save_strategy": takes(("steps", "epoch", "no"), "checkpoints are for resuming, not for choosing the best"),
+    **acts("save_strategy"),
     "save_on_each_node": noted("one process writes what all need; the nodes share output_dir"),
     "enable_jit_checkpoint": refused("use save_steps"),
     "push_to_hub": refused("upload output_dir afterwards"),
@@ -127,7 +121,7 @@ TRAINING_FATES: dict[str, Fate] = {
     "ray_num_workers": refused(_RAY, None, 1),
     "ray_init_kwargs": refused(_RAY),
     # profilers
-    "enable_torch_profiler": refused(STATIC_DOES),
+    **acts("enable_torch_profiler"),
     **acts_with(
         Switch(("enable_torch_profiler",)),
         {
@@ -136,5 +130,5 @@ TRAINING_FATES: dict[str, Fate] = {
             "profiler_profile_memory": True, "profiler_with_stack": True,
         },
     ),
-    "profile_modules": refused(STATIC_DOES, *OFF),
+    **acts("profile_modules"),
 }  # fmt: skip

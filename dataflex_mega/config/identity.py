@@ -51,7 +51,7 @@ DECIDES = frozenset(
     remove_unused_columns dataloader_drop_last train_sampling_strategy average_tokens_across_devices
     auto_find_batch_size accelerator_config parallelism_config deepspeed ignore_data_skip
     restore_callback_states_from_checkpoint include_for_metrics batch_eval_metrics prediction_loss_only
-    load_best_model_at_end metric_for_best_model greater_is_better
+    metric_for_best_model greater_is_better
 
     plugins candidate_fraction freeze_gate init_mixture_proportions loss_normalization max_epochs max_proportion
     min_proportion mixer_eval_dataset mixture_sample_rule reference_dtype reference_model score_reuse static_mix
@@ -67,13 +67,13 @@ FREE_KEYS = frozenset(
     trackio_bucket_id trackio_static_space_id save_steps save_strategy save_total_limit save_on_each_node eval_steps
     eval_strategy eval_delay eval_on_start per_device_eval_batch_size eval_accumulation_steps eval_do_concat_batches
     eval_use_gather_object do_eval early_stopping_steps early_stopping_min_delta per_device_train_batch_size
-    gradient_accumulation_steps dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor
-    dataloader_persistent_workers preprocessing_num_workers overwrite_cache cache_dir preprocessing_batch_size fsdp
-    fsdp_config ddp_timeout ddp_backend ddp_bucket_cap_mb ddp_find_unused_parameters ddp_broadcast_buffers
-    ddp_static_graph use_cpu local_rank master_addr master_port ray_num_workers ray_init_kwargs enable_jit_checkpoint
-    resume_from_checkpoint push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision
-    disable_gradient_checkpointing gradient_checkpointing gradient_checkpointing_kwargs use_reentrant_gc max_steps
-    num_train_epochs train_step save_only_model dataset_dir corpus_dir eval_corpus_dir media_dir tokenized_path
+    load_best_model_at_end gradient_accumulation_steps dataloader_num_workers dataloader_pin_memory
+    dataloader_prefetch_factor dataloader_persistent_workers preprocessing_num_workers overwrite_cache cache_dir
+    preprocessing_batch_size fsdp fsdp_config ddp_timeout ddp_backend ddp_bucket_cap_mb ddp_find_unused_parameters
+    ddp_broadcast_buffers ddp_static_graph use_cpu local_rank master_addr master_port ray_num_workers ray_init_kwargs
+    enable_jit_checkpoint resume_from_checkpoint push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push
+    hub_revision disable_gradient_checkpointing gradient_checkpointing gradient_checkpointing_kwargs use_reentrant_gc
+    max_steps num_train_epochs train_step save_only_model dataset_dir corpus_dir eval_corpus_dir media_dir tokenized_path
     data_shared_file_system callbacks resume_ignore score_batch_size prefetch tensorboard on_non_finite engine use_mca
     components_cfg_file component_name save_on_signal train_type selector mixer reorder pipeline weighter verify
     reference_cache init_mixture_proportions_file do_train skip_memory_metrics debug torch_empty_cache_steps

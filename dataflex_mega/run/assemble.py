@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
+import dataflex_mega.gauges as gauges
 from dataflex_mega.control.controller import DataController
 from dataflex_mega.data.loader import Loader
 from dataflex_mega.engines.base import Engine
 from dataflex_mega.errors import TrainingFault
-from dataflex_mega.llamafactory.callbacks import CallbackHooks
+from dataflex_mega.llamafactory.callbacks import CallbackHooks, watched_metric
 from dataflex_mega.metrics import Metrics
 from dataflex_mega.progress import TrainingProgressBar
 from dataflex_mega.providers.server import SignalServer
@@ -20,6 +23,7 @@ from dataflex_mega.run.accuracy import evaluate_with_accuracy
 from dataflex_mega.run.answers import answer_metrics, answers_prompts
 from dataflex_mega.run.checkpoint_contents import contents_of
 from dataflex_mega.run.data import RunData
+from dataflex_mega.run.evaluation import DOMAIN_LOSS, DomainLoss, speed
 from dataflex_mega.run.ordering import ordered_passes, stage_config
 from dataflex_mega.run.outputs import OutputOptions
 from dataflex_mega.run.preference import sample_loss
@@ -53,11 +57,19 @@ def assemble(
         "processing_class": session.tokenizer,
         "optimizer": engine.optimizer,
         "lr_scheduler": engine.scheduler,
+        "processor": session.tokenizer_module.get("processor"),
     }
     min_delta = session.config.dataflex.early_stopping_min_delta
+    num_epochs = math.ceil(schedule.max_steps * schedule.partition.global_batch_size / len(data.pool))
+    hooks = CallbackHooks(
+        session.args, parts, schedule.max_steps, session.callbacks, min_delta, num_epochs, session.trackers
+    )
+    resume.checkpointer.best = hooks.best_checkpoint
+    metrics = _metrics(session, roles, data, schedule, resume, options, bar)
+    half, world = bool(training.bf16 or training.fp16), session.parallel_info.world_size
+    metrics.mfu_per_token_rate = gauges.mfu_per_token_rate(engine.model, half, world)
     workers = max(1, training.dataloader_num_workers)
     prefetch = session.config.dataflex.prefetch
-    hooks = CallbackHooks(session.args, parts, schedule.max_steps, session.callbacks, min_delta)
     resume.checkpointer.contents = contents_of(session, hooks)
     return Trainer(
         engine=engine,
@@ -65,11 +77,15 @@ def assemble(
         loader=Loader(data.pool, schedule.sampler, schedule.partition, data.collate, prefetch, workers),
         checkpointer=resume.checkpointer,
         hooks=hooks,
-        metrics=_metrics(session, roles, data, schedule, resume, options, bar),
+        metrics=metrics,
         max_steps=schedule.max_steps,
         global_batch_size=schedule.partition.global_batch_size,
         pool_size=schedule.epoch_samples,
-        evaluate=partial(_evaluate, session, roles, data, engine) if data.evaluation else None,
+        evaluate=_evaluation(session, roles, data, schedule, engine),
+        evaluation_sets=tuple(data.evaluation),
+        evaluates_at_start=training.eval_on_start,
+        evaluates_at_end=training.do_eval and training.eval_strategy == "no",
+        loads_best=training.load_best_model_at_end,
         describe_sample=data.pool.describe,
         restate_plan=resume.restate_plan,
         on_loaded=resume.begin,
@@ -134,12 +150,25 @@ def _metrics(
     )
 
 
+def _evaluation(
+    session: Session, roles: RunRoles, data: RunData, schedule: RunSchedule, engine: Engine
+) -> Callable[[], dict[str, float]] | None:
+    """What evaluates all sets; None without any."""
+    if not data.evaluation:
+        return None
+    evaluation = partial(_evaluate, session, roles, data, engine)
+    domain_loss = DomainLoss.of(list(data.evaluation), schedule.domains)
+    wanted = watched_metric(session.args.training) == DOMAIN_LOSS
+    return domain_loss.added_to(evaluation) if wanted and domain_loss is not None else evaluation
+
+
 def _evaluate(session: Session, roles: RunRoles, data: RunData, engine: Engine) -> dict[str, float]:
     """Token-mean loss of each evaluation set, under Trainer's names, its exponential, and what else is asked for; of pairs
     their mean loss and what it reports."""
     metrics, counts_hits = {}, session.args.finetuning.compute_accuracy
     names = sample_loss(session.args).report_names
     for name, pool in data.evaluation.items():
+        started = time.perf_counter()
         share = _pool_share(session, roles, pool)
         report = torch.zeros(len(names), dtype=torch.float64)
         if counts_hits:
@@ -163,4 +192,6 @@ def _evaluate(session: Session, roles: RunRoles, data: RunData, engine: Engine) 
         if answers_prompts(session, data.evaluation):
             answers = answer_metrics(session, share, engine)
             metrics.update({f"{prefix}_{metric}": value for metric, value in answers.items()})
+        batch = session.args.training.per_device_eval_batch_size * session.parallel_info.dp_size
+        metrics.update(speed(prefix, time.perf_counter() - started, len(pool), batch))
     return metrics

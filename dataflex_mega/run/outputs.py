@@ -10,6 +10,7 @@ from dataflex_mega.control import contracts
 from dataflex_mega.errors import cause_of
 from dataflex_mega.files import published_model
 from dataflex_mega.llamafactory.model import save_tokenizer
+from dataflex_mega.run import results
 from dataflex_mega.run.averages import write_averages
 from dataflex_mega.run.data import RunData
 from dataflex_mega.run.roles import RunRoles
@@ -57,11 +58,15 @@ def write_results(
     folder = session.output_dir
     if options.export:
         trainer.engine.export(folder)
+    evaluation = results.evaluation_of_model(trainer, options.logs and session.args.training.do_eval)
     if not session.parallel_info.is_main:
         return
     if options.export:
         with published_model(folder) as temporary:
             save_tokenizer(session.tokenizer_module, temporary)
+            trainer.hooks.save_arguments(temporary)
+    if options.logs:
+        _write_metrics(folder, trainer, evaluation)
     problems: list[str] = []
     if options.plots and session.args.finetuning.plot_loss:
         with report_failure("plot_loss", problems):
@@ -77,3 +82,9 @@ def write_results(
     session.report(*(f"note: {problem}" for problem in problems))
     if options.export:
         session.report(f"{trainer.outcome}; model and logs in {folder}", *(f"plot: {p}" for p in pictures))
+
+
+def _write_metrics(folder: Path, trainer: Trainer, evaluation: dict[str, float]) -> None:
+    results.write_metrics(folder, "train", trainer.hooks.train_results)
+    if evaluation:
+        results.write_metrics(folder, "eval", {**evaluation, "epoch": trainer.hooks.train_results["epoch"]})

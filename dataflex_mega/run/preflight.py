@@ -10,6 +10,7 @@ from dataflex_mega.llamafactory.optim import check_optimizer, check_schedule
 from dataflex_mega.llamafactory.similarity import METRICS as SIMILARITIES
 from dataflex_mega.run.answers import answers_prompts, notes_on_answers
 from dataflex_mega.run.data import RunData
+from dataflex_mega.run.evaluation import DOMAIN_LOSS, DomainLoss
 from dataflex_mega.run.preference import sample_loss
 from dataflex_mega.run.schedule import RunSchedule
 from dataflex_mega.run.session import Session
@@ -27,7 +28,10 @@ def check(session: Session, data: RunData, schedule: RunSchedule) -> None:
     metrics = ("loss", *reported) if reported else METRICS
     metrics += ("accuracy",) if session.args.finetuning.compute_accuracy else ()
     metrics += SIMILARITIES if answers_prompts(session, data.evaluation) else ()
-    check_metric(session.args, metric_names(list(data.evaluation), metrics), session.callbacks, direction_is_set)
+    names = metric_names(list(data.evaluation), metrics)
+    if DomainLoss.of(list(data.evaluation), schedule.domains) is not None:
+        names.append(DOMAIN_LOSS)
+    check_metric(session.args, names, session.callbacks, direction_is_set)
     epochs = schedule.max_steps * schedule.partition.global_batch_size / schedule.epoch_samples
     notes = [*idle_patience(session.args, schedule.max_steps, epochs), *notes_on_answers(session, data.evaluation)]
     session.report(*(f"note: {note}" for note in notes))

@@ -145,7 +145,7 @@ def test_accelerators_own_defaults_say_nothing():
 
 # Keys that a dynamic run once took without a word.
 ONCE_SILENT = {
-    "profile_modules": "q_proj", "ignore_pad_token_for_loss": False,
+    "ignore_pad_token_for_loss": False,
     "average_tokens_across_devices": False, "logging_nan_inf_filter": False, "liger_kernel_config": {"rope": False},
     "include_for_metrics": ["loss"], "batch_eval_metrics": True, "hub_token": "hf_x", "hub_private_repo": True,
     "hub_model_id": "me/model", "hub_always_push": True, "hub_revision": "dev", "local_rank": 1, "ray_num_workers": 4,
@@ -187,9 +187,10 @@ def test_keys_of_a_later_llamafactory(keys):
     assert asks.engine == "megatron" and "use_megatron_bridge" not in asks.llamafactory
 
 
-def test_do_eval_needs_a_strategy(keys):
-    with pytest.raises(ConfigError, match=r"do_eval: .*eval_strategy"):
+def test_do_eval_needs_something_to_evaluate(keys):
+    with pytest.raises(ConfigError, match=r"do_eval: true needs eval_dataset, val_size"):
         check_dynamic(parse_config({**BASE, "do_eval": True}, keys))
+    check_dynamic(parse_config({**BASE, "do_eval": True, "val_size": 3}, keys))
     check_dynamic(parse_config({**BASE, "do_eval": True, "eval_strategy": "epoch", "val_size": 3}, keys))
 
 

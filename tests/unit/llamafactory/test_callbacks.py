@@ -78,7 +78,7 @@ class Parts:
 
     def train_step(self, *_):
         self.optimizer.step()
-        return SimpleNamespace(num_tokens=1, stop_requested=False)
+        return SimpleNamespace(num_tokens=1, stop_requested=False, mean_loss=1.0)
 
     def needs_new_plan(self, _):
         return False
