@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 OFFLINE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo-data demo-corpus demo test test-all soak test-fast wheel-test checks docs doctor clean
+.PHONY: help env demo-data demo-corpus demo test test-all soak test-fast wheel-test trackers-test checks docs doctor clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ test-fast: env  ## run the unit tests only, no process groups and no training
 
 wheel-test:  ## build the wheel and use it in an empty environment with a CPU torch; minutes, by hand
 	@$(PYTHON) tools/wheel_test.py
+
+trackers-test: env  ## train with wandb, mlflow, trackio and swanlab offline and read their stores; minutes, by hand
+	@$(BIN)/python tools/trackers_test.py
 
 checks: env  ## lint, format, types, layer and size rules
 	@status=0; \

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -86,10 +87,19 @@ def _make(name: str, args: LFArgs, key: str = "report_to") -> Any:
         )
     try:
         if name == "swanlab":  # transformers' own asks the swanlab of today for a run before there is one
-            return get_swanlab_callback(args.finetuning)
+            return get_swanlab_callback(_swanlab_keys(args))
         return get_reporting_integration_callbacks([name])[0]()
     except (ImportError, RuntimeError) as error:
         raise ConfigError(f"{key}: {name}: {first_line(error)}; pip install {PACKAGES[name]}") from error
+
+
+def _swanlab_keys(args: LFArgs) -> Any:
+    """The keys for SwanLab; those that are not set give way to SWANLAB_MODE and to run_name, as with other trackers."""
+    keys = copy.copy(args.finetuning)
+    if keys.swanlab_mode == "cloud":
+        keys.swanlab_mode = os.environ.get("SWANLAB_MODE") or keys.swanlab_mode
+    keys.swanlab_run_name = keys.swanlab_run_name or args.training.run_name
+    return keys
 
 
 def without_secret_values(args: LFArgs) -> LFArgs:

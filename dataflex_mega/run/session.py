@@ -58,6 +58,8 @@ class Session:
         output_dir = Path(args.training.output_dir)
         collectives = TorchCollectives(builder.parallel_info)
         session = cls(config, args, callbacks, trackers, tokenizer_module, template, builder, collectives, output_dir)
+        if config.llamafactory.get("report_to") in ("all", ["all"]):
+            notes = [*notes, f"report_to: all are here {', '.join(args.training.report_to) or 'none'}"]
         session.report(*(f"note: {note}" for note in (*notes, *builder.notes)))
         return session._with_local_rows()
 

@@ -20,7 +20,7 @@ ABSENT = "neptune"  # in none of our environments
 def arguments(**finetuning):
     keys = {"use_swanlab": False, "early_stopping_steps": None, **finetuning}
     empty = SimpleNamespace()
-    return LFArgs(empty, empty, SimpleNamespace(profile_modules=None), SimpleNamespace(**keys), empty)
+    return LFArgs(empty, empty, SimpleNamespace(profile_modules=None, run_name="named"), SimpleNamespace(**keys), empty)
 
 
 def test_every_tracker_of_transformers_has_a_package_to_install():
@@ -71,15 +71,18 @@ def test_swanlab_reports_once_through_llamafactorys_callback(monkeypatch, use):
     monkeypatch.setitem(sys.modules, "swanlab.integration", ModuleType("swanlab.integration"))
     monkeypatch.setitem(sys.modules, "swanlab.integration.transformers", part)
     names = ("api_key", "lark_webhook_url", "lark_secret", "project", "workspace", "run_name", "mode", "logdir")
-    args = arguments(use_swanlab=use, **{f"swanlab_{name}": None for name in names})
+    args = arguments(use_swanlab=use, **{f"swanlab_{name}": None for name in names} | {"swanlab_mode": "cloud"})
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
     loaded = Trackers.load(args, ["swanlab"], True)
     assert (len(loaded.before), len(loaded.after)) == ((0, 1) if use else (1, 0))
-    assert isinstance([*loaded.before, *loaded.after][0], SwanLabCallback)
+    (callback,) = [*loaded.before, *loaded.after]
+    assert isinstance(callback, SwanLabCallback) and callback.keys["experiment_name"] == "named"
+    assert callback.keys["mode"] == "offline"
 
 
 def test_the_order_is_that_of_hugging_face_and_llamafactory():
     first, last, user = (type(name, (TrainerCallback,), {})() for name in ("First", "Last", "User"))
-    line = in_order(arguments(), [user], TrainerCallback(), Trackers([first], [last]), None)
+    line = in_order(arguments(), [user], TrainerCallback(), Trackers([first], [last]), {"model": None})
     assert [type(callback).__name__ for callback in line] == [
         "DefaultFlowCallback", "First", "User", "LogCallback", "Last", "TrainerCallback", "ReporterCallback"
     ]  # fmt: skip
