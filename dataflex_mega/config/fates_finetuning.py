@@ -38,7 +38,7 @@ FINETUNING_FATES: dict[str, Fate] = {
     ),
     **acts_with(Switch(("loraplus_lr_ratio",)), {"loraplus_lr_embedding": 1e-6}),
     **acts_with(Switch(("pissa_init",)), {"pissa_iter": 16}),
-    "pissa_convert": refused(STATIC_DOES),
+    **acts("pissa_convert"),
     # the loss
     **acts("use_dft_loss", "use_asft_loss", "use_eaft_loss"),
     **acts_with(Switch(("use_asft_loss",)), {"asft_alpha": 0.1}),

@@ -61,8 +61,8 @@ class CallbackHooks:
         num_epochs: int = 0,
         trackers: Trackers | None = None,
     ) -> None:
-        """`parts`: model, processing_class, optimizer, lr_scheduler, as callbacks may ask for them, and the processor of
-        media where there is one; `user_callbacks`: those of the key `callbacks`."""
+        """`parts`: model, processing_class, optimizer, lr_scheduler, as callbacks may ask for them; `user_callbacks`: those
+        of the key `callbacks`."""
         from transformers import EarlyStoppingCallback
         from transformers.trainer_callback import TrainerControl, TrainerState
 
@@ -83,7 +83,7 @@ class CallbackHooks:
         self._loss_sum, self._num_losses = 0.0, 0  # of the steps of the whole run
         self._started, self._first_step = time.time(), 0  # of this process's part of it
         self.handler = make_handler(
-            in_order(args, user_callbacks, self._early_stopping, trackers or Trackers(), parts.get("processor")),
+            in_order(args, user_callbacks, self._early_stopping, trackers or Trackers(), parts),
             *(parts[name] for name in ("model", "processing_class", "optimizer", "lr_scheduler")),
         )
         self._attach_to_update(parts["optimizer"])

@@ -57,7 +57,6 @@ def assemble(
         "processing_class": session.tokenizer,
         "optimizer": engine.optimizer,
         "lr_scheduler": engine.scheduler,
-        "processor": session.tokenizer_module.get("processor"),
     }
     min_delta = session.config.dataflex.early_stopping_min_delta
     num_epochs = math.ceil(schedule.max_steps * schedule.partition.global_batch_size / len(data.pool))
