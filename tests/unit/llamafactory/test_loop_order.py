@@ -168,7 +168,7 @@ CASES = {
 }  # fmt: skip
 
 
-MAIN = ("best", "save the best", "patience", "two sets")  # the others run with `make test-all`
+MAIN = ("save the best", "two sets")  # the others run with `make test-all`
 EVERY = [case if case in MAIN else pytest.param(case, marks=pytest.mark.exhaustive) for case in CASES]
 
 
