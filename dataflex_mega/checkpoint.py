@@ -58,7 +58,7 @@ class Contents:
 
     resumable: bool = True
     model: bool = False
-    companions: Callable[[Path], None] | None = None
+    companions: Callable[[Path], object] | None = None
     configuration: dict[str, Any] = field(default_factory=dict)
 
 
@@ -88,16 +88,21 @@ class Checkpointer:
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    def save(self, state: TrainState, engine: EngineState, extra: dict[str, Any], whole: bool = False) -> Path:
+    def make_resumable(self) -> bool:
+        """From now on save what a run can continue from -> whether that was not so before."""
+        changes = not self.contents.resumable
+        self.contents = replace(self.contents, resumable=True)
+        return changes
+
+    def save(self, state: TrainState, engine: EngineState, extra: dict[str, Any]) -> Path:
         """Write a checkpoint of `state.step` -> its folder. `extra`: any nesting of JSON values and tensors, equal on all
-        ranks. `whole`: one that a run can continue from, whatever `contents` says. An older checkpoint of the same step is
-        replaced; one of another tool is not.
+        ranks. An older checkpoint of the same step is replaced; one of another tool is not.
 
         When this returns, all of it is on the disk, and only then were older ones removed. Raises CheckpointError or
         OSError, on all ranks the same, when it cannot be written.
         """
         final, writing = self.folder / f"{PREFIX}{state.step}", self.folder / f"{WRITING}{state.step}"
-        resumable = whole or self.contents.resumable
+        resumable = self.contents.resumable
         run_on_main(self.collectives, partial(self._open, writing, final))
         with flushing(writing) as flush:  # every rank flushes every file: on a shared file system only its writer can
             if resumable:

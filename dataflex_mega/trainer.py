@@ -138,7 +138,7 @@ class Trainer:
 
     def _leave(self, state: TrainState, stop: Callable[[int, str], NoReturn]) -> None:
         """End the run after a step because a signal asked for it, with a checkpoint of that step."""
-        if self._saved_step != state.step:
+        if self.checkpointer.make_resumable() or self._saved_step != state.step:
             self._save(state)
         self.metrics.on_train_end(state)
         stop(state.step, f"checkpoint-{state.step}")

@@ -111,7 +111,7 @@ def _model_only(config: RunConfig) -> list[str]:
     whole = str(config.llamafactory.get("finetuning_type", "lora")) not in ("lora", "oft")
     if whole and config.dataflex.save_hf_checkpoints == "never":
         raise ConfigError("save_hf_checkpoints: never, but save_only_model: true leaves nothing else in a checkpoint")
-    return ["save_only_model: no run can continue from its checkpoints; without it one that is interrupted goes on"]
+    return ["save_only_model: no run can continue from its checkpoints, but from the one that SIGTERM leaves"]
 
 
 CHECKS: tuple[Callable[[RunConfig], list[str]], ...] = (

@@ -184,7 +184,8 @@ def _check_base(name: str) -> None:
 
 def _parsed(keys: Mapping[str, Any], folder: Path) -> tuple[RunConfig, Any]:
     """(the configuration, LLaMA-Factory's arguments) of a run that trains nothing on the CPU."""
-    run = {"dataset": "none", "output_dir": str(folder / "none"), "mixer": "static"}
+    stage = "pt" if keys.get("stage") == "pt" else "sft"  # the model of other stages is built alike, from other data
+    run = {"dataset": "none", "output_dir": str(folder / "none"), "mixer": "static", "stage": stage}
     config = parse_config({**keys, **run}, lf_args.argument_types())
     return config, lf_args.parse_arguments(lf_args.prepare_arguments({**config.llamafactory, "use_cpu": True}))
 

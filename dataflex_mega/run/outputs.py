@@ -13,6 +13,7 @@ from dataflex_mega.llamafactory.model import save_tokenizer
 from dataflex_mega.run import results
 from dataflex_mega.run.averages import write_averages
 from dataflex_mega.run.data import RunData
+from dataflex_mega.run.next_commands import next_commands
 from dataflex_mega.run.roles import RunRoles
 from dataflex_mega.run.schedule import RunSchedule
 from dataflex_mega.run.session import Session
@@ -82,6 +83,7 @@ def write_results(
     session.report(*(f"note: {problem}" for problem in problems))
     if options.export:
         session.report(f"{trainer.outcome}; model and logs in {folder}", *(f"plot: {p}" for p in pictures))
+        session.report(*next_commands(session.config.llamafactory, folder))
 
 
 def _write_metrics(folder: Path, trainer: Trainer, evaluation: dict[str, float]) -> None:

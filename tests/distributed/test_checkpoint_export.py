@@ -3,8 +3,10 @@
 import contextlib
 import io
 import json
+import shlex
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -48,6 +50,16 @@ def export_here(arguments):
 
 def train_or_export(job):
     return runs.train_here(job) if isinstance(job, dict) else export_here(job)
+
+
+def as_printed(line):
+    """A line that a run has printed, typed; `exit` to what asks -> (exit status, standard output)."""
+    from dataflex_mega import cli
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), mock.patch("sys.stdin", io.StringIO("Explain assert.\nexit\n")):
+        status = cli.main(shlex.split(line.partition(": ")[2])[1:])
+    return status, said.getvalue()
 
 
 def config_of(folder, name, **keys):
@@ -204,3 +216,17 @@ def test_a_checkpoint_is_a_reference_model(folder, adapter):
     assert state == exported and state != of_adapter
     assert of_adapter == pytest.approx(of_merged, rel=1e-5)
     assert not list(Path(jobs[0]["output_dir"]).glob(".reference-model*"))
+
+
+@pytest.mark.exhaustive
+def test_the_lines_after_a_run_work_as_printed(folder):
+    jobs = [config_of(folder, "said", **SFT, **LORA), config_of(folder, "said whole", **SFT)]
+    results = runs.train_many(1, jobs, plain=True)
+    done(results)
+    printed = [line for _, said in results for line in said.splitlines() if ": dataflex-cli " in line]
+    assert [line.partition(":")[0] for line in printed] == ["chat", "api", "export", "chat", "api"]
+    tried = [line for line in printed if not line.startswith("api")]
+    for (status, said), line in zip(runs.train_many(1, tried, as_printed, plain=True), tried, strict=True):
+        assert status == 0, line
+        assert "Assistant: " in said or line.startswith("export")
+    assert (folder / "said-merged" / "config.json").is_file()

@@ -47,6 +47,12 @@ def interrupted_and_whole(folder, world, name, callback, **keys):
         (2, "TermAtThree", {}),
         pytest.param(2, "TermAtThree", {"fsdp": "full_shard"}, marks=pytest.mark.exhaustive),
         pytest.param(
+            1,
+            "TermAtThree",
+            {"save_only_model": True, "save_strategy": "steps", "save_steps": 3},
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
             2, "TermAtThree", {"engine": "megatron", "tensor_model_parallel_size": 2}, marks=pytest.mark.exhaustive
         ),
         pytest.param(

@@ -39,6 +39,9 @@ class FakeEngine:
     def load_state(self, folder):
         self.value = load_file(folder / "part.safetensors")["value"]
 
+    def export(self, folder):
+        raise NotImplementedError
+
     def rng_state(self):
         return {"cpu": torch.get_rng_state()}
 

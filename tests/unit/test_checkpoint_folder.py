@@ -291,5 +291,6 @@ def test_one_with_the_model_alone_has_no_state_of_the_engine_and_is_counted(tmp_
     saver = checkpointer(tmp_path, save_total_limit=1)
     assert saver.save(state(6), FakeEngine(6), EXTRA) and trees.checkpoints(tmp_path) == ["checkpoint-6"]
     saver.contents = Contents(resumable=False, model=True)
-    whole = saver.save(state(8), Exporting(8), EXTRA, whole=True)
+    assert saver.make_resumable() and not saver.make_resumable()
+    whole = saver.save(state(8), Exporting(8), EXTRA)
     assert not inspect(whole).is_model_only
