@@ -21,7 +21,8 @@ FUNCTION = "load_balancing_loss_func"  # transformers' name in the module of eve
 
 
 class AuxiliaryLoss:
-    """Of a Hugging Face or PEFT model. Raises ConfigError for one without such a loss."""
+    """Of a Hugging Face or PEFT model, whose configuration need not ask for the routers' outputs then: a model that is saved
+    with such a configuration cannot generate. Raises ConfigError for a model without such a loss."""
 
     def __init__(self, model: Any) -> None:
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -36,6 +37,9 @@ class AuxiliaryLoss:
             raise ConfigError(
                 f"moe_aux_loss_coef: a {model.config.model_type} has no load-balancing loss; leave the key out"
             )
+        for config in (model.config, model.config.get_text_config()):
+            if getattr(config, "output_router_logits", False):
+                config.output_router_logits = False
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:

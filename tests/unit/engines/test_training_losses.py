@@ -143,6 +143,16 @@ def test_the_load_balancing_loss_is_the_models_own_without_padding(alone, kind):
         torch.testing.assert_close(auxiliary.loss(recorded, packed), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_model_with_load_balancing_can_generate_afterwards(alone):
+    model = model_of("mixtral")
+    model.config.output_router_logits = True  # as LLaMA-Factory sets it
+    engine = engine_of(alone, model, moe_aux_loss_coef=0.3)
+    engine.train_step([collate(samples_of(1), 0)], None)
+    ids = torch.arange(3, 9).view(2, 3)
+    model.eval()
+    assert model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2).shape == (2, 5)
+
+
 @pytest.mark.parametrize("normalization", ["token", "sample"])
 def test_load_balancing_counts_by_tokens_and_is_not_weighed(alone, normalization):
     model, made = model_of("mixtral"), samples_of(1)
