@@ -15,7 +15,7 @@ UPDATES = {"warmup_step": 2, "update_step": 2}
 # name -> keys of a run that must be the same on one process, DDP and FSDP2
 ALIKE = {
     "roles": ROLES,
-    "lora": {**ROLES, "finetuning_type": "lora", "lora_rank": 4},
+    "qwen": {**ROLES, "model_name_or_path": "qwen", "template": "qwen2_vl"},
     "tower": {**ROLES, "freeze_vision_tower": False, "freeze_multi_modal_projector": False},
     "projector, words first": {
         "mixer": "odm",
@@ -23,9 +23,9 @@ ALIKE = {
         "init_mixture_proportions": [0, 0, 1],
     },
     "words alone with a tower": {"mixer": "odm", "freeze_vision_tower": False, "dataset": "words"},
-    "qwen": {**ROLES, "model_name_or_path": "qwen", "template": "qwen2_vl"},
-    "icons": {"selector": "icons", "eval_dataset": "mixed"},
+    "lora": {**ROLES, "finetuning_type": "lora", "lora_rank": 4},
     "coincide": {"selector": {"name": "coincide", "num_clusters": 4}},
+    "icons": {"selector": "icons", "eval_dataset": "mixed"},
     "less": {"selector": "less", "eval_dataset": "mixed", "finetuning_type": "lora"},
 }
 QUICK = "tower"

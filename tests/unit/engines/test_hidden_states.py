@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.fsdp import fully_shard
 
 from dataflex_mega.algorithms.base import DomainInfo
 from dataflex_mega.algorithms.requests import EmbeddingSignal, requests_of
@@ -20,6 +21,7 @@ from dataflex_mega.data.collate import collate
 from dataflex_mega.data.pool import Domain, Sample, SamplePool
 from dataflex_mega.data.sampler import Sampler
 from dataflex_mega.distributed.parallel_info import init_distributed, shutdown_distributed
+from dataflex_mega.engines.fsdp.hidden_states import layers_of
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.providers.embeddings import EmbeddingProvider
 from dataflex_mega.providers.server import SignalServer
@@ -175,3 +177,13 @@ def test_targets_are_embedded_once_a_step_and_by_the_model_of_then(alone):
         engine.train_step([collate(made[:4], 0), collate(made[4:], 0)], weigh)
         anchors.append(weighter.state_dict()["anchor"])
     assert len(asked) == 2 and torch.equal(anchors[0], anchors[1]) and not torch.equal(anchors[1], anchors[2])
+
+
+def test_layers_are_found_in_a_model_that_fsdp2_has_sharded(alone):
+    model = tiny_llama(0)
+    plain = layers_of(model)
+    for layer in plain:
+        fully_shard(layer)
+    fully_shard(model)
+    assert len(plain) == model.config.num_hidden_layers
+    assert layers_of(model) == plain
