@@ -12,34 +12,25 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from dataflex_mega.distributed.agreement import run_on_main
 from dataflex_mega.engines.checkpoint_index import IndexReader, IndexWriter, PlainValues, one_line
+from dataflex_mega.engines.fsdp.optimizer_state import optimizer_state, set_optimizer_state
 from dataflex_mega.engines.fsdp.precision import LossScaler
 from dataflex_mega.engines.fsdp.runner import FSDPModelRunner
+from dataflex_mega.engines.fsdp.trained_state import model_state, set_model_state, whole_state
 from dataflex_mega.engines.schedules import plain_state
 from dataflex_mega.errors import CheckpointError
 from dataflex_mega.files import published_model, system_errors
 
-# Frozen parameters come from the model itself at start-up; only what training changes is stored.
-TRAINABLE_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 SCHEDULER_FILE = "schedule.json"
 IN_MODEL = "model."  # what the names of the model's tensors begin with in the files
 
 
 def _tensors(runner: FSDPModelRunner, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {
-        "model": get_model_state_dict(runner.module, options=TRAINABLE_ONLY),
-        "optimizer": get_optimizer_state_dict(runner.module, optimizer, options=TRAINABLE_ONLY),
-    }
+    return {"model": model_state(runner.module), "optimizer": optimizer_state(runner.module, optimizer)}
 
 
 def save(
@@ -58,8 +49,8 @@ def load(
     tensors = _tensors(runner, optimizer)
     with one_line(folder):
         dcp.load(tensors, storage_reader=IndexReader(folder), planner=PlainValues())
-        set_model_state_dict(runner.module, tensors["model"], options=TRAINABLE_ONLY)
-        set_optimizer_state_dict(runner.module, optimizer, tensors["optimizer"], options=TRAINABLE_ONLY)
+        set_model_state(runner.module, tensors["model"])
+        set_optimizer_state(runner.module, optimizer, tensors["optimizer"])
     with one_line(folder / SCHEDULER_FILE):
         saved = json.loads((folder / SCHEDULER_FILE).read_text())
         scheduler.load_state_dict(saved["scheduler"])
@@ -88,14 +79,14 @@ def load_and_export(model: nn.Module, state: Path, folder: Path) -> None:
     }
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
-    tensors: dict[str, Any] = {"model": get_model_state_dict(model, options=TRAINABLE_ONLY)}
+    tensors: dict[str, Any] = {"model": model_state(model)}
     left = sorted(set(dtypes) - set(tensors["model"]))
     if left:
         raise CheckpointError(f"{state}: {len(left)} of its tensors have no place in the model, such as {left[0]}")
     with one_line(state):
         dcp.load(tensors, storage_reader=reader, planner=PlainValues(), no_dist=True)
-        set_model_state_dict(model, tensors["model"], options=TRAINABLE_ONLY)
-    _write_model(model, get_model_state_dict(model), folder)
+        set_model_state(model, tensors["model"])
+    _write_model(model, whole_state(model), folder)
 
 
 def _write_model(model: Any, tensors: dict[str, Any], folder: Path) -> None:

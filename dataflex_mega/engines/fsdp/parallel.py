@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dataflex_mega.distributed.parallel_info import ParallelInfo
 from dataflex_mega.engines.fsdp.language_model import trains_outside
 from dataflex_mega.engines.fsdp.precision import LossScale
+from dataflex_mega.engines.fsdp.quantized import float_unpacked, is_quantized, keep_packed, move_scales, packed_modules
 from dataflex_mega.errors import ConfigError, did_you_mean
 
 Mode = Literal["single", "ddp", "fsdp2"]
@@ -145,6 +146,7 @@ def _fsdp_config(keys: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]
 
 def parallelize(model: nn.Module, layout: FSDPLayout, parallel_info: ParallelInfo) -> nn.Module:
     """The module to call in the forward pass. FSDP2 shards `model` in place; DDP wraps it."""
+    keep_packed(model)
     if layout.mode == "fsdp2":
         return _shard(model, layout, parallel_info)
     model.to(parallel_info.device)
@@ -157,8 +159,13 @@ def parallelize(model: nn.Module, layout: FSDPLayout, parallel_info: ParallelInf
 
 def _shard(model: nn.Module, layout: FSDPLayout, parallel_info: ParallelInfo) -> nn.Module:
     low = layout.precision != "fp32"
+    if is_quantized(model) and not packed_modules(model):
+        method = getattr(model, "quantization_method", "another method")
+        raise ConfigError(
+            f"fsdp: weights quantised with {getattr(method, 'value', method)} cannot be shared among ranks"
+        )
     if low:
-        model.float()  # parameters of one group must share a dtype; the policy casts when they are gathered
+        float_unpacked(model)  # parameters of one group must share a dtype; the policy casts when they are gathered
     options: dict[str, Any] = {
         "mesh": init_device_mesh(parallel_info.device.type, (parallel_info.world_size,)),
         "reshard_after_forward": layout.reshard_after_forward,
@@ -170,8 +177,15 @@ def _shard(model: nn.Module, layout: FSDPLayout, parallel_info: ParallelInfo) ->
     if not layers:
         classes = sorted({type(m).__name__ for m in model.modules()})
         raise ConfigError(f"fsdp_config: no layer of class {sorted(names)} in the model; it has {', '.join(classes)}")
+    bytes_options = {**options, "mp_policy": MixedPrecisionPolicy()}  # gathered as they are
     for layer in layers:
+        for module in packed_modules(layer):
+            fully_shard(module, **bytes_options)
         fully_shard(layer, **options)
+    for module in packed_modules(model):
+        if not isinstance(module, FSDPModule):
+            fully_shard(module, **bytes_options)
+    move_scales(model, parallel_info.device)
     fully_shard(model, **options)
     return model
 
