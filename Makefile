@@ -1,7 +1,7 @@
 # `make` alone lists what there is. PYTHON builds the environment; everything else runs inside VENV.
 PYTHON ?= python3
 VENV   ?= .venv
-EXTRAS ?= dev,megatron,metrics,offline
+EXTRAS ?= dev,megatron,metrics,offline,optimizers
 RANKS  ?= 2
 KILLS  ?= 60
 # Processes that run tests, whole files each, those of whole trainings first; a test with process groups starts more.

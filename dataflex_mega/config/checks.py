@@ -17,8 +17,10 @@ from dataflex_mega.config.fates import check_fates
 from dataflex_mega.config.interleave import check_count
 from dataflex_mega.config.losses import check_losses
 from dataflex_mega.config.numbers import check_numbers
+from dataflex_mega.config.optimizers import check_optimizer_keys
 from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.config.preferences import check_preferences, notes_on_preferences
+from dataflex_mega.config.quantization import check_quantization
 from dataflex_mega.config.sample_order import check_order
 from dataflex_mega.config.settings_without_effect import notes_on_settings
 from dataflex_mega.config.streaming import check_streaming
@@ -38,6 +40,8 @@ def check_dynamic(config: RunConfig) -> list[str]:
         check_preferences,
         _check_numbers,
         _check_precision,
+        _check_quantization,
+        _check_optimizer,
         _check_attention,
         _check_length,
         _check_evaluation,
@@ -71,6 +75,16 @@ def _check_numbers(config: RunConfig) -> None:
 def _check_precision(config: RunConfig) -> None:
     if config.llamafactory.get("bf16") and config.llamafactory.get("fp16"):
         raise ConfigError("bf16, fp16: both are true; choose one")
+
+
+def _check_quantization(config: RunConfig) -> None:
+    if config.engine == "fsdp":  # the other refuses it altogether
+        check_quantization(config.llamafactory)
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    if config.engine == "fsdp":  # the other has a table of its own
+        check_optimizer_keys(config.llamafactory)
 
 
 def _check_attention(config: RunConfig) -> None:

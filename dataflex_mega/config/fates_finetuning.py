@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dataflex_mega.config.fate import STATIC_DOES, Fate, Switch, acts, acts_with, noted, refused, takes
+from dataflex_mega.config.optimizers import BADAM
 
 STAGES = ("pt", "sft", "dpo")
 LORA = Switch(("finetuning_type",), ("lora",), default="lora")
@@ -16,7 +17,6 @@ KTO = Switch(("stage",), ("kto",), default="sft")
 PREFERENCES = Switch(("stage",), ("dpo", "kto"), default="sft")
 REFERENCE = Switch(("stage",), ("dpo", "kto", "ppo"), default="sft", alternative=Switch(("use_asft_loss",)))
 PPO = Switch(("stage",), ("ppo",), default="sft")
-_OPTIMIZER = "use optim: adamw_torch"
 
 FINETUNING_FATES: dict[str, Fate] = {
     "stage": takes(STAGES, f"other stages run with {STATIC_DOES.removesuffix(' does')}"),
@@ -44,7 +44,7 @@ FINETUNING_FATES: dict[str, Fate] = {
     **acts_with(Switch(("use_asft_loss",)), {"asft_alpha": 0.1}),
     **acts_with(Switch(("use_eaft_loss",)), {"eaft_alpha": 1.0}),
     # optimizers
-    "use_galore": refused(_OPTIMIZER),
+    **acts("use_galore"),
     **acts_with(
         Switch(("use_galore",)),
         {
@@ -52,7 +52,7 @@ FINETUNING_FATES: dict[str, Fate] = {
             "galore_proj_type": "std", "galore_layerwise": False,
         },
     ),
-    "use_apollo": refused(_OPTIMIZER),
+    **acts("use_apollo"),
     **acts_with(
         Switch(("use_apollo",)),
         {
@@ -61,7 +61,7 @@ FINETUNING_FATES: dict[str, Fate] = {
             "apollo_layerwise": False, "apollo_scale_front": False,
         },
     ),
-    "use_badam": refused(_OPTIMIZER),
+    "use_badam": refused(BADAM),
     **acts_with(
         Switch(("use_badam",)),
         {
@@ -69,8 +69,7 @@ FINETUNING_FATES: dict[str, Fate] = {
             "badam_switch_interval": 50, "badam_update_ratio": 0.05, "badam_mask_mode": "adjacent", "badam_verbose": 0,
         },
     ),
-    "use_adam_mini": refused(_OPTIMIZER),
-    "use_muon": refused(_OPTIMIZER),
+    **acts("use_adam_mini", "use_muon"),
     # who trains
     **acts("use_mca"),
     "use_hyper_parallel": refused(STATIC_DOES),

@@ -25,6 +25,11 @@ MEGATRON_FATES: dict[str, Fate] = {
     "optim_args": refused(FSDP_DOES),
     "upcast_layernorm": refused(FSDP_DOES),
     "upcast_lmhead_output": refused("token losses are float32 in any case"),
+    "quantization_bit": refused(FSDP_DOES),
+    **dict.fromkeys(
+        ("use_muon", "use_galore", "use_apollo", "use_adam_mini", "use_badam", "optim_target_modules"),
+        refused("megatron-core's optimizers are adam and sgd"),
+    ),
     "use_asft_loss": refused(f"a second model is not laid out there; {FSDP_DOES}"),
     "neftune_noise_alpha": refused(FSDP_DOES),
     "debug": refused("on_non_finite says what becomes of a step whose loss is not finite"),

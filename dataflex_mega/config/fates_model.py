@@ -29,7 +29,7 @@ MODEL_FATES: dict[str, Fate] = {
     "use_unsloth_gc": refused("other gradient checkpointing is on unless disable_gradient_checkpointing is set"),
     **acts("moe_aux_loss_coef"),
     # quantization
-    "quantization_bit": refused("use LoRA without quantization"),
+    **acts("quantization_bit"),
     **acts_with(
         QUANTIZATION,
         {

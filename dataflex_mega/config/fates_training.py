@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataflex_mega.config.fate import OFF, STATIC_DOES, Fate, Switch, acts, acts_with, noted, refused, takes
 from dataflex_mega.config.fates_model import GENERATION
 
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
 _ORDER = "the order follows from seed and step"
 _EVALUATION = "evaluation gives the loss only"
 _NO_OUTPUTS = "evaluation adds sums up and keeps no outputs"
@@ -46,8 +45,7 @@ TRAINING_FATES: dict[str, Fate] = {
         "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "optim_args",
         "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
     ),
-    "optim": takes(OPTIMIZERS, "an optimizer must work element by element to be sharded"),
-    "optim_target_modules": refused("use optim: adamw_torch"),
+    **acts("optim", "optim_target_modules"),  # optimizers.py says which go with what
     "average_tokens_across_devices": refused("a token counts the same on every rank", None, True),
     **acts("label_smoothing_factor", "neftune_noise_alpha"),
     "logging_nan_inf_filter": noted("on_non_finite says what becomes of a step without a finite loss", None, True),

@@ -18,6 +18,7 @@ ENGINE_KEYS = ("fsdp", "fsdp_config")  # ours to act on in dynamic runs, so acce
 REFUSALS = (ValueError, TypeError, ImportError, OSError, NotImplementedError)  # by which libraries say no
 # What else comes out of a library that was given a wrong value and did not look at it first.
 FAILURES = (*REFUSALS, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError)
+FUSED_ADAMW = "adamw_torch_fused"
 PREDICTION_KEYS = ("do_predict", "predict_with_generate")  # llamafactory.predict acts on them when the training is over
 
 
@@ -60,6 +61,8 @@ def prepare_arguments(lf: dict[str, Any]) -> dict[str, Any]:
     prepared.setdefault(
         "ddp_timeout", 1800
     )  # seconds; LLaMA-Factory's default is years, also for a process that never comes
+    if (lf.get("use_galore") or lf.get("use_apollo")) and lf.get("optim", FUSED_ADAMW) == FUSED_ADAMW:
+        prepared["optim"] = "adamw_torch"  # which they take for their own; transformers' default they do not know
     prepared["report_to"] = "none"  # our own metrics write TensorBoard; see metrics.py
     if not torch.cuda.is_available():
         prepared.setdefault("use_cpu", True)  # transformers refuses bf16 on a CPU without it

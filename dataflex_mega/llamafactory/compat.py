@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import importlib.util
+import logging
 import os
 import sys
 from types import ModuleType
@@ -54,6 +55,8 @@ def ensure_importable() -> None:
     for name in ("USE_MCA", "USE_MEGATRON_BRIDGE", "ALLOW_EXTRA_ARGS"):
         os.environ.pop(name, None)
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARN")
+    # On a CPU with AVX512 it advises, in every process, to fetch a kernel for inference.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if "torchvision" not in sys.modules and not works("torchvision"):
         sys.modules["torchvision"] = None  # type: ignore[assignment]  # find_spec now answers "not installed"
     if "torchaudio" not in sys.modules and not works("torchaudio"):

@@ -61,6 +61,7 @@ def build_model(args: LFArgs, tokenizer: Any, device_map: dict[str, str] | None 
     if device_map is not None:
         model_args = copy.copy(args.model)
         model_args.device_map = device_map
+        model_args.quantization_device_map = "auto"  # a quantised model takes it too
 
     try:
         model = load_model(tokenizer, model_args, args.finetuning, is_trainable=True)

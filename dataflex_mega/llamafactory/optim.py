@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 import math
 from typing import Any
 
 import torch
 
 from dataflex_mega.errors import ConfigError, did_you_mean
-from dataflex_mega.llamafactory.args import FAILURES, LFArgs, first_line
+from dataflex_mega.llamafactory.args import FAILURES, REFUSALS, LFArgs, first_line
 
 ADAM_BETAS = ("adam_beta1", "adam_beta2")
 FINITE = ("learning_rate", "weight_decay", "adam_epsilon")
@@ -18,6 +21,13 @@ SETTABLE = {
     "sgd": ("momentum", "dampening", "nesterov"),
     "adagrad": ("lr_decay", "eps"),
     "rmsprop": ("momentum", "alpha", "eps", "centered"),
+    **dict.fromkeys(
+        ("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
+        ("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3"),
+    ),
+    "stable_adamw": ("max_lr",),
+    **dict.fromkeys(("galore_adamw", "galore_adafactor"), ("rank", "update_proj_gap", "scale", "proj_type")),
+    "apollo_adamw": ("rank", "proj", "scale_type", "update_proj_gap", "scale", "proj_type"),
 }
 OWN_KEYS = {
     "lr": "learning_rate", "weight_decay": "weight_decay", "betas": "adam_beta1 and adam_beta2", "eps": "adam_epsilon",
@@ -34,14 +44,26 @@ WITHOUT_ARGUMENTS = ("constant", "constant_with_warmup")  # schedules that do no
 
 
 def build_optimizer(args: LFArgs, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that Hugging Face's Trainer or LLaMA-Factory (LoRA+) would build, over possibly sharded parameters."""
+    """The optimizer that Hugging Face's Trainer or LLaMA-Factory would build, over possibly sharded parameters."""
     from llamafactory.train.trainer_utils import create_custom_optimizer
     from transformers import Trainer
 
-    custom = create_custom_optimizer(model, args.training, args.finetuning)  # type: ignore[arg-type]
+    mini = getattr(args.finetuning, "use_adam_mini", False)
+    with contextlib.redirect_stdout(io.StringIO()) if mini else contextlib.nullcontext():  # it prints every name
+        custom = create_custom_optimizer(model, args.training, args.finetuning)  # type: ignore[arg-type]
     if custom is not None:
+        if mini:
+            custom.verbose = False  # type: ignore[attr-defined]
+        # LoRA+ makes a group for each kind of parameter; torch reads no state that has several without any.
+        custom.param_groups = [group for group in custom.param_groups if group["params"]]
         return custom
-    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args.training)
+    try:
+        cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args.training, model)  # type: ignore[arg-type]
+    except REFUSALS as error:  # for a model that has no layer of the names that are asked for
+        given = f"optim_target_modules: {args.training.optim_target_modules}"
+        raise ConfigError(f"{given}, optim: {_name_of(args.training.optim)}: {first_line(error)}") from error
+    if "params" in kwargs:  # it has made the groups
+        return cls(**_of_trained(kwargs))
     # Transformers' own rule for which parameters decay; the method uses nothing of the trainer it hangs on.
     decayed = set(Trainer.get_decay_parameter_names(Trainer.__new__(Trainer), model))
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -50,6 +72,12 @@ def build_optimizer(args: LFArgs, model: torch.nn.Module) -> torch.optim.Optimiz
         {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
     ]
     return cls([group for group in groups if group["params"]], **kwargs)
+
+
+def _of_trained(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an optimizer without the parameters that are frozen."""
+    groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in kwargs["params"]]
+    return {**kwargs, "params": [group for group in groups if group["params"]]}
 
 
 def build_scheduler(args: LFArgs, optimizer: torch.optim.Optimizer, steps: int) -> Any:
@@ -88,12 +116,18 @@ def check_optimizer(args: LFArgs) -> torch.optim.Optimizer:
     name = _name_of(training.optim)
     for key, value in _split_arguments(training.optim_args).items():
         _check_argument(name, key, value)
+    with_targets = training.optim_target_modules is not None
+    stand_in = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False)) if with_targets else None
+    if with_targets:
+        training = copy.copy(training)
+        training.optim_target_modules = "all-linear"
     try:
-        cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(training)
+        cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(training, stand_in)  # type: ignore[arg-type]
     except FAILURES as error:  # whatever transformers refuses it with
         raise ConfigError(f"optim {name}, optim_args {training.optim_args!r}: {first_line(error)}") from error
+    groups = [{"params": [torch.zeros(1, requires_grad=True)], "weight_decay": training.weight_decay}]
     try:
-        return cls([{"params": [torch.zeros(1, requires_grad=True)], "weight_decay": training.weight_decay}], **kwargs)
+        return cls(**_of_trained(kwargs)) if "params" in kwargs else cls(groups, **kwargs)
     except FAILURES as error:
         raise ConfigError(f"optim {name}, optim_args {training.optim_args!r}: {first_line(error)}") from error
 

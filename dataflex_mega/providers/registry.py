@@ -72,6 +72,7 @@ class EngineInfo:
     name: str
     capabilities: frozenset[str]
     stage: str = "sft"
+    not_adam: str | None = None  # how the optimizer was asked for, when it does not keep Adam's moments
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,10 @@ def check_requests(role: str, algorithm: Algorithm, engine: EngineInfo) -> None:
         if engine.stage in PAIR_STAGES and not entry.pairs:
             measured = "only the loss of a pair of answers is measured, besides what needs no measurement"
             raise ConfigError(f"stage: {who} does not work with stage: {engine.stage}: {measured}; use another one")
+        if engine.not_adam is not None and getattr(request, "adam", False):
+            raise ConfigError(
+                f"{who}: gradient_type: adam needs optim: adamw_torch, found {engine.not_adam}; use gradient_type: sgd"
+            )
         entry.provider.check(request, engine, who)
 
 

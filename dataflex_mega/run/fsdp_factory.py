@@ -9,7 +9,9 @@ from typing import Any
 
 from transformers.integrations.neftune import activate_neftune
 
+from dataflex_mega.config.optimizers import check_layout
 from dataflex_mega.config.parse import RunConfig
+from dataflex_mega.config.quantization import check_sharding
 from dataflex_mega.distributed.parallel_info import ParallelInfo, init_distributed, timeout_of
 from dataflex_mega.engines.fsdp.checkpoint import load_and_export
 from dataflex_mega.engines.fsdp.engine import FSDPEngine
@@ -21,6 +23,7 @@ from dataflex_mega.llamafactory.debugging import watch_for_overflow
 from dataflex_mega.llamafactory.frozen_model import build_frozen_model
 from dataflex_mega.llamafactory.model import build_model, freeze_gates
 from dataflex_mega.llamafactory.optim import build_optimizer, build_scheduler
+from dataflex_mega.llamafactory.quantized import check_quantized_model
 from dataflex_mega.run.media import packs_rows
 from dataflex_mega.run.preference import disable_dropout, has_pairs
 from dataflex_mega.run.step_options import build_step_options
@@ -34,8 +37,13 @@ class FSDPFactory:
 
     def init_processes(self, args: Any, num_tokens: int) -> FSDPBuilder:
         """Join the processes; a Hugging Face model can grow, so any number of tokens fits."""
+        check_quantized_model(args)
         parallel_info = init_distributed(timeout_of(self.config.llamafactory))
-        return FSDPBuilder(self.config, args, parallel_info, read_layout(self.config.llamafactory, parallel_info))
+        layout = read_layout(self.config.llamafactory, parallel_info)
+        check_layout(self.config.llamafactory, layout.mode)
+        if layout.mode == "fsdp2":
+            check_sharding(self.config.llamafactory)
+        return FSDPBuilder(self.config, args, parallel_info, layout)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from dataflex_mega.algorithms.base import Algorithm, Selector, Weighter
 from dataflex_mega.config.components import flatten_spec
+from dataflex_mega.config.optimizers import other_than_adam
 from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.config.pipelines import Pipeline, StageArguments
 from dataflex_mega.config.reorder_arguments import ReorderArguments
@@ -52,7 +53,7 @@ class RunRoles:
                 algorithms["weighter"] = build_weighter(pipeline, algorithms["weighter"])
         roles = cls(RoleSet(**algorithms), specs, reorder, pipeline, build_score_selector(reorder))
         stage = str(config.llamafactory.get("stage", "sft"))
-        engine = EngineInfo(config.engine, capabilities_of(config.engine), stage)
+        engine = EngineInfo(config.engine, capabilities_of(config.engine), stage, other_than_adam(config.llamafactory))
         for role, algorithm in roles.active_algorithms():
             is_product = isinstance(algorithm, ProductWeighter)
             for member in [weighter for weighter, _ in algorithm.members] if is_product else [algorithm]:

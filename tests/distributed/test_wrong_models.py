@@ -116,6 +116,7 @@ def folder(tmp_path_factory):
     copy_of(root, "no-tokenizer", no_tokenizer)
     copy_of(root, "unknown-type", model_type="llamma")
     copy_of(root, "quantised", quantization_config={"quant_method": "gptq", "bits": 4})
+    copy_of(root, "quantised-awq", quantization_config={"quant_method": "awq", "bits": 4})
     copy_of(root, "short", max_position_embeddings=16)
     common = {"vocab_size": 512, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 1}
     learned(root, "gpt2", GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=24, **common)))
@@ -148,7 +149,8 @@ CASES = {
     "config.json": ({MODEL: "no-json"}, [MODEL, "no-json", "config.json"]),
     "tokenizer": ({MODEL: "no-tokenizer"}, [MODEL, "no-tokenizer", "tokenizer"]),
     "model type": ({MODEL: "unknown-type"}, [MODEL, "llamma"]),
-    "quantised": ({MODEL: "quantised", **LORA}, [MODEL, "quantised"]),
+    "quantised": ({MODEL: "quantised", **LORA}, [MODEL, "quantised with gptq", "pip install gptqmodel"]),
+    "quantised AWQ": ({MODEL: "quantised-awq", **LORA}, [MODEL, "quantised with awq", "pip install autoawq"]),
     "embedding": ({MODEL: "few-rows"}, [MODEL, "512 tokens", "100 rows", "resize_vocab"]),
     "template": ({**SFT, "template": "llama3"}, ["template 'llama3'", "512 rows", "resize_vocab"]),
     "positions": ({MODEL: "gpt2"}, ["cutoff_len", "32", "24 positions"]),
@@ -180,7 +182,7 @@ CASES = {
     "long attention": ({**LORA, "shift_attn": True}, ["shift_attn"]),
     "attention": ({"flash_attn": "fast"}, ["flash_attn", "fast"]),
 }  # fmt: skip
-BUILT = {"freeze module", "quantised", "long attention", "attention"}  # what LLaMA-Factory says while it loads
+BUILT = {"freeze module", "long attention", "attention"}  # what LLaMA-Factory says while it loads
 
 
 def keys_of(folder, keys):

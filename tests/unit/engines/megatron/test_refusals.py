@@ -23,7 +23,7 @@ CASES = {
     "experts": (2, {E: 2}, E, "2, but a llama has no experts"),
     "vocabulary": (1, {"engine": "megatron", "model": "few-tokens"}, "model_name_or_path", "the tokenizer has 512 tokens"),
     "quantised": (1, {"engine": "megatron", "model": "quantised"}, "engine: megatron", "the model is quantised"),
-    "quantization_bit": (1, {"engine": "megatron", "quantization_bit": 4}, "quantization_bit", "LoRA without quantization"),
+    "quantization_bit": (1, {"engine": "megatron", "quantization_bit": 4}, "quantization_bit", "engine: fsdp does"),
     "another model": (1, {"engine": "megatron", "model": "gpt2"}, "engine: megatron", "has no 'gpt2' model"),
     "LoRA": (1, {"engine": "megatron", "finetuning_type": "lora"}, "finetuning_type", "engine: fsdp does LoRA"),
     "attention": (1, {"engine": "megatron", "flash_attn": "disabled"}, "flash_attn", "takes auto, sdpa, fa2"),
