@@ -18,7 +18,6 @@ from dataflex_mega.engines.fsdp.parallel import unwrap
 from dataflex_mega.engines.fsdp.trained_state import TRAINABLE_ONLY
 
 PLAIN = (bool, int, float, str, bytes, type(None))
-RATES = ("lr", "initial_lr")  # of a group; a schedule changes them
 
 
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -32,8 +31,7 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
         for name, parameter in _trained(module)
         if optimizer.state.get(parameter)
     }
-    rates = {str(number): {key: group[key] for key in RATES if key in group} for number, group in _groups(optimizer)}
-    return {"state": state, "rates": rates}
+    return {"state": state, "groups": {str(number): _settings(group) for number, group in _groups(optimizer)}}
 
 
 def set_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -45,7 +43,7 @@ def set_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, sta
         if name in state["state"]:
             _restore(optimizer.state[parameter].__setitem__, optimizer.state[parameter], state["state"][name])
     for number, group in _groups(optimizer):
-        group.update(state["rates"][str(number)])
+        group.update(state["groups"][str(number)])
 
 
 def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
@@ -54,6 +52,11 @@ def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
 
 def _groups(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, dict[str, Any]]]:
     return enumerate(optimizer.param_groups)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """The rate, which a schedule changes, and what an optimizer keeps of a whole group, such as a count of steps."""
+    return {key: value for key, value in group.items() if key != "params" and _is_plain(value)}
 
 
 def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
