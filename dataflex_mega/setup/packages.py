@@ -25,6 +25,7 @@ EXTRAS = {
     "webui": "`dataflex-cli webui` and `webchat`",
     "megatron": "`engine: megatron`",
     "quant": "quantised LoRA: bitsandbytes, HQQ",
+    "optimizers": "GaLore, APOLLO, Adam-mini, StableAdamW, those of bitsandbytes",
     "vision": "images and video",
     "trackers": "`report_to`: wandb, swanlab, mlflow, trackio",
     "metrics": "`predict_with_generate`: ROUGE and BLEU",
@@ -34,7 +35,7 @@ EXTRAS = {
 # Packages that transformers or peft import when they are there, so that a broken one breaks them.
 IMPORTED_WHEN_PRESENT = ("hqq", "torchao", "bitsandbytes", "liger-kernel", "deepspeed", "flash-attn", "gptqmodel")
 MODULES = {"pyyaml": "yaml", "protobuf": "google.protobuf", "pillow": "PIL", "scikit-learn": "sklearn"}
-MODULES |= {"faiss-cpu": "faiss", "megatron-core": "megatron.core"}
+MODULES |= {"faiss-cpu": "faiss", "megatron-core": "megatron.core", "torch-optimi": "optimi"}
 MODULES |= {"hqq": "hqq.core.quantize", "torchao": "torchao.quantization"}  # what is imported; the top is empty
 
 
