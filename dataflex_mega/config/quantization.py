@@ -21,10 +21,10 @@ class Method:
 
 METHODS = {
     "bnb": Method("bitsandbytes", (4, 8), (4,)),
-    "hqq": Method("hqq", (1, 2, 3, 4, 5, 6, 8), ()),
 }
 # LLaMA-Factory's other names -> why not.
 NOT_HERE = {
+    "hqq": "transformers 5 does not load with it yet; use bnb",
     "eetq": "its kernels are for GPUs only and not tried; use bnb with quantization_bit: 8",
     **dict.fromkeys(
         ("gptq", "awq", "aqlm", "quanto", "mxfp4", "fp8"),
@@ -39,6 +39,7 @@ REFUSED = {
     "create_new_adapter": "it merges the old adapter into the weights, which are quantised",
     "quantization_device_map": "each process loads the model for its own device",
     "train_from_scratch": "random weights are not quantised",
+    "use_dora": "LLaMA-Factory takes a quantised model for one that DoRA cannot be computed on",
 }
 
 
@@ -60,8 +61,6 @@ def check_quantization(keys: Mapping[str, Any]) -> None:
     adapters = keys.get("adapter_name_or_path")
     if len(adapters.split(",") if isinstance(adapters, str) else adapters or ()) > 1:
         raise ConfigError(f"adapter_name_or_path: {given} takes one adapter, found {adapters!r}; merge them first")
-    if keys.get("use_dora") and _name_of(keys) != "bnb":
-        raise ConfigError(f"use_dora: does not go with quantization_method: {_name_of(keys)}; use bnb")
     if importlib.util.find_spec(method.package) is None:
         raise ConfigError(f"{given}: the package {method.package} is not installed: pip install {method.package}")
 

@@ -48,7 +48,6 @@ VARIANTS = {
     "int8": {**QLORA, "quantization_bit": 8},
     "nf4, gradient checkpointing": {**QLORA, "disable_gradient_checkpointing": False},
     "nf4, OFT": {**QLORA, "finetuning_type": "oft", "lora_rank": None, "oft_rank": 0, "oft_block_size": 8},
-    "hqq 4": {**QLORA, "quantization_method": "hqq"},
 }
 SHARDED = {"fsdp": "full_shard"}
 
