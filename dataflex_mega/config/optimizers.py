@@ -121,6 +121,15 @@ def check_layout(keys: Mapping[str, Any], mode: str) -> None:
         )
 
 
+def check_visible_gpus(keys: Mapping[str, Any], visible: int, processes: int) -> None:
+    """Raises ConfigError where Adam-mini, which gathers from as many processes as it sees GPUs, would wait for others."""
+    if keys.get("use_adam_mini") and visible > 1 and visible != processes:
+        raise ConfigError(
+            f"use_adam_mini: it takes the {visible} visible GPUs for the number of processes, which is {processes}; "
+            "let CUDA_VISIBLE_DEVICES show as many"
+        )
+
+
 def _check_name(name: str) -> None:
     if name in NOT_HERE:
         raise ConfigError(f"optim: dynamic training does not take {name}; {NOT_HERE[name]}")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.integrations.neftune import activate_neftune
 
-from dataflex_mega.config.optimizers import check_layout
+from dataflex_mega.config.optimizers import check_layout, check_visible_gpus
 from dataflex_mega.config.parse import RunConfig
 from dataflex_mega.config.quantization import check_sharding
 from dataflex_mega.distributed.parallel_info import ParallelInfo, init_distributed, timeout_of
@@ -41,6 +42,7 @@ class FSDPFactory:
         parallel_info = init_distributed(timeout_of(self.config.llamafactory))
         layout = read_layout(self.config.llamafactory, parallel_info)
         check_layout(self.config.llamafactory, layout.mode)
+        check_visible_gpus(self.config.llamafactory, torch.cuda.device_count(), parallel_info.world_size)
         if layout.mode == "fsdp2":
             check_sharding(self.config.llamafactory)
         return FSDPBuilder(self.config, args, parallel_info, layout)

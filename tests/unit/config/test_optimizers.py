@@ -6,7 +6,7 @@ import pytest
 from transformers.training_args import OptimizerNames
 
 from dataflex_mega.config import optimizers
-from dataflex_mega.config.optimizers import check_layout, check_optimizer_keys, other_than_adam
+from dataflex_mega.config.optimizers import check_layout, check_optimizer_keys, check_visible_gpus, other_than_adam
 from dataflex_mega.errors import ConfigError
 
 FULL = {"finetuning_type": "full"}
@@ -105,6 +105,13 @@ def test_an_optimizer_of_whole_matrices_is_refused_on_shards_only():
     assert "adafactor" in message_of(check_layout, {"use_galore": True, "optim": "adafactor"}, "fsdp2")
     for key in ("use_galore", "use_muon", "use_adam_mini"):
         check_layout({key: True}, "fsdp2")
+
+
+def test_adam_mini_is_refused_where_it_would_wait_for_processes_that_are_not_there():
+    for visible, processes in ((0, 2), (1, 1), (1, 2), (2, 2)):
+        check_visible_gpus({"use_adam_mini": True}, visible, processes)
+    check_visible_gpus({"use_muon": True}, 8, 1)
+    assert "CUDA_VISIBLE_DEVICES" in message_of(check_visible_gpus, {"use_adam_mini": True}, 8, 1)
 
 
 def test_gradient_scores_are_told_which_optimizer_has_no_moments_of_adam():
