@@ -60,7 +60,7 @@ def test_the_arguments_of_ddp_are_those_of_the_keys_and_change_no_loss(folder):
     sharded = config(folder, "sharded", fsdp="full_shard", **DDP)
     results = runs.train_many(2, [plain, tuned, *scored, sharded, accumulated], run=train_watched)
     assert [status for status, _, _ in results] == [0, 0, 0, 0, 0, 2], results
-    assert results[0][2]["ddp"] == {}
+    assert results[0][2]["ddp"] == {"find_unused_parameters": False}
     assert results[1][2]["ddp"] == {key.removeprefix("ddp_"): value for key, value in DDP.items()}
     assert losses(tuned) == losses(plain) and losses(scored[1]) == losses(scored[0])
     assert "ddp_bucket_cap_mb, ddp_static_graph: no effect on sharded parameters" in results[4][1]
