@@ -173,3 +173,24 @@ def test_keys_that_wait_for_evaluations_that_never_come_are_refused_in_one_line(
     for (keys, words), (status, stderr) in zip(MISTAKES, runs.train_many(1, configs), strict=True):
         errors = [line for line in stderr.splitlines() if "error" in line.lower()]
         assert status == 2 and len(errors) == 1 and all(word in errors[0] for word in words), (keys, stderr)
+
+
+@pytest.mark.exhaustive
+def test_profilers_write_and_callbacks_get_the_figures_of_the_run_on_every_rank(folder):
+    keys = {
+        "max_steps": 4, "enable_torch_profiler": True, "profile_modules": "*.mlp", "report_to": "tensorboard",
+        "callbacks": ["tests.support.callbacks:Listener"], "hub_token": "hf_0123456789", "weighter": "loss",
+    }  # fmt: skip
+    config = config_of(folder, "fsdp", "profiled", keys)
+    train(2, [config])
+    output = Path(config["output_dir"])
+    assert {path.parent.name for path in (output / "profiler").rglob("*.json*")} == {"rank_0", "rank_1"}
+    for rank in (0, 1):
+        start, *logs = [json.loads(line) for line in (output / f"seen-{rank}.jsonl").read_text().splitlines()]
+        assert start["report_to"] == ["tensorboard"] and "hf_0123456789" not in str(start)
+        rows = runs.rows(config)
+        for log in logs[:-1]:
+            proportions = rows[log["step"] - 1]["proportions"]
+            assert {f"mix/{name}": share for name, share in proportions.items()}.items() <= log.items()
+            assert log["weight/max"] == rows[log["step"] - 1]["weights"]["max"] and log["memory/peak_rss_gib"] > 0
+        assert [log["step"] for log in logs] == [2, 4, 4] and "train_runtime" in logs[-1]
