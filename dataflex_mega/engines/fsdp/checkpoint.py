@@ -84,7 +84,7 @@ def load_and_export(model: nn.Module, state: Path, folder: Path) -> None:
     if left:
         raise CheckpointError(f"{state}: {len(left)} of its tensors have no place in the model, such as {left[0]}")
     with one_line(state):
-        dcp.load(tensors, storage_reader=reader, planner=PlainValues(), no_dist=True)
+        dcp.load(tensors, storage_reader=reader, planner=PlainValues())
         set_model_state(model, tensors["model"])
     _write_model(model, whole_state(model), folder)
 
