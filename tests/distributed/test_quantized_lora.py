@@ -142,19 +142,15 @@ def test_every_kind_trains_alike_on_every_layout(folder):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("keys", [{}, {"quantization_bit": 8}], ids=["nf4", "int8"])
-def test_a_run_resumes_bit_equal_and_its_adapter_gives_its_evaluation_loss(folder, keys):
-    name = f"saved-{keys.get('quantization_bit', 4)}"
+def test_a_run_resumes_bit_equal_and_its_adapter_gives_its_evaluation_loss(folder):
     evaluation = {"eval_dataset": "tables", "eval_strategy": "steps", "eval_steps": 2}
-    config = config_of(folder, name, **keys, **evaluation, save_strategy="steps", save_steps=2)
+    config = config_of(folder, "saved", **evaluation, save_strategy="steps", save_steps=2)
     trained(2, [config])
     whole, measured = numbers(config), evaluations(config)
     shutil.rmtree(Path(config["output_dir"]) / "checkpoint-4")
     trained(2, [config])
     assert numbers(config) == whole
-    again = config_of(
-        folder, f"{name}-again", **keys, **evaluation, adapter_name_or_path=config["output_dir"], learning_rate=0.0
-    )
+    again = config_of(folder, "again", **evaluation, adapter_name_or_path=config["output_dir"], learning_rate=0.0)
     trained(2, [again])
     assert evaluations(again) == pytest.approx([measured[-1], measured[-1]], abs=1e-6)
     assert measured[-1] != measured[0]
