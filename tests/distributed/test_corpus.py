@@ -52,10 +52,14 @@ def losses(config):
 
 
 def evaluations(config):
-    """The losses of each evaluation."""
+    """The losses of each evaluation; each set has its row, as with Hugging Face's Trainer."""
     history = json.loads((Path(config["output_dir"]) / "trainer_state.json").read_text())["log_history"]
-    losses_of_rows = [{key: value for key, value in row.items() if key.startswith("eval_")} for row in history]
-    return [{k: v for k, v in row.items() if k.endswith("_loss")} for row in losses_of_rows if row]
+    by_step: dict[int, dict[str, float]] = {}
+    for row in history:
+        of_sets = {key: value for key, value in row.items() if key.startswith("eval_") and key.endswith("_loss")}
+        if of_sets:
+            by_step.setdefault(row["step"], {}).update(of_sets)
+    return list(by_step.values())
 
 
 def test_one_and_two_processes_have_the_same_losses_mixtures_and_draws(finished):

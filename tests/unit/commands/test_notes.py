@@ -46,10 +46,10 @@ def test_by_a_comparison_once_for_all_methods_that_have_them(capsys: Any) -> Non
     def run(method: str, **keys: Any) -> TrainingRun:
         return TrainingRun(method, 1, "", True, Path("out"), {**KEYS, **keys}, needs_earlier_phase=False)
 
-    plan: Any = SimpleNamespace(runs=[run("one"), run("two", run_name="second")], seeds=[1])
+    plan: Any = SimpleNamespace(runs=[run("one"), run("two", dataloader_drop_last=True)], seeds=[1])
     check_runs(plan)
     assert capsys.readouterr().err == NOTES + (
-        "note: methods.two: run_name: has no effect in dynamic training; no tracker is written to that shows it\n"
+        "note: methods.two: dataloader_drop_last: has no effect in dynamic training; every step has a full batch\n"
     )
 
 

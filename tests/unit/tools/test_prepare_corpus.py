@@ -365,7 +365,7 @@ def test_folders_and_named_inputs(folder, tmp_path, ids):
         (("mixed.jsonl", "--domain", "a", "--max-bad", "2"), "--max-bad: must be from 0 to 1, found 2.0"),
         (("mixed.jsonl", "--domain", "a", "--unit-mb", "0"), "--unit-mb: must be > 0"),
         (("model/config.json.txt", "--domain", "a"), "not found"),
-        (("model/config_.txt", "--domain", "a"), "expected a file that ends in .jsonl"),
+        (("model/config_.csv", "--domain", "a"), "expected a file that ends in .jsonl"),
         (("out_", "--domain", "a"), "no file in it ends in"),
         ((), "no input: name files or folders, or --dataset"),
         (("--dataset", "codes", "--dataset-dir", "data"), "--dataset: 'codes' is not in"),
@@ -375,7 +375,7 @@ def test_folders_and_named_inputs(folder, tmp_path, ids):
 )
 def test_a_users_mistake_is_one_line(folder, tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(folder)
-    (folder / "model" / "config_.txt").write_text("x")
+    (folder / "model" / "config_.csv").write_text("x")
     (folder / "out_").mkdir(exist_ok=True)
     given = ["--tokenizer", "model", "--output", str(tmp_path / "out"), *arguments]
     assert command.main(given) == 2
