@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -53,11 +54,12 @@ def train_many(world, configs, run=None, plain=False):
         run: what is called with each configuration, defined at the top of a module; `train_here` unless given.
         plain: one process without torchrun's variables.
     """
-    context = _fork_server()
-    queue = context.SimpleQueue()
-    arguments = (world, free_port(), configs, plain, queue, run or train_here)
-    mp.start_processes(_process, arguments, nprocs=world, join=True, start_method="forkserver")
-    return queue.get()
+    _fork_server()
+    with tempfile.TemporaryDirectory() as folder:  # a pipe holds 64 KB, and nobody reads it before the processes end
+        results = Path(folder) / "results.pickle"
+        arguments = (world, free_port(), configs, plain, results, run or train_here)
+        mp.start_processes(_process, arguments, nprocs=world, join=True, start_method="forkserver")
+        return pickle.loads(results.read_bytes())
 
 
 def run_forked(function, world, *arguments):
@@ -72,7 +74,7 @@ def _fork_server():
     return context
 
 
-def _process(rank, world, port, configs, plain, queue, run):
+def _process(rank, world, port, configs, plain, path, run):
     die_with_parent(os.getppid())
     torch.set_num_threads(1)
     if plain:
@@ -80,7 +82,7 @@ def _process(rank, world, port, configs, plain, queue, run):
     else:
         results = _run_in_one_group(rank, world, port, configs, run)
     if rank == 0:
-        queue.put(results)
+        path.write_bytes(pickle.dumps(results))
 
 
 def _run_in_one_group(rank, world, port, configs, run):
