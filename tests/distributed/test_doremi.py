@@ -150,7 +150,7 @@ def test_references_that_do_not_fit_are_refused_in_one_line(folder, whole):
     shutil.copytree(folder / "model", other)
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
     cases = [
-        ({"reference_model": None}, "set reference_model (a Hugging Face folder) or reference_cache"),
+        ({"reference_model": None}, "set reference_model (a Hugging Face folder or a checkpoint) or reference_cache"),
         ({"reference_model": None, "reference_cache": str(folder / "nothing")}, "has no manifest.json"),
         ({"reference_model": str(folder / "data")}, "is not a Hugging Face folder"),
         ({"reference_cache": str(damaged)}, "block-000001.bin is missing or damaged"),

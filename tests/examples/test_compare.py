@@ -1,5 +1,7 @@
 """`dataflex-cli compare`, `dataflex-cli regmix` and tools/eval_perplexity.py on the command line, at tiny sizes."""
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -41,6 +43,23 @@ def places(folder):
 def cli(*arguments):
     command = [sys.executable, "-m", "dataflex_mega", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=corpus.ROOT)
+
+
+def here(*arguments):
+    """The same for a command that trains nothing, in a process that has imported everything -> (status, output, errors)."""
+    return runs.train_many(1, [list(map(str, arguments))], compare_here, plain=True)[0]
+
+
+def compare_here(arguments):
+    from dataflex_mega.cli import main
+
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            status = main(["compare", *arguments])
+        except SystemExit as stop:
+            status = stop.code
+    return status, output.getvalue(), errors.getvalue()
 
 
 def two_methods(folder, name, **changes):
@@ -100,8 +119,8 @@ def test_killed_and_given_again_it_leaves_finished_runs_alone_and_ends_as_if_it_
     for name in ("plain/seed-1", "twice/seed-1/second"):
         ours, theirs = (json.loads((folder / f / name / "perplexity.json").read_text()) for f in ("cut", "whole"))
         assert ours == theirs
-    again = cli("compare", interrupted, "base.learning_rate=0.5")
-    assert again.returncode == 2 and "error: plain/seed-1: learning_rate was 0.01, is 0.5" in again.stderr
+    status, _, errors = here(interrupted, "base.learning_rate=0.5")
+    assert status == 2 and "error: plain/seed-1: learning_rate was 0.01, is 0.5" in errors
     summary = json.loads((folder / "cut" / "results.json").read_text())["methods"]["twice"]
     assert summary["tokens"] == 2 * summary["extra_tokens"] > 0
 
@@ -109,16 +128,16 @@ def test_killed_and_given_again_it_leaves_finished_runs_alone_and_ends_as_if_it_
 @pytest.mark.slow
 def test_printed_lines_started_elsewhere_are_collected(folder):
     path = two_methods(folder, "printed", launch="print", processes=2)
-    printed = cli("compare", path)
-    assert printed.returncode == 0 and not list((folder / "printed").glob("*/seed-1/model.safetensors"))
-    lines = printed.stdout.splitlines()
+    status, output, _ = here(path)
+    assert status == 0 and not list((folder / "printed").glob("*/seed-1/model.safetensors"))
+    lines = output.splitlines()
     assert len(lines) == 3 and all("--nproc_per_node=2 -m dataflex_mega.train" in line for line in lines)
-    none = cli("compare", path, "--collect")
-    assert none.returncode == 2 and "no finished run to report; plain/seed-1: not finished" in none.stderr
+    status, _, errors = here(path, "--collect")
+    assert status == 2 and "no finished run to report; plain/seed-1: not finished" in errors
     done = subprocess.run(lines[0], shell=True, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
-    part = cli("compare", path, "--collect")
-    assert part.returncode == 1 and "no result: twice/seed-1/first: not finished" in part.stderr
+    status, _, errors = here(path, "--collect")
+    assert status == 1 and "no result: twice/seed-1/first: not finished" in errors
     assert "plain" in (folder / "printed" / "report.md").read_text()
 
 

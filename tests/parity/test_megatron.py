@@ -111,8 +111,12 @@ def config_of(folder, layout, name="", **keys):
 def evaluations(config):
     """Step -> what evaluation found, by name."""
     state = json.loads((Path(config["output_dir"]) / "trainer_state.json").read_text())
-    rows = [(row["step"], {k: v for k, v in row.items() if k.startswith("eval_")}) for row in state["log_history"]]
-    return {step: values for step, values in rows if values}
+    by_step: dict[int, dict[str, float]] = {}
+    for row in state["log_history"]:  # each set has its row
+        values = {key: value for key, value in row.items() if key.startswith("eval_")}
+        if values:
+            by_step.setdefault(row["step"], {}).update(values)
+    return by_step
 
 
 @pytest.fixture(scope="module")
