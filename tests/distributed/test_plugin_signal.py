@@ -42,6 +42,7 @@ def chosen(config):
 LAYOUTS = [(1, {}), (2, {}), (2, {"tensor_model_parallel_size": 2}), (2, {"pipeline_model_parallel_size": 2})]
 
 
+@pytest.mark.exhaustive
 def test_the_same_samples_are_chosen_on_both_engines_and_any_layout(site, tmp_path):
     folder = corpus.write(tmp_path)
     found = []

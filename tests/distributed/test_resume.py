@@ -43,7 +43,9 @@ def numbers(row):
     return {key: value for key, value in row.items() if key != "seconds"}
 
 
-@pytest.mark.parametrize("number", range(KILLS))
+@pytest.mark.parametrize(
+    "number", [*range(5), *(pytest.param(n, marks=pytest.mark.exhaustive) for n in range(5, KILLS))]
+)
 def test_killed_at_a_random_moment_every_later_step_is_bit_equal(folder, whole, number):
     rows, duration = whole
     config = config_of(folder, f"killed-{number}")

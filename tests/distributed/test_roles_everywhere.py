@@ -101,7 +101,7 @@ def expected(folder):
     return {key: outcome(config) for key, config in cases}
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_the_same_losses_plans_draws_and_selections(folder, expected, world):
     cases = cases_of(folder, world)
     finished = runs.train_many(world, [config for _, config in cases])

@@ -70,7 +70,7 @@ def test_a_store_that_loses_nothing_gives_the_streamed_scores(alone):
     assert np.ptp(scores(alone["streamed"])) > 0.02
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_the_same_choice_on_every_number_of_processes(folder, alone, world):
     cases = []
     for tuning in ("full", "lora"):

@@ -50,7 +50,7 @@ def weights(config):
     return hashlib.sha256((Path(config["output_dir"]) / "model.safetensors").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_identical_weights(folder, world):
     digests = []
     bin_folder = Path(sys.executable).parent
