@@ -50,11 +50,14 @@ def to_markdown(text: str) -> str:
 
 
 def parse_arguments_section(cls: type) -> dict[str, str]:
-    """Parameter -> its description under `Args:`."""
+    """Parameter -> its description under `Args:`, those of the classes that it is made from included."""
+    if cls is object:
+        return {}
+    inherited = {name: text for base in reversed(cls.__bases__) for name, text in parse_arguments_section(base).items()}
     _, _, section_text = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")
     section_text = re.split(r"\n(?=\w+:\n)", section_text)[0]  # without Raises: and other sections
     entries = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", section_text, re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
+    return inherited | {name: " ".join(text.split()) for name, text in entries}
 
 
 def describe_inputs(kind: str, cls: type) -> list[str]:
