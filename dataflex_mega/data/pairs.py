@@ -8,11 +8,12 @@ pairs row r is the chosen answer of pair r and row n + r the rejected one, in LL
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from dataflex_mega.data.collate import PAD_TO_MULTIPLE
+from dataflex_mega.data.collate import collate
 from dataflex_mega.data.pool import Sample
 from dataflex_mega.errors import DataError
 from dataflex_mega.types import IGNORE_INDEX, Batch
@@ -50,24 +51,19 @@ def collate_pairs(samples: Sequence[Sample], pad_id: int, pack_length: int | Non
     """n pairs -> a micro-batch of 2n rows, padded on the right. `pack_length` is not used: a row is never shared."""
     pairs = [split_pair(sample.input_ids, sample.labels) for sample in samples]
     rows = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
-    width = -(-max(len(ids) for ids, _ in rows) // PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE
-    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
-    labels = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
-    segment_ids = np.full((len(rows), width), -1, dtype=np.int64)
-    position_ids = np.zeros((len(rows), width), dtype=np.int64)
-    for r, (ids, targets) in enumerate(rows):
-        length = len(ids)
-        input_ids[r, :length] = ids
-        labels[r, : length - 1] = targets[1:]
-        segment_ids[r, :length] = r % len(samples)
-        position_ids[r, :length] = np.arange(length)
-    return Batch(
-        input_ids=torch.from_numpy(input_ids),
-        labels=torch.from_numpy(labels),
-        segment_ids=torch.from_numpy(segment_ids),
-        position_ids=torch.from_numpy(position_ids),
-        sample_ids=torch.tensor([s.sample_id for s in samples], dtype=torch.int64),
-        domain_ids=torch.tensor([s.domain_id for s in samples], dtype=torch.int64),
+    batch = collate(
+        [
+            replace(sample, input_ids=ids, labels=labels, reference_losses=None)
+            for sample, (ids, labels) in zip([*samples, *samples], rows, strict=True)
+        ],
+        pad_id,
+    )
+    n, segments = len(samples), batch.segment_ids
+    return replace(
+        batch,
+        segment_ids=torch.where(segments >= 0, segments % n, segments),  # both rows of a pair are one sample
+        sample_ids=batch.sample_ids[:n],
+        domain_ids=batch.domain_ids[:n],
         row_references=_row_references(samples),
     )
 
