@@ -14,6 +14,7 @@ from typing import Any
 
 from dataflex_mega.errors import ConfigError
 from dataflex_mega.llamafactory.args import FAILURES, LFArgs, first_line
+from dataflex_mega.llamafactory.model_checks import hub_options
 
 IMAGES_ALONE = (
     "Qwen2VLPlugin",
@@ -61,7 +62,9 @@ def complete_processor(args: LFArgs, module: dict[str, Any], template: Any) -> N
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     with contextlib.suppress(*FAILURES):
-        images = AutoImageProcessor.from_pretrained(str(args.model.model_name_or_path), backend="pil", **_options(args))
+        images = AutoImageProcessor.from_pretrained(
+            str(args.model.model_name_or_path), backend="pil", **hub_options(args)
+        )
         processor: Any = ImagesAlone(images, Path(str(args.model.model_name_or_path)))
         patch_processor(processor, module["tokenizer"], args.model)
         module["processor"] = processor
@@ -75,7 +78,7 @@ def check_processor(args: LFArgs, module: dict[str, Any], template: Any) -> None
 
     cause = "its folder has none"
     try:
-        AutoProcessor.from_pretrained(str(args.model.model_name_or_path), **_options(args))
+        AutoProcessor.from_pretrained(str(args.model.model_name_or_path), **hub_options(args))
     except FAILURES as error:
         cause = first_line(error).partition(". ")[0]  # transformers goes on with where to read about installing
     remedy = "; pip install 'dataflex_mega[vision]'" if "orchvision" in cause else ""
@@ -83,11 +86,3 @@ def check_processor(args: LFArgs, module: dict[str, Any], template: Any) -> None
         f"template: {args.data.template} needs the processor of model_name_or_path {args.model.model_name_or_path!r}: "
         f"{cause}{remedy}"
     )
-
-
-def _options(args: LFArgs) -> dict[str, Any]:
-    model = args.model
-    return {
-        "trust_remote_code": model.trust_remote_code, "cache_dir": model.cache_dir, "revision": model.model_revision,
-        "token": model.hf_hub_token,
-    }  # fmt: skip
